@@ -1,0 +1,55 @@
+# What a person types in a clone. `make fit` is the main job on the model that ships with parco; every target sets up what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BUILD ?= build/dev
+TESTS ?= tests
+FIT ?=
+
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# The tools of the environment first: its cmake and ninja, not the system's.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: fit build test bench lint docs wheel
+
+fit: build
+	$(BIN)/parco fit $(FIT)
+
+# The extension, compiled incrementally and put beside the Python sources. One build at a time; a running process keeps its old copy.
+build: $(VENV)/ready
+	@mkdir -p $(BUILD)
+	@flock $(BUILD)/lock sh scripts/build.sh $(BUILD) $(BIN)/python
+
+test: build $(VENV)/ready-test
+	$(BIN)/python -m pytest $(TESTS)
+
+bench: build $(VENV)/ready-test
+	for claim in benchmarks/*.py; do echo "== $$claim"; $(BIN)/python $$claim || exit 1; done
+
+lint: build $(VENV)/ready-test $(VENV)/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+docs: build $(VENV)/ready-docs
+	$(BIN)/mkdocs build --strict --quiet
+
+wheel: build
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+# The environment. The CPU build of torch is asked for by name, then from PyTorch's own index; a machine that has neither takes the default one.
+$(VENV)/ready: constraints.txt pyproject.toml
+	@PYTHON=$(PYTHON) sh scripts/check_machine.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null \
+	  || $(PIP) "torch==2.13.0+cpu" 2>/dev/null \
+	  || $(PIP) "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple 2>/dev/null \
+	  || $(PIP) torch
+	$(PIP) scikit-build-core nanobind cmake ninja
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/ready-%: $(VENV)/ready
+	$(PIP) --no-build-isolation --editable ".[$*]"
+	@touch $@
