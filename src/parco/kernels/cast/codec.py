@@ -1,0 +1,222 @@
+"""Encode and decode: the reference, plain torch on any device, for every format.
+
+The law: `decode(encode(x, f))` is the nearest number that `f` can write with the block's scale, and encoding that again with
+the same scales gives the same codes.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parco.formats import Format, Integer, parse
+from parco.kernels.cast.packing import pack, unpack
+from parco.kernels.cast.philox import random_bits
+from parco.kernels.cast.rounding import Rounding, check_rounding, from_codes, round_integers, to_codes
+from parco.kernels.cast.scaling import find_scales, poison, scale_numbers, scale_reciprocals
+from parco.kernels.cast.tiles import block_amax, row_chunks, scale_rows, spread, tile, untile
+
+SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A tensor written in a format: `shape` [..., K] of the original, and the `tensors` that `format.tensors` describes.
+
+    Leading dimensions are stored as one: the matrix is [N, K] with N their product (1 for a vector).
+    """
+
+    format: Format
+    shape: tuple[int, ...]
+    tensors: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def __str__(self) -> str:
+        return f"Encoded({self.format}, {'x'.join(map(str, self.shape))}, {self.nbytes} bytes)"
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(N, K) under which a tensor of `shape` is stored. ValueError without dimensions."""
+    if not shape:
+        raise ValueError("a tensor without dimensions has no rows: give it the shape (1,)")
+    return math.prod(shape[:-1]), shape[-1]
+
+
+@torch.no_grad()
+def encode(
+    x: Tensor,
+    format: Format | str,
+    *,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    global_scale: Tensor | None = None,
+) -> Encoded:
+    """`x` [..., K] (fp32, bf16, fp16; fp64 is rounded to fp32 first) written in `format`, on `x`'s device.
+
+    `rounding` is "nearest" (ties to even), "zero" or "stochastic", the last from Philox bits under `seed` that depend on an
+    element's row and column alone. `scale`, `zero` and `global_scale`, in the stored shape and dtype, are taken instead of the
+    format's own rule. Casts saturate; infinities count as the greatest number (dense formats keep them); a NaN makes its block NaN.
+
+    Raises TypeError for an `x` that is not floating point, ValueError for an unknown format or rounding and for scales of
+    another shape or dtype than `format.tensors` says.
+    """
+    format = parse(format)
+    check_rounding(rounding)
+    if x.dtype not in SOURCE_DTYPES:
+        raise TypeError(f"x.dtype={x.dtype}: encode takes float32, bfloat16, float16 or float64")
+    shape = matrix_shape(tuple(x.shape))
+    matrix = x.detach().reshape(shape)
+    given = {"scale": scale, "zero": zero, "global_scale": global_scale}
+    scales = _scales(matrix, format, {name: tensor for name, tensor in given.items() if tensor is not None})
+    if format.dtype is not None:
+        stored = {"values": _encode_dense(matrix, format, rounding, seed)}
+    else:
+        stored = {"codes": _encode_codes(matrix, format, scales, rounding, seed), **scales}
+    return Encoded(format, tuple(x.shape), {name: stored[name] for name in format.tensors(shape)})
+
+
+def decode(encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The numbers that `encoded` stands for, in its shape: computed in fp32, then rounded to `dtype`."""
+    return decode_tensors(encoded.format, encoded.shape, encoded.tensors, dtype)
+
+
+@torch.no_grad()
+def decode_tensors(
+    format: Format | str, shape: tuple[int, ...], tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The numbers of a tensor of `shape` [..., K] from its stored tensors, computed in fp32 and rounded to `dtype`.
+
+    ValueError if a tensor is missing or has another shape or dtype than `format.tensors` says.
+    """
+    format = parse(format)
+    matrix = matrix_shape(tuple(shape))
+    _check(format, matrix, tensors)
+    if format.dtype is not None:
+        return tensors["values"].reshape(shape).to(dtype)
+    codes = tensors["codes"]
+    scale = scale_numbers(format, dict(tensors))
+    zero = tensors["zero"].to(torch.float32) if format.is_asymmetric else None
+    out = torch.empty(matrix, dtype=dtype, device=codes.device)
+    for chunk in row_chunks(matrix, format.block):
+        chunk_codes = unpack(codes[chunk.start : chunk.stop], format.bits, matrix[1])
+        if scale is None:
+            out[chunk.start : chunk.stop] = from_codes(chunk_codes, format.element)
+            continue
+        part = scale_rows(chunk, format.block)
+        numbers = chunk_codes.to(torch.float32) if zero is not None else from_codes(chunk_codes, format.element)
+        tiles = tile(numbers, format.block)
+        if zero is not None:
+            tiles = tiles - spread(zero[part])
+        out[chunk.start : chunk.stop] = untile(tiles * spread(scale[part]), (len(chunk), matrix[1]))
+    return out.reshape(shape)
+
+
+def _scales(matrix: Tensor, format: Format, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The scale tensors of `format`: those given, checked and NaN where a block has a NaN, and the others by its rule."""
+    shape = (matrix.shape[0], matrix.shape[1])
+    specs = {name: spec for name, spec in format.tensors(shape).items() if name not in ("values", "codes")}
+    for name, tensor in given.items():
+        if name not in specs:
+            raise ValueError(f"{name}= given, but format {format} has {', '.join(specs) or 'no scales'}")
+        if (tuple(tensor.shape), tensor.dtype) != specs[name]:
+            wanted = specs[name]
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, but format {format} of {shape} needs "
+                f"{wanted.dtype} {wanted.shape}"
+            )
+    if "zero" in given and "scale" not in given:
+        raise ValueError("zero= given without scale=: a zero point belongs to a scale")
+    scales = dict(given)
+    if any(name not in scales for name in specs):
+        found = find_scales(matrix, format, given.get("global_scale"))
+        scales = {**found, **scales}
+        if format.is_asymmetric and "scale" in given and "zero" not in given:
+            raise ValueError(f"format {format} is asymmetric: pass zero= with scale=")
+    if "scale" in given:
+        scales["scale"] = poison(given["scale"], format, torch.isnan(block_amax(matrix, format.block)))
+    return scales
+
+
+def _random(format: Format, seed: int, chunk: range, matrix: Tensor, rounding: Rounding) -> Tensor | None:
+    if rounding != "stochastic":
+        return None
+    return random_bits(seed, chunk, matrix.shape[1], device=matrix.device)
+
+
+def _encode_codes(matrix: Tensor, format: Format, scales: dict[str, Tensor], rounding: Rounding, seed: int) -> Tensor:
+    """Packed codes of `matrix` [N, K] under `scales`, chunk by chunk."""
+    shape = (matrix.shape[0], matrix.shape[1])
+    spec = format.tensors(shape)["codes"]
+    out = torch.empty(spec.shape, dtype=spec.dtype, device=matrix.device)
+    reciprocals = scale_reciprocals(format, scales)
+    divisors = scale_numbers(format, scales) if reciprocals is None else None
+    for chunk in row_chunks(shape, format.block):
+        x = matrix[chunk.start : chunk.stop].to(torch.float32)
+        part = scale_rows(chunk, format.block)
+        zero = spread(scales["zero"][part]) if format.is_asymmetric else None
+        random = _random(format, seed, chunk, matrix, rounding)
+        if divisors is not None or reciprocals is not None:
+            tiles = tile(x, format.block)
+            scaled = _divide(tiles, spread(divisors[part])) if divisors is not None else _multiply(tiles, reciprocals, part)
+            if zero is not None:
+                random = None if random is None else tile(random, format.block)
+                codes = untile(_asymmetric_codes(scaled, zero, format, rounding, random), (len(chunk), shape[1]))
+                out[chunk.start : chunk.stop] = pack(codes, format.bits)
+                continue
+            x = untile(scaled, (len(chunk), shape[1]))
+        out[chunk.start : chunk.stop] = pack(to_codes(x, format.element, rounding, random), format.bits)
+    return out
+
+
+def _multiply(tiles: Tensor, reciprocals: Tensor | None, part: slice) -> Tensor:
+    assert reciprocals is not None
+    return tiles * spread(reciprocals[part])
+
+
+def _divide(tiles: Tensor, scale: Tensor) -> Tensor:
+    """tiles / scale, 0 in blocks whose scale is 0."""
+    return tiles / torch.where(scale == 0, torch.inf, scale)
+
+
+def _asymmetric_codes(scaled: Tensor, zero: Tensor, format: Format, rounding: Rounding, random: Tensor | None) -> Tensor:
+    """Codes of scaled numbers around `zero`: clamp(round(x / scale) + zero, 0, codes - 1)."""
+    assert isinstance(format.element, Integer)
+    rounded = round_integers(scaled, rounding, random) + zero
+    return rounded.clamp_(0, format.element.codes - 1).to(torch.uint8)
+
+
+def _encode_dense(matrix: Tensor, format: Format, rounding: Rounding, seed: int) -> Tensor:
+    """`matrix` in the dense format's dtype: finite numbers saturate, infinities and NaN stay."""
+    assert format.dtype is not None
+    limit = torch.finfo(format.dtype).max
+    if matrix.dtype == format.dtype:
+        return matrix.clone()
+    out = torch.empty(matrix.shape, dtype=format.dtype, device=matrix.device)
+    for chunk in row_chunks((matrix.shape[0], matrix.shape[1]), format.block):
+        x = matrix[chunk.start : chunk.stop].to(torch.float32)
+        if rounding == "nearest" or format.dtype == torch.float32:
+            rounded = x.clamp(-limit, limit).to(format.dtype)
+        else:
+            random = _random(format, seed, chunk, matrix, rounding)
+            rounded = to_codes(x, format.element, rounding, random).to(torch.int16).view(format.dtype)
+        out[chunk.start : chunk.stop] = torch.where(torch.isfinite(x), rounded, x.to(format.dtype))
+    return out
+
+
+def _check(format: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
+    for name, spec in format.tensors(shape).items():
+        if name not in tensors:
+            raise ValueError(f"tensor {name!r} of format {format} is missing (given: {', '.join(tensors) or 'none'})")
+        if (tuple(tensors[name].shape), tensors[name].dtype) != spec:
+            raise ValueError(
+                f"tensor {name!r} is {tensors[name].dtype} {tuple(tensors[name].shape)}, but format {format} of {shape} needs "
+                f"{spec.dtype} {spec.shape}"
+            )

@@ -1,0 +1,67 @@
+"""Packing: codes of 1 to 8 bits in a stream of bytes, lowest bit first, each row beginning on a byte.
+
+Eight codes of b bits fill exactly b bytes, so a row is packed in groups of eight: shifted into one 64-bit word, of which the
+low b bytes are kept (little-endian, as every platform of torch is). Where b divides 8 a byte holds whole codes and needs no word. Unused bits at a row's end are zero.
+"""
+
+import torch
+from torch import Tensor
+
+GROUP = 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Bytes of `codes` (uint8 [N, K], each below 2**bits): uint8 [N, ceil(K*bits/8)]. ValueError for bits outside 1 to 8."""
+    _check(bits)
+    if bits == 8:
+        return codes.contiguous()
+    rows, columns = codes.shape
+    nbytes = -(-columns * bits // 8)
+    if 8 % bits == 0:
+        parts = _pad(codes, 8 // bits).unbind(-1)
+        packed = parts[0].clone()
+        for index, part in enumerate(parts[1:], start=1):
+            packed |= part << (index * bits)
+        return packed
+    parts = _pad(codes, GROUP).unbind(-1)
+    words = parts[0].to(torch.int64)
+    for index, part in enumerate(parts[1:], start=1):
+        words |= part.to(torch.int64) << (index * bits)
+    stream = words.view(torch.uint8).reshape(rows, -1, 8)[..., :bits]
+    return stream.reshape(rows, -1)[:, :nbytes].contiguous()
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The codes that `pack` packed: uint8 [N, columns] from uint8 [N, ceil(columns*bits/8)]."""
+    _check(bits)
+    if bits == 8:
+        return packed
+    rows = packed.shape[0]
+    mask = (1 << bits) - 1
+    if 8 % bits == 0:
+        parts = [(packed >> shift) & mask for shift in range(0, 8, bits)]
+        return torch.stack(parts, dim=-1).reshape(rows, -1)[:, :columns]
+    groups = -(-columns // GROUP)
+    stream = packed.new_zeros(rows, groups * bits)
+    stream[:, : packed.shape[1]] = packed
+    wide = packed.new_zeros(rows, groups, 8)
+    wide[..., :bits] = stream.reshape(rows, groups, bits)
+    words = wide.view(torch.int64).reshape(rows, groups)
+    codes = packed.new_empty(rows, groups, GROUP)
+    for index in range(GROUP):
+        codes[..., index] = (words >> (index * bits)) & mask
+    return codes.reshape(rows, -1)[:, :columns]
+
+
+def _pad(codes: Tensor, multiple: int) -> Tensor:
+    """[N, K] -> [N, ceil(K / multiple), multiple], zeros at the end."""
+    rows, columns = codes.shape
+    extra = -columns % multiple
+    if extra:
+        codes = torch.nn.functional.pad(codes, (0, extra))
+    return codes.reshape(rows, (columns + extra) // multiple, multiple)
+
+
+def _check(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits={bits}: codes of 1 to 8 bits can be packed")
