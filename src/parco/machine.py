@@ -1,0 +1,188 @@
+"""What this machine can do: its instruction sets, caches and GPUs, and how fast it reads, copies and multiplies.
+
+Hardware is asked once, here. An instruction set counts only where CPUID, XGETBV and, for AMX, Linux's permission all
+agree. `PARCO_ISA` forces one for the whole process; one that the machine lacks is an error, since a quiet fallback would
+make every timing a lie. The peaks are measured, not looked up: a virtual machine's share of its host is in no data sheet.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import torch  # before parco._C: the extension then shares the libgomp that torch has loaded
+
+try:
+    from parco import _C
+except ImportError as error:
+    raise ImportError(
+        f"parco's compiled part cannot be loaded ({error}): run `make build` in the clone, or reinstall parco"
+    ) from error
+
+ISAS = ("generic", "avx2", "avx512", "amx")
+"""Levels of instruction set, each containing those before it. `avx2`: AVX2, FMA and F16C. `avx512`: F, BW, VL, DQ, VBMI
+and VNNI. `amx`: avx512 with AMX-TILE, AMX-INT8 and AMX-BF16."""
+
+ELEMENTS = ("fp32", "bf16", "int16", "int8")
+
+_FEATURES = ("avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
+_RUN_SECONDS = 0.015
+_REPEATS = 5
+_PASSES = 3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine. Sizes are in bytes: caches of one core (l1d, l2) or shared (l3), 0 where the CPU does not say."""
+
+    cpu: str
+    isas: tuple[str, ...]
+    features: tuple[str, ...]
+    cores: int
+    l1d: int
+    l2: int
+    l3: int
+    memory: int
+    gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What this machine reached in small probes with all of torch's threads: upper bounds for any kernel.
+
+    `read_bytes_per_second` and `copy_bytes_per_second` (each byte read and written) are of buffers larger than the last
+    cache where memory allows. `multiply_adds_per_second` maps fp32, bf16, int16 and int8 to products on operands in the
+    L1 cache with the best instructions of `isa()`.
+    """
+
+    read_bytes_per_second: float
+    copy_bytes_per_second: float
+    multiply_adds_per_second: Mapping[str, float]
+
+
+@functools.cache
+def detect() -> Machine:
+    """This machine. `cores` are the logical cores that this process may run on; `memory` is what it may use."""
+    found = _C.machine_features()
+    return Machine(
+        cpu=found.model,
+        isas=("generic", *(name for name in ISAS[1:] if getattr(found, name))),
+        features=tuple(name for name in _FEATURES if getattr(found, name)),
+        cores=len(os.sched_getaffinity(0)),
+        l1d=found.l1d,
+        l2=found.l2,
+        l3=found.l3,
+        memory=_memory(),
+        gpus=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
+    )
+
+
+def _memory() -> int:
+    """Bytes of physical memory, or the control group's limit where it is lower."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if path.exists():
+            text = path.read_text().strip()
+            return min(physical, int(text)) if text.isdigit() else physical
+    return physical
+
+
+@functools.cache
+def isa() -> str:
+    """The instruction set that kernels use: the best of this machine, or the one that the variable PARCO_ISA names.
+
+    Read once. Raises ValueError where PARCO_ISA is not one of the machine's, naming those that are.
+    """
+    usable = detect().isas
+    forced = os.environ.get("PARCO_ISA")
+    if not forced:
+        return usable[-1]
+    if forced not in usable:
+        problem = "this machine does not have" if forced in ISAS else "parco does not know"
+        raise ValueError(
+            f"PARCO_ISA={forced!r} names an instruction set that {problem}; usable here: {', '.join(usable)}"
+        )
+    return forced
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept: $PARCO_CACHE, or parco in $XDG_CACHE_HOME or in ~/.cache. Not created here."""
+    if chosen := os.environ.get("PARCO_CACHE"):
+        return Path(chosen)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "parco"
+    return Path.home() / ".cache" / "parco"
+
+
+def peaks(refresh: bool = False) -> Peaks:
+    """The measured peaks with torch.get_num_threads() threads, from the cache unless `refresh` asks for new ones.
+
+    Measuring takes about two seconds. The cache is keyed by the CPU's model, the instruction set, the threads and
+    parco's version; a damaged entry is measured again and replaced. Where the cache folder cannot be written a warning
+    says so.
+    """
+    key: dict[str, str | int] = {
+        "cpu": detect().cpu,
+        "isa": isa(),
+        "threads": torch.get_num_threads(),
+        "version": metadata.version("parco"),
+    }
+    path = cache_folder() / f"peaks-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    known = None if refresh else _read(path, key)
+    if known is not None:
+        return known
+    measured = _measure(isa(), torch.get_num_threads())
+    try:
+        _write(path, {"key": key, "peaks": asdict(measured)})
+    except OSError as error:
+        warnings.warn(f"the measured peaks cannot be kept for the next run: {error}", stacklevel=2)
+    return measured
+
+
+def _measure(level: str, threads: int) -> Peaks:
+    # Twice the last cache, so that most of each pass comes from memory; bounded, so that a small machine can hold it and
+    # the probe stays short.
+    size = min(max(2 * detect().l3, 128 << 20), 512 << 20, detect().memory // 16)
+    return Peaks(
+        read_bytes_per_second=_C.machine_read_bytes_per_second(level, size, threads, _PASSES),
+        copy_bytes_per_second=_C.machine_copy_bytes_per_second(size // 2, threads, _PASSES),
+        multiply_adds_per_second={
+            element: _C.machine_multiply_adds_per_second(level, element, threads, _RUN_SECONDS, _REPEATS)
+            for element in ELEMENTS
+        },
+    )
+
+
+def _read(path: Path, key: dict[str, str | int]) -> Peaks | None:
+    """The peaks kept in `path` for `key`, or None where there are none or the file is damaged."""
+    try:
+        entry = cast(dict[str, Any], json.loads(path.read_text()))
+        kept = Peaks(**entry["peaks"])
+        rates = [
+            kept.read_bytes_per_second,
+            kept.copy_bytes_per_second,
+            *(kept.multiply_adds_per_second[e] for e in ELEMENTS),
+        ]
+        return kept if entry["key"] == key and all(rate > 0 for rate in rates) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _write(path: Path, entry: dict[str, object]) -> None:
+    """Whole or not at all: a reader in another process never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(entry, file, indent=1)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
