@@ -1,0 +1,38 @@
+"""Modules that hold a stored Weight, and what is known of the architectures into which they are put."""
+
+from parco.nn.blocks import (
+    Group,
+    bias,
+    blocks,
+    embedding_name,
+    groups,
+    head_name,
+    linears,
+    matrix,
+    replace_,
+    site,
+    tied,
+)
+from parco.nn.experts import Experts
+from parco.nn.linear import Embedding, Linear
+from parco.nn.sites import Site
+from parco.nn.stored import StoredWeight
+
+__all__ = [
+    "Embedding",
+    "Experts",
+    "Group",
+    "Linear",
+    "Site",
+    "StoredWeight",
+    "bias",
+    "blocks",
+    "embedding_name",
+    "groups",
+    "head_name",
+    "linears",
+    "matrix",
+    "replace_",
+    "site",
+    "tied",
+]

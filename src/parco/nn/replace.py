@@ -1,0 +1,85 @@
+"""Swaps one matrix of a model for a stored Weight, in place."""
+
+from __future__ import annotations
+
+import torch
+
+from parco.nn.experts import Experts
+from parco.nn.linear import Embedding, Linear
+from parco.nn.sites import EXPERT_PARAMETERS, Site, embedding_scale, site
+from parco.nn.stored import StoredWeight
+from parco.nn.ties import rename, tied
+from parco.weights import Dense
+
+_DENSE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def replace_(model: torch.nn.Module, name: str, stored: StoredWeight) -> None:
+    """Puts `stored` where the matrix of the site `name` was; biases and embedding scales stay.
+
+    `stored` takes over the compute dtype of the matrix that it replaces. Where several modules share the matrix (tied embeddings)
+    all of them get the same `stored`, so it remains one. The first expert replaced in a block turns that block's experts into
+    `parco.nn.Experts`, the others staying dense until their turn. Raises ValueError for an unknown name or a shape that differs.
+    """
+    where = site(model, name)
+    if tuple(stored.shape) != where.shape:
+        raise ValueError(f"replace_: {name} is {where.shape[0]}x{where.shape[1]}; the weight given is {stored.spec}")
+    if where.kind == "expert":
+        _replace_expert(model, where, stored)
+        return
+    stored.dtype = _compute_dtype(where.module.weight)
+    names = tied(model, name)
+    for member in names:
+        _set(model, member, _successor(site(model, member), stored))
+    if len(names) > 1:
+        rename(model, names, stored)
+
+
+def _successor(where: Site, stored: StoredWeight) -> torch.nn.Module:
+    """The parco module that does what the module of this site did."""
+    if where.kind == "embedding":
+        return Embedding(stored, getattr(where.module, "padding_idx", None), embedding_scale(where.module))
+    bias = where.module.bias
+    assert bias is None or isinstance(bias, torch.nn.Parameter)
+    return Linear(stored, bias)
+
+
+def _replace_expert(model: torch.nn.Module, where: Site, stored: StoredWeight) -> None:
+    parameter, index = where.expert
+    experts = where.module
+    if not isinstance(experts, Experts):
+        experts = _separate(experts)
+        _set(model, where.name.rpartition(".")[0], experts)
+    stored.dtype = _compute_dtype(getattr(experts, parameter)[index])
+    getattr(experts, parameter)[index] = stored
+
+
+def _separate(module: torch.nn.Module) -> Experts:
+    """The same experts with every matrix on its own. Copies slice by slice, so that each is freed when it is replaced."""
+    stacks: list[list[StoredWeight]] = []
+    for parameter in EXPERT_PARAMETERS:
+        stack: torch.Tensor = getattr(module, parameter)
+        spec = Dense((stack.shape[1], stack.shape[2]), _dense_name(stack.dtype))
+        stacks.append([StoredWeight(spec, spec.encode(stack[index]), stack.dtype) for index in range(len(stack))])
+        delattr(module, parameter)
+    act_fn = module.act_fn
+    assert isinstance(act_fn, torch.nn.Module)
+    return Experts(stacks[0], stacks[1], act_fn)
+
+
+def _dense_name(dtype: torch.dtype) -> str:
+    if dtype not in _DENSE_NAMES:
+        raise ValueError(f"experts are stored in {dtype}; parco stores dense matrices as fp32, bf16 or fp16")
+    return _DENSE_NAMES[dtype]
+
+
+def _compute_dtype(weight: torch.Tensor | torch.nn.Module) -> torch.dtype:
+    assert isinstance(weight, torch.Tensor | StoredWeight)
+    return weight.dtype
+
+
+def _set(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    module.train(getattr(owner, leaf).training)
+    owner.add_module(leaf, module)

@@ -1,0 +1,148 @@
+"""A module that owns the tensors of a Weight.
+
+The tensors are registered Parameters under the names that the Weight gives them, one submodule per part (`left.codes` is the
+parameter `codes` of the submodule `left`), so everything that walks modules works: state_dict, safetensors, `.to(device)`,
+deepcopy, sharding, `torch.compile`. One thing is different on purpose: a change of dtype changes what is computed, not what is
+stored. `.to(torch.bfloat16)` on a model must not rewrite the fp32 scales of its integer weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+
+from parco.weights import Dense, Quantized, Weight
+
+
+class StoredWeight(torch.nn.Module):
+    """The tensors of `spec`, in the order of `spec.tensors()`, and the dtype in which they are used.
+
+    Model code that reads `layer.weight.shape`, `.dtype`, `.device` or `.requires_grad` of a plain layer finds them here:
+    the matrix's shape, the compute dtype, the device, and whether anything trains.
+    """
+
+    spec: Weight
+
+    # Transformers' initialisers skip what carries this mark, so that they never touch codes and scales.
+    _is_hf_initialized = True
+
+    def __init__(self, spec: Weight, tensors: Sequence[torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
+        """Raises ValueError where a tensor's shape or dtype is not what `spec` says, or where their number differs."""
+        super().__init__()
+        self.spec = spec
+        self._compute_dtype = dtype
+        expected = spec.tensors()
+        if len(tensors) != len(expected):
+            raise ValueError(
+                f"{spec} takes the {len(expected)} tensors {', '.join(expected)}; {len(tensors)} are given"
+            )
+        for (name, wanted), tensor in zip(expected.items(), tensors, strict=True):
+            if tuple(tensor.shape) != wanted.shape or tensor.dtype != wanted.dtype:
+                raise ValueError(
+                    f"{spec}: tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}; it must be {wanted.dtype} {wanted.shape}"
+                )
+        parts = spec.parts()
+        if not parts:
+            for name, tensor in zip(expected, tensors, strict=True):
+                self.register_parameter(name, _parameter(tensor))
+        start = 0
+        for name, part in parts.items():
+            stop = start + len(part.tensors())
+            self.add_module(name, StoredWeight(part, tensors[start:stop], dtype))
+            start = stop
+
+    @classmethod
+    def empty(
+        cls, spec: Weight, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> StoredWeight:
+        """Uninitialised tensors for `spec`, to be loaded into; on device "meta" they take no memory."""
+        return cls(spec, [torch.empty(t.shape, dtype=t.dtype, device=device) for t in spec.tensors().values()], dtype)
+
+    @classmethod
+    def encode(cls, spec: Dense | Quantized, matrix: torch.Tensor, dtype: torch.dtype | None = None) -> StoredWeight:
+        """`matrix` [N, K] stored as `spec` says, rounded to nearest; computes in `dtype`, by default the matrix's own."""
+        return cls(spec, spec.encode(matrix), dtype or matrix.dtype)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The stored tensors in the order of `spec.tensors()`."""
+        if not self._modules:
+            return tuple(self._parameters.values())  # pyright: ignore[reportReturnType]
+        found: tuple[torch.Tensor, ...] = ()
+        for part in self._modules.values():
+            found += part.tensors()  # pyright: ignore
+        return found
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] times the matrix transposed, plus bias: [..., N] in the dtype of x."""
+        return self.spec.apply(x, *self.tensors(), bias=bias)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix, decoded: [N, K] in `dtype`."""
+        return self.spec.dense(*self.tensors(), dtype=dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, K) of the matrix that is stood for."""
+        return torch.Size(self.spec.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which rows are looked up and which model code sees; the stored dtypes are those of `spec`."""
+        return self._compute_dtype
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype) -> None:
+        if not dtype.is_floating_point:
+            raise ValueError(f"StoredWeight.dtype is set to {dtype}; a compute dtype is a floating-point one")
+        for module in self.modules():
+            if isinstance(module, StoredWeight):
+                module._compute_dtype = dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(self.parameters()).device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of the tensors trains."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        """Also what assigning a Parameter goes through: loaders hand over scales that require gradients, which only Dense may."""
+        if param is not None and param.requires_grad and not self.spec.trains:
+            param.requires_grad_(False)
+        super().register_parameter(name, param)
+
+    def extra_repr(self) -> str:
+        return str(self.spec)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Moves the tensors as `fn` would and leaves their dtypes; takes the dtype to which `fn` casts as the compute dtype.
+
+        `fn` sees each tensor as bytes, which a cast to a floating dtype passes over, so a move (to a device, to shared memory,
+        to uninitialised memory) is all that is left of it.
+        """
+        cast = fn(torch.empty(0, dtype=self._compute_dtype)).dtype
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor.detach().view(torch.uint8))
+            return moved.view(tensor.dtype) if moved.dtype == torch.uint8 else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        if cast.is_floating_point:
+            self.dtype = cast
+        return self
+
+
+def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    if isinstance(tensor, torch.nn.Parameter):
+        return tensor
+    return torch.nn.Parameter(tensor.contiguous(), requires_grad=False)

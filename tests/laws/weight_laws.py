@@ -1,0 +1,143 @@
+"""The laws of a Weight. A test class inherits them and supplies the fixture `make`, which turns a shape (N, K) into a Weight:
+
+class TestMine(WeightLaws):
+    @pytest.fixture
+    def make(self):
+        return lambda shape: Mine(shape)
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from parco import weights
+from parco.nn import Linear, StoredWeight
+from parco.weights import Weight
+
+Make = Callable[[tuple[int, int]], Weight]
+
+SHAPES = [(24, 80), (33, 50), (1, 17), (130, 129)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def stored_tensors(spec: Weight, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Tensors for `spec` that stand for a matrix with entries of order 1/sqrt(K): every leaf encodes its own random matrix."""
+    parts = spec.parts()
+    if parts:
+        return sum((stored_tensors(part, 10 * seed + i + 1) for i, part in enumerate(parts.values())), ())
+    matrix = torch.randn(spec.shape, generator=torch.Generator().manual_seed(seed)) / spec.shape[1] ** 0.5
+    return spec.encode(matrix)
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 5) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_within(spec: Weight, tensors: tuple[torch.Tensor, ...], x: torch.Tensor, y: torch.Tensor) -> None:
+    """The first law: y is x Wᵀ within the stated tolerance, in every entry. The reference is computed in fp64."""
+    reference = x.double() @ spec.dense(*tensors, dtype=torch.float64).T
+    bound = spec.tolerance(x.dtype) * (x.double().abs() @ spec.magnitude(*tensors).double().T)
+    # The least subnormal of the dtype: below it a relative bound means nothing.
+    floor = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
+    assert y.dtype == x.dtype
+    assert y.shape == (*x.shape[:-1], spec.shape[0])
+    excess = ((y.double() - reference).abs() - bound).max().item() if y.numel() else 0.0
+    assert excess <= floor, f"{spec}: {excess} beyond the tolerance"
+
+
+class WeightLaws:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_apply_multiplies_by_the_dense_matrix(self, make: Make, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        spec = make(shape)
+        tensors = stored_tensors(spec)
+        for rows in (1, 5, 40):
+            x = inputs(rows, shape[1], dtype=dtype)
+            assert_within(spec, tensors, x, spec.apply(x, *tensors))
+
+    def test_apply_keeps_leading_dimensions_and_adds_the_bias(self, make: Make) -> None:
+        spec = make((24, 80))
+        tensors = stored_tensors(spec)
+        x, bias = inputs(2, 3, 80), inputs(24, seed=6)
+        assert_within(spec, tensors, x, spec.apply(x, *tensors, bias=bias) - bias)
+        assert_within(spec, tensors, x[0, 0], spec.apply(x[0, 0], *tensors))
+
+    def test_apply_takes_an_empty_batch(self, make: Make) -> None:
+        spec = make((24, 80))
+        assert spec.apply(inputs(0, 80), *stored_tensors(spec)).shape == (0, 24)
+        assert spec.apply(inputs(2, 0, 80), *stored_tensors(spec)).shape == (2, 0, 24)
+
+    def test_apply_takes_a_non_contiguous_input(self, make: Make) -> None:
+        spec = make((24, 80))
+        tensors = stored_tensors(spec)
+        for x in (inputs(80, 6).T, inputs(6, 160)[:, ::2], inputs(1, 80).expand(6, 80), inputs(6, 81)[:, 1:]):
+            assert not x.is_contiguous()
+            assert_within(spec, tensors, x, spec.apply(x, *tensors))
+
+    def test_gradient_with_respect_to_the_input(self, make: Make) -> None:
+        spec = make((24, 80))
+        tensors = stored_tensors(spec)
+        x, grad_output = inputs(4, 80).requires_grad_(), inputs(4, 24, seed=7)
+        (grad,) = torch.autograd.grad(spec.apply(x, *tensors), x, grad_output)
+        # Transposed, the same product has the length 24 in place of 80, so the bound of `apply` covers it.
+        reference = grad_output.double() @ spec.dense(*tensors, dtype=torch.float64)
+        bound = spec.tolerance(torch.float32) * (grad_output.abs() @ spec.magnitude(*tensors))
+        assert ((grad - reference).abs() <= bound).all()
+
+    def test_gradient_with_respect_to_the_bias(self, make: Make) -> None:
+        spec = make((24, 80))
+        bias, grad_output = inputs(24).requires_grad_(), inputs(4, 24, seed=7)
+        (grad,) = torch.autograd.grad(spec.apply(inputs(4, 80), *stored_tensors(spec), bias=bias), bias, grad_output)
+        torch.testing.assert_close(grad, grad_output.sum(0))
+
+    def test_lookup_returns_rows_of_the_dense_matrix(self, make: Make) -> None:
+        spec = make((33, 50))
+        tensors = stored_tensors(spec)
+        indices = torch.tensor([[0, 32, 5], [5, 5, 17]])
+        rows = spec.lookup(indices, *tensors, dtype=torch.float32)
+        # Parts may be multiplied and added in another order: a few units of rounding of what is added up.
+        bound = 8 * torch.finfo(torch.float32).eps * spec.magnitude(*tensors)[indices]
+        assert rows.shape == (2, 3, 50)
+        assert ((rows - spec.dense(*tensors)[indices]).abs() <= bound).all()
+        assert spec.lookup(indices, *tensors, dtype=torch.bfloat16).dtype == torch.bfloat16
+        assert spec.lookup(indices[:, :0], *tensors, dtype=torch.float32).shape == (2, 0, 50)
+
+    def test_tensors_are_what_the_spec_says(self, make: Make) -> None:
+        for shape in SHAPES:
+            spec = make(shape)
+            tensors = stored_tensors(spec)
+            assert [(tuple(t.shape), t.dtype) for t in tensors] == [(s.shape, s.dtype) for s in spec.tensors().values()]
+            assert (
+                spec.nbytes == sum(t.untyped_storage().nbytes() for t in tensors) == StoredWeight(spec, tensors).nbytes
+            )
+
+    def test_magnitude_bounds_the_dense_matrix(self, make: Make) -> None:
+        spec = make((33, 50))
+        tensors = stored_tensors(spec)
+        assert (spec.magnitude(*tensors) * (1 + 1e-5) >= spec.dense(*tensors).abs()).all()
+
+    def test_text_round_trip(self, make: Make) -> None:
+        spec = make((33, 50))
+        again = weights.parse(str(spec))
+        assert again == spec
+        assert hash(again) == hash(spec)
+        assert again != make((34, 50))
+
+    def test_safetensors_round_trip(self, make: Make) -> None:
+        spec = make((33, 50))
+        layer = Linear(StoredWeight(spec, stored_tensors(spec)))
+        loaded = Linear(StoredWeight.empty(weights.parse(str(spec))))
+        loaded.load_state_dict(load(save(layer.state_dict())))
+        x = inputs(3, 50)
+        assert torch.equal(loaded(x), layer(x))
+        assert list(layer.state_dict()) == [f"weight.{name}" for name in spec.tensors()]
+
+    def test_meta_device(self, make: Make) -> None:
+        spec = make((33, 50))
+        layer = Linear(StoredWeight.empty(spec, dtype=torch.bfloat16, device="meta"))
+        assert layer.weight.device.type == "meta"
+        assert layer.weight.nbytes == spec.nbytes
+        y = layer(torch.empty(4, 50, dtype=torch.bfloat16, device="meta"))
+        assert (y.shape, y.dtype, y.device.type) == ((4, 33), torch.bfloat16, "meta")
