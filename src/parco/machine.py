@@ -1,8 +1,9 @@
 """What this machine can do: its instruction sets, caches and GPUs, and how fast it reads, copies and multiplies.
 
 Hardware is asked once, here. An instruction set counts only where CPUID, XGETBV and, for AMX, Linux's permission all
-agree. `PARCO_ISA` forces one for the whole process; one that the machine lacks is an error, since a quiet fallback would
-make every timing a lie. The peaks are measured, not looked up: a virtual machine's share of its host is in no data sheet.
+agree. `PARCO_ISA` forces one for the whole process; one that the machine lacks is an error, since a quiet fallback
+would make every timing a lie. The peaks are measured, not looked up: a virtual machine's share of its host is in no
+data sheet.
 """
 
 import functools
@@ -147,7 +148,7 @@ def peaks(refresh: bool = False) -> Peaks:
 
 
 def _measure(level: str, threads: int) -> Peaks:
-    # Twice the last cache, so that most of each pass comes from memory; bounded, so that a small machine can hold it and
+    # Twice the last cache, so that most of each pass comes from memory; bounded, so that a small machine holds it and
     # the probe stays short.
     size = min(max(2 * detect().l3, 128 << 20), 512 << 20, detect().memory // 16)
     return Peaks(
