@@ -1,0 +1,228 @@
+"""The page: `result.json` set as one self-contained HTML file that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from parco.fitting.result import Alternative, GroupRow, Result
+from parco.report import chart, comparison, units
+
+BLOCK = re.compile(r"^(?P<before>.*?)\b(?P<block>\d+)\b\.?(?P<after>.*)$")
+
+
+class Cell(NamedTuple):
+    """One choice in the overview: its text and the share of the original's bytes that it keeps, in percent."""
+
+    label: str
+    kept: float
+    title: str
+
+
+def write(result: Result, path: str | Path) -> Path:
+    """Write the page of `result` to `path` and return that path. The same result gives the same bytes."""
+    path = Path(path)
+    path.write_text(render(result), encoding="utf-8")
+    return path
+
+
+def render(result: Result) -> str:
+    """The page as text. Everything that came from a model or a user is escaped."""
+    environment = Environment(
+        loader=PackageLoader("parco.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("page.html.j2").render(
+        title=_title(result),
+        lead=comparison.lead(result),
+        warnings=result["warnings"],
+        comparison=comparison.compare(result["original"], result["fitted"], result["prefill_tokens"]),
+        comparison_note=_comparison_note(result),
+        plans_note=_plans_note(result),
+        alternatives=[_alternative(row) for row in sorted(result["alternatives"], key=lambda row: row["loss"])],
+        alternative_columns=["Size", "Share", "Loss", "KL", "Same token", "Healing"],
+        layers_note=_layers_note(result),
+        overview=_overview(result["groups"]),
+        layers=[_layer(row) for row in result["groups"]],
+        sample=_sample(result),
+        origin=_origin(result),
+        command=result["command"],
+        usage=_usage(result),
+        chart=chart.frontier(result),
+        plotly=_packed_plotly(),
+        style=_resource("page.css"),
+        script=_resource("page.js"),
+    )
+
+
+def _title(result: Result) -> str:
+    name = Path(result["model"]).name if "/" in result["model"] else result["model"]
+    return f"{name}, {result['fitted']['fraction'] / max(result['original']['fraction'], 1e-9):.2f}× its size"
+
+
+def _comparison_note(result: Result) -> str:
+    data, remainder = result["data"], result["remainder"]
+    held_out = data.get("heldout_windows", data.get("held_out_windows"))
+    windows = f" over {held_out} windows of {data['window']} tokens" if held_out and "window" in data else ""
+    return (
+        f"Loss, KL and the most likely token are measured on held-out text{windows}; speeds on this machine with "
+        f"{result['threads']} threads, both models in turn in one run. {remainder['explanation']}"
+    )
+
+
+def _plans_note(result: Result) -> str:
+    healed = result["heal"]
+    healing = f"; the chosen one was healed for {healed['steps']} steps" if healed else ""
+    return (
+        f"{len(result['frontier'])} plans were solved for{healing}. Lower and further left is better. "
+        "KL of the plans is on the windows kept for checking, of the uniform choices on held-out text. Point at a mark to read its plan."
+    )
+
+
+def _layers_note(result: Result) -> str:
+    return (
+        "Times are of the kernels alone, measured on this machine. The predicted rise in loss comes from the inputs that were "
+        "recorded; the measured error is of each layer's outputs on the inputs that the already changed blocks produce."
+    )
+
+
+def _sample(result: Result) -> dict[str, str]:
+    """The prompt once, then what each model wrote after it."""
+    sample = result["sample"]
+    prompt = sample["prompt"]
+    return {
+        "prompt": prompt,
+        "original": sample["original"].removeprefix(prompt),
+        "fitted": sample["fitted"].removeprefix(prompt),
+    }
+
+
+def _alternative(row: Alternative) -> dict[str, Any]:
+    healed = f"{row['healed_steps']} steps" if row["healed_steps"] else "none"
+    cells = (
+        units.size(row["bytes"]),
+        units.percent(row["fraction"]),
+        units.nats(row["loss"]),
+        units.nats(row["kl"]),
+        units.percent(row["top1"]),
+        healed,
+    )
+    return {"name": row["name"], "chosen": row["chosen"], "cells": cells}
+
+
+def _layer(row: GroupRow) -> dict[str, Any]:
+    shapes = ", ".join(f"{name.rpartition('.')[2]} {rows}×{columns}" for name, (rows, columns) in _members(row))
+    error = row["measured_error"]
+    return {
+        "name": row["group"],
+        "members": shapes,
+        "choice": row["method"],
+        "kernel": row["kernel"],
+        "bytes": units.size(row["bytes"]),
+        "kept": units.percent(row["bytes"] / row["original_bytes"]),
+        "decode": units.duration(row["decode_seconds"]),
+        "decode_before": units.duration(row["original_decode_seconds"]),
+        "prefill": units.duration(row["prefill_seconds"]),
+        "prefill_before": units.duration(row["original_prefill_seconds"]),
+        "loss": units.rise(row["predicted_loss"]),
+        "error": "not measured" if error is None else f"{100 * error:.2g}%",
+        "why": f"{len(row['passed'])} passed over",
+        "passed": [
+            {
+                "choice": other["method"],
+                "bytes": units.size(other["bytes"]),
+                "decode": units.duration(other["decode_seconds"]),
+                "prefill": units.duration(other["prefill_seconds"]),
+                "loss": units.rise(other["predicted_loss"]),
+                "why": other["reason"],
+            }
+            for other in row["passed"]
+        ],
+    }
+
+
+def _members(row: GroupRow) -> list[tuple[str, list[int]]]:
+    """The first few members with their shapes: a block of experts has hundreds."""
+    pairs = list(zip(row["members"], row["shapes"], strict=True))
+    return pairs if len(pairs) <= 4 else pairs[:3]
+
+
+def _overview(groups: list[GroupRow]) -> dict[str, Any]:
+    """Choices at a glance: a row per block, a column per kind of group. Groups outside the blocks stay in the long table."""
+    blocks: dict[int, dict[str, Cell]] = {}
+    for row in groups:
+        match = BLOCK.match(row["group"])
+        if match is None:
+            continue
+        kept = 100 * row["bytes"] / row["original_bytes"]
+        column = match["after"] or row["kind"]
+        blocks.setdefault(int(match["block"]), {})[column] = Cell(row["method"], round(kept, 1), f"{kept:.0f}% of its bytes")
+    columns = list(dict.fromkeys(column for cells in blocks.values() for column in cells))
+    rows = [{"name": str(block), "cells": [cells.get(c) for c in columns]} for block, cells in sorted(blocks.items())]
+    return {"columns": columns, "rows": rows}
+
+
+def _origin(result: Result) -> list[tuple[str, str]]:
+    machine, target = result["machine"], result["target"]
+    stages = "; ".join(
+        f"{stage['stage']} {units.duration(stage['seconds'])}{' (from before)' if stage['resumed'] else ''}"
+        for stage in result["stages"]
+    )
+    return [
+        ("Model", f"{result['model']} ({result['architecture']}, {result['parameters']:,} parameters)"),
+        ("Fingerprint", result["fingerprint"]),
+        ("Asked for", f"{target['kind']} {target['value']:g}"),
+        ("Text", _listing(result["data"])),
+        ("Machine", _machine(machine)),
+        ("Threads", str(result["threads"])),
+        ("Seed", str(result["seed"])),
+        ("Versions", _listing({"parco": result["parco"], **result["versions"]})),
+        ("Time spent", stages),
+    ]
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    parts = [str(machine.get("cpu", "unknown CPU"))]
+    if "cores" in machine:
+        parts.append(f"{machine['cores']} cores")
+    if machine.get("isas"):
+        parts.append("instruction sets " + " ".join([*machine["isas"], *machine.get("features", ())]))
+    if machine.get("memory"):
+        parts.append(f"{units.size(machine['memory'])} memory")
+    return ", ".join([*parts, *machine.get("gpus", ())])
+
+
+def _listing(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in values.items())
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _usage(result: Result) -> str:
+    folder = result["folder"] or "DIR"
+    return (
+        "import parco\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({folder!r})\ntokenizer = AutoTokenizer.from_pretrained({folder!r})"
+    )
+
+
+def _resource(name: str) -> str:
+    return (resources.files("parco.report") / name).read_text(encoding="utf-8")
+
+
+@cache
+def _packed_plotly() -> str:
+    """Plotly's JavaScript, gzipped and in base64: a third of its size in the page, and nothing in it to escape."""
+    from plotly.offline import get_plotlyjs
+
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()

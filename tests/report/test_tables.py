@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from io import StringIO
+
+from rich.console import Console, RenderableType
+
+from parco.report import comparison, tables
+from tests.report import example
+
+
+def printed(table: RenderableType, width: int = 160) -> str:
+    console = Console(file=StringIO(), width=width, markup=False, highlight=False)
+    console.print(table)
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def test_the_comparison_has_a_line_per_quantity():
+    result = example.result()
+    lines = printed(tables.comparison_table(result["original"], result["fitted"], result["prefill_tokens"])).splitlines()
+    decode = next(line for line in lines if line.startswith("Decode"))
+    assert decode.split() == ["Decode", "tok/s,", "one", "sequence", "190", "251", "1.32×"]
+    assert len(lines) == 9
+
+
+def test_a_slower_model_is_called_worse_and_an_equal_one_neither():
+    original, fitted = example.result()["original"], example.result()["fitted"]
+    fitted["decode"], fitted["prefill"] = 0.9 * original["decode"], 1.004 * original["prefill"]
+    verdicts = {row.name: row.verdict for row in comparison.compare(original, fitted)}
+    assert verdicts["Decode"] == "bad"
+    assert verdicts["Prefill"] == ""
+    assert verdicts["Size"] == "good"
+
+
+def test_layers_keep_names_with_brackets_and_narrow_terminals_keep_every_character():
+    row = example.result()["groups"][1]
+    row["group"] = "experts[3].down"
+    assert "experts[3].down" in printed(tables.layers_table([row]))
+    narrow = printed(tables.passed_table(row), width=60)
+    assert "".join(narrow.split()).count("buysmoreelsewhere") <= 1
+    assert "…" not in narrow
