@@ -1,0 +1,3 @@
+"""`parco explain`."""
+def explain() -> None:
+    """x"""

@@ -1,0 +1,64 @@
+"""The program: its commands, and what becomes of an error.
+
+Wrong input (ValueError, TypeError, OSError, a wrong option) is one line on stderr and exit code 2; `--debug` shows the traceback instead.
+Ctrl-C exits with 130 and says how to go on. Any other exception is a defect of parco and keeps its traceback.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from parco.cli import evaluate, explain, fit, generate, machine
+
+app = typer.Typer(
+    name="parco",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make a transformer smaller and faster on this machine, within a loss that you allow, and see what it cost.",
+)
+for name, command, summary in (
+    ("fit", fit.fit, "Make a model smaller and faster."),
+    ("eval", evaluate.evaluate, "Measure a model's loss and speed."),
+    ("generate", generate.generate, "Let a model write."),
+    ("explain", explain.explain, "Show what was chosen for each layer, and why."),
+    ("machine", machine.machine, "Show what this machine can do."),
+):
+    app.command(name, short_help=summary)(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `parco` with `arguments` (default: the process's own) and return its exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        status = app(args=words, prog_name="parco", standalone_mode=False)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; keep the interpreter from complaining again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (typer.TyperException, ValueError, TypeError, OSError) as error:
+        if "--debug" in words:
+            raise
+        print(f"parco: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        status = 130
+    if status == 130:
+        print(_how_to_go_on(words), file=sys.stderr)
+    return status if isinstance(status, int) else 0
+
+
+def _one_line(error: Exception) -> str:
+    """What was wrong, without line breaks: a message of several lines must not push the reason off the line that is shown."""
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    return " ".join(str(message).split()) or type(error).__name__
+
+
+def _how_to_go_on(words: list[str]) -> str:
+    if words[:1] != ["fit"]:
+        return "parco: interrupted"
+    again = shlex.join(["parco", *(word for word in words if word != "--fresh")])
+    return f"parco: interrupted; every finished stage is kept. To go on from there: {again}"

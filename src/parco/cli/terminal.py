@@ -1,0 +1,151 @@
+"""What the commands share: where text goes, progress with the time left, and quiet libraries.
+
+Results go to stdout, everything else to stderr. On a terminal progress is a bar; elsewhere it is a line now and then.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+    from parco.fitting.stages import Progress
+
+SECONDS_BETWEEN_LINES = 20.0
+
+Debug = Annotated[bool, typer.Option("--debug", help="On an error show where it happened.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else on stdout.")]
+
+
+def console() -> Console:
+    """Where results are printed. Nothing is read as markup: a layer's name may hold brackets."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def quiet_libraries() -> None:
+    """Send the libraries' warnings to `log.txt` in the cache folder and switch off their own progress bars."""
+    from parco.machine import cache_folder
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.captureWarnings(True)
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handler: logging.Handler = logging.FileHandler(folder / "log.txt")
+    except OSError:
+        # A cache that cannot be written costs the log, not the job.
+        handler = logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.handlers = [handler]
+
+
+@contextmanager
+def progress() -> Generator[Progress]:
+    """A Progress that draws bars where stderr is a terminal and prints plain lines elsewhere."""
+    if not sys.stderr.isatty():
+        lines = Lines()
+        try:
+            yield lines
+        finally:
+            lines.close()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left", style="dim"),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True, markup=False, highlight=False, emoji=False)) as bars:
+        yield Drawn(bars)
+
+
+class Drawn:
+    """Progress on a terminal: a bar for every stage, the notes above them."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._task: TaskID | None = None
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self._finish()
+        self._task = self._bars.add_task(name, total=total)
+
+    def advance(self, n: int = 1) -> None:
+        if self._task is not None:
+            self._bars.advance(self._task, n)
+
+    def note(self, text: str) -> None:
+        self._bars.console.print(text, style="dim")
+
+    def _finish(self) -> None:
+        """A stage ends when the next begins, whether or not it counted its last step."""
+        if self._task is not None:
+            task = self._bars.tasks[self._task]
+            self._bars.update(self._task, total=task.total or task.completed or 1, completed=task.total or task.completed or 1)
+
+
+class Lines:
+    """Progress in a file or a pipe: the start of every stage, then a line now and then with the time left."""
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._total: int | None = None
+        self._done = 0
+        self._began = self._last = time.monotonic()
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self.close()
+        self._name, self._total, self._done = name, total, 0
+        self._began = self._last = time.monotonic()
+        self._say(f"{name}: {total} steps" if total else name)
+
+    def advance(self, n: int = 1) -> None:
+        self._done += n
+        now = time.monotonic()
+        if now - self._last < SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        left = ""
+        if self._total and self._done:
+            left = f" of {self._total}, about {(now - self._began) / self._done * (self._total - self._done):.0f} s left"
+        self._say(f"{self._name}: {self._done}{left}")
+
+    def note(self, text: str) -> None:
+        self._say(text)
+
+    def close(self) -> None:
+        if self._name:
+            self._say(f"{self._name}: {time.monotonic() - self._began:.1f} s")
+        self._name = ""
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)

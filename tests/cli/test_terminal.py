@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress as Bars
+
+from parco.cli import fit, terminal
+
+
+@pytest.fixture
+def restored_logging() -> Generator[None]:
+    handlers = logging.getLogger().handlers
+    yield
+    logging.captureWarnings(False)
+    logging.getLogger().handlers = handlers
+
+
+def test_away_from_a_terminal_progress_is_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0.0)
+    with terminal.progress() as progress:
+        progress.stage("calibrate", total=4)
+        progress.advance()
+        progress.note("window 512")
+        progress.stage("solve")
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert lines[0] == "calibrate: 4 steps"
+    assert lines[1].startswith("calibrate: 1 of 4, about ")
+    assert lines[1].endswith(" s left")
+    assert lines[2] == "window 512"
+    assert [line.partition(":")[0] for line in lines[3:]] == ["calibrate", "solve", "solve"]
+
+
+def test_progress_lines_are_rare(capsys: pytest.CaptureFixture[str]):
+    lines = terminal.Lines()
+    lines.stage("measure", total=1000)
+    for _ in range(1000):
+        lines.advance()
+    lines.close()
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_on_a_terminal_every_stage_has_a_bar_that_ends_full():
+    bars = Bars(console=Console(file=io.StringIO(), force_terminal=True))
+    drawn = terminal.Drawn(bars)
+    drawn.stage("calibrate", total=10)
+    drawn.advance(3)
+    drawn.stage("solve")
+    drawn.advance()
+    drawn.stage("heal", total=5)
+    assert [(task.description, task.completed, task.finished) for task in bars.tasks] == [
+        ("calibrate", 10, True),
+        ("solve", 1, True),
+        ("heal", 0, False),
+    ]
+
+
+def test_warnings_go_to_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], restored_logging: None):
+    monkeypatch.setenv("PARCO_CACHE", str(tmp_path / "cache"))
+    terminal.quiet_libraries()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(True)
+        warnings.warn("a library is unhappy", stacklevel=1)
+    logging.getLogger("somebody").warning("so is another")
+    log = (tmp_path / "cache" / "log.txt").read_text()
+    assert "a library is unhappy" in log
+    assert "so is another" in log
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_logging: None):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PARCO_CACHE", str(tmp_path / "file" / "cache"))
+    terminal.quiet_libraries()
+    assert logging.getLogger().handlers
+
+
+@pytest.mark.parametrize(
+    ("given", "split"),
+    [
+        (None, None),
+        (["int4:64,int8:row"], ["int4:64", "int8:row"]),
+        (["int4:64 int8:row", "keep"], ["int4:64", "int8:row", "keep"]),
+        (["factor(0.5,metric=plain)>>int4:64, keep"], ["factor(0.5,metric=plain)>>int4:64", "keep"]),
+    ],
+)
+def test_methods_are_separated_by_commas_outside_parentheses(given: list[str] | None, split: list[str] | None):
+    assert fit.split_methods(given) == split
+
+
+def test_results_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]):
+    terminal.console().print("experts[3] :smile: [red]1[/red]")
+    terminal.print_json({"µ": 1})
+    assert capsys.readouterr().out == 'experts[3] :smile: [red]1[/red]\n{\n "µ": 1\n}\n'
+    assert not sys.stdout.isatty()
