@@ -1,0 +1,8 @@
+"""In and out: models and tokenizers from folders and from the Hugging Face hub, and fitted ones as folders that Transformers loads."""
+
+from parco.hub.load import Loaded, load
+from parco.hub.registration import register
+from parco.hub.save import attach, refuse_foreign, save
+from parco.hub.shipped import Texts, embedded_path, embedded_texts
+
+__all__ = ["Loaded", "Texts", "attach", "embedded_path", "embedded_texts", "load", "refuse_foreign", "register", "save"]

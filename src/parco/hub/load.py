@@ -1,0 +1,161 @@
+"""A model and its tokenizer, out of a folder or from the Hugging Face hub.
+
+Everything that can be known to be wrong is checked before the weights are loaded (see `checks`), because what a person gets
+otherwise is a traceback from a thread, or worse a model with a few random matrices. No network is touched for a folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from parco.hub import checks
+from parco.nn import linears
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode, its tokenizer, the folder they came from, and the folder's fingerprint (sha256, hexadecimal)."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    path: Path
+    fingerprint: str
+
+
+def load(name_or_path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, low_memory: bool = True) -> Loaded:
+    """The model in a folder, dense or fitted by parco, or of a name `owner/name` on the Hugging Face hub.
+
+    dtype: a floating torch dtype or its name; None keeps the checkpoint's (bf16 stays bf16).
+    low_memory: weights stay memory-mapped in their file where their dtype is kept; False copies them into memory, so that the
+    file may change afterwards.
+
+    A text is taken for a hub name only if it has the form owner/name and no such path exists here; nothing else touches
+    the network. Code that comes with a checkpoint is never run; a pickled one (.bin) is read with weights_only=True.
+
+    Raises FileNotFoundError, NotADirectoryError or ValueError with a text of one line: missing folder, not a model, no tokenizer, missing
+    or truncated weights, NaN or infinite weights (naming the tensor), an architecture without linear layers, an unknown dtype.
+    """
+    wanted = _dtype(dtype)
+    folder = _resolve(name_or_path)
+    checks.check_folder(folder)
+    checks.check_tokenizer(folder)
+    files = checks.weight_files(folder)
+    checks.check_finite(files)
+    with _one_line_errors(folder):
+        model = _load_model(folder, wanted)
+        tokenizer = _load_tokenizer(folder)
+    if any(file.suffix != ".safetensors" for file in files):
+        checks.check_finite_tensors(iter(model.state_dict().items()), str(folder))
+    if not linears(model):
+        raise ValueError(
+            f"{str(folder)!r} is an architecture without linear layers ({type(model).__name__}): parco has nothing to make cheaper in it"
+        )
+    if not low_memory:
+        _own(model)
+    return Loaded(model, tokenizer, folder, checks.fingerprint(folder))
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or dtype == "auto":
+        return "auto"
+    if not isinstance(found, torch.dtype) or found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype={dtype!r} is not one that models run in: give float32, bfloat16 or float16")
+    return found
+
+
+def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
+    """The folder itself, or the local copy of a model named on the hub (downloaded at need)."""
+    text = os.fspath(name_or_path)
+    folder = Path(text).expanduser()
+    is_hub_name = isinstance(name_or_path, str) and _HUB_NAME.fullmatch(text) is not None
+    if folder.exists() or not is_hub_name or Path(text.split("/")[0]).is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub client raises dozens of kinds, of its own and of its HTTP library
+        reason = _first_line(error)
+        raise FileNotFoundError(
+            f"no folder {text!r} here, and the Hugging Face hub gave no model of that name ({reason})"
+        ) from error
+
+
+def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    from parco.hub.registration import register
+
+    register()
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, weights_only=True, output_loading_info=True
+    )
+    model, info = found
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{str(folder)!r} lacks {len(missing)} of the tensors that {type(model).__name__} needs, {missing[0]!r} first: "
+            "copy or download it again"
+        )
+    return model.eval()
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _own(model: PreTrainedModel) -> None:
+    """Copies every parameter and buffer out of the file it is mapped from, tied ones once."""
+    copies: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            pointer = tensor.untyped_storage().data_ptr()
+            if pointer not in copies:
+                copies[pointer] = tensor.data.clone()
+            tensor.data = copies[pointer]
+
+
+@contextmanager
+def _one_line_errors(folder: Path) -> Iterator[None]:
+    """Turns what Transformers, safetensors and pickle raise into a ValueError of one line that names the folder."""
+    import logging
+    from pickle import UnpicklingError
+
+    log = logging.getLogger("transformers.modeling_utils")
+    level = log.level
+    log.setLevel(logging.ERROR)  # a report of missing tensors is followed by the error that names them
+    try:
+        yield
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{str(folder)!r} has pickled weights that hold more than tensors, which parco never runs: give it as safetensors"
+        ) from error
+    except (ValueError, RuntimeError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(repr(str(folder))):
+            raise
+        raise ValueError(f"{str(folder)!r} could not be loaded by Transformers: {_first_line(error)}") from error
+    finally:
+        log.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) < 240 else text[:237] + "..."

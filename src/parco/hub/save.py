@@ -1,0 +1,208 @@
+"""Writes a fitted model as a folder that Transformers loads after `import parco`: whole, or not at all.
+
+Everything is written into a hidden folder beside the target and flushed to the disk; only then does a rename put it in place. A
+process that dies half way leaves the target as it was, and the next save removes what it left. The files are a function of
+the model alone: no dates, no names of the machine, tensors in a fixed order.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from parco.hub import tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SHARD_BYTES = 4_000_000_000
+Content = str | bytes | Path
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | os.PathLike[str],
+    plan: str | Mapping[str, Any] | None = None,
+    extra: Mapping[str, Content] | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Saves model, tokenizer, generation settings, `plan` (as plan.json) and `extra` files; returns the folder, which is whole or absent.
+
+    extra: file name -> text, bytes, or the path of a file to copy. Weights above `shard_bytes` are split into shards with an index.
+    A folder that parco saved is replaced, all of it, once the new one is whole; of any other only an empty one is.
+
+    Raises FileExistsError if the folder holds something else, ValueError for an extra name that is not a plain file name or is taken,
+    and OSError where the disk is full or cannot be written: then nothing is left behind.
+    """
+    target = Path(folder).expanduser().resolve()
+    refuse_foreign(target)
+    content = tensors.tensors_to_save(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    _refuse_if_full(target, sum(tensor.nbytes for tensor in content.values()))
+    temporary = target.parent / f".{target.name}.parco-{os.getpid()}"
+    try:
+        temporary.mkdir()
+        _write_weights(temporary, content, shard_bytes)
+        _write_settings(temporary, model, tokenizer)
+        _write_extra(temporary, plan, extra or {})
+        _flush(temporary)
+        _put_in_place(temporary, target)
+    except (OSError, SafetensorError) as error:
+        _explain(error, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def attach(model: PreTrainedModel) -> PreTrainedModel:
+    """Lets a model converted in memory save itself: `model.save_pretrained(folder)` then writes what `save` would; returns the model.
+
+    Without this Transformers writes the new tensors under a configuration that does not speak of them.
+    """
+    from parco.hub.quantizer import ParcoConfig, ParcoQuantizer
+
+    config = ParcoConfig.of(model)
+    model.config.quantization_config = config
+    model.hf_quantizer = ParcoQuantizer(config)
+    return model
+
+
+def refuse_foreign(target: Path) -> None:
+    """Raises FileExistsError unless `save` may replace `target`: absent, an empty folder, or one that parco saved."""
+    if not target.exists():
+        return
+    remedy = "name a folder that is new, empty, or was saved by parco"
+    if not target.is_dir():
+        raise FileExistsError(f"{str(target)!r} is a file: {remedy}")
+    if not any(target.iterdir()):
+        return
+    with suppress(OSError, ValueError, AttributeError):
+        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        if config.get("quantization_config", {}).get("quant_method") == "parco":
+            return
+    raise FileExistsError(f"{str(target)!r} holds files that parco did not save, and saving would replace them: {remedy}")
+
+
+def _write_weights(folder: Path, content: dict[str, torch.Tensor], shard_bytes: int) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    split = split_torch_state_dict_into_shards(
+        content, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
+    )
+    for file, names in sorted(split.filename_to_tensors.items()):
+        shard = {name: _apart(content[name]) for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU, contiguous, and in a storage of its own size, as safetensors requires."""
+    found = tensor.detach().to("cpu").contiguous()
+    return found if found.untyped_storage().nbytes() == found.nbytes else found.clone()
+
+
+def _write_settings(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """config.json, generation_config.json and the tokenizer's files."""
+    from parco.hub.quantizer import ParcoConfig
+
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = tensors.compute_dtype(model)
+    config.quantization_config = ParcoConfig.of(model)
+    config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _write_extra(folder: Path, plan: str | Mapping[str, Any] | None, extra: Mapping[str, Content]) -> None:
+    files = dict(extra)
+    if plan is not None:
+        files["plan.json"] = plan if isinstance(plan, str) else json.dumps(plan, indent=1) + "\n"
+    for name, content in files.items():
+        if name != Path(name).name or name in ("", ".", ".."):
+            raise ValueError(f"extra={name!r} is not a plain file name: leave folders out of it")
+        if (folder / name).exists():
+            raise ValueError(f"extra={name!r} is a file of the model itself: give it another name")
+        if isinstance(content, Path):
+            shutil.copyfile(content, folder / name)
+        else:
+            (folder / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def _flush(folder: Path) -> None:
+    """Waits until the files and the folder's own entries are on the disk."""
+    for path in [*sorted(folder.iterdir()), folder]:
+        _synchronize(path)
+
+
+def _synchronize(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Renames; a former target steps aside first and is removed last, or comes back if the rename fails."""
+    former = target.parent / f".{target.name}.parco-{os.getpid()}-former"
+    had_former = target.exists()
+    if had_former:
+        target.rename(former)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if had_former:
+            former.rename(target)
+        raise
+    _synchronize(target.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Removes what saves of this target left that were killed (their process is gone); a former target comes back if it is the only one."""
+    for path in sorted(target.parent.glob(f".{target.name}.parco-*")):
+        owner = path.name.removeprefix(f".{target.name}.parco-").removesuffix("-former")
+        if not owner.isdigit() or (int(owner) != os.getpid() and Path(f"/proc/{owner}").exists()):
+            continue
+        if path.name.endswith("-former") and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _refuse_if_full(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC, f"no room for the model: it needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free", str(target)
+        )
+
+
+def _explain(error: OSError | SafetensorError, target: Path) -> NoReturn:
+    """Raises an OSError of one line that says that nothing was saved, and why."""
+    if isinstance(error, FileExistsError):
+        raise error
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    code = (error.errno if isinstance(error, OSError) else None) or errno.EIO
+    if full or "No space left" in text or "os error 28" in text:
+        code, text = errno.ENOSPC, "the disk is full; free some space or choose another place"
+    raise OSError(code, f"nothing was saved: {text}", str(target)) from error

@@ -1,0 +1,150 @@
+"""The names under which a fitted model's tensors are saved, and what in memory they belong to.
+
+A module's matrix W that Transformers knows as the parameter `m.weight` becomes the tensors of a Weight: `m.weight.codes`,
+`m.weight.scale` and so on. Transformers without parco would find `m.weight` missing, warn, and go on with random numbers. So each
+file also holds a tensor named `m.weight`: one dimension of bytes, the text of the spec. Its shape clashes with the matrix's, which
+Transformers refuses to load. With parco the name belongs to no parameter and is ignored. One more tensor has a name that says what to do,
+and stands in the table that Transformers prints before it refuses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from parco.nn import StoredWeight
+from parco.weights import Weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HINT = "saved_by_parco.import_parco_before_loading_this"
+_EXPERT = re.compile(r"(.+)\[(\d+)\]")
+_STORED_EXPERT = re.compile(r"(.+)\.(\d+)")
+
+
+@dataclass(frozen=True)
+class Description:
+    """weights: module name -> spec, in the order of the model's modules; tied: module name -> the name in `weights` that it shares."""
+
+    weights: dict[str, Weight]
+    tied: dict[str, str]
+
+
+def describe(model: torch.nn.Module) -> Description:
+    """Every stored weight of `model` under the name that `nn.replace_` takes (`a.b.q_proj`, `a.b.experts.down_proj[3]`)."""
+    weights: dict[str, Weight] = {}
+    tied: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    for path, module in _stored(model):
+        name = _module_name(path)
+        if id(module) in owners:
+            tied[name] = owners[id(module)]
+        else:
+            owners[id(module)] = name
+            weights[name] = module.spec
+    return Description(weights, tied)
+
+
+def compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that the model computes in: of the first floating parameter that no stored weight owns, else the configuration's."""
+    inside = {id(parameter) for _, module in _stored(model) for parameter in module.parameters()}
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in inside:
+            return parameter.dtype
+    found = model.config.dtype or torch.get_default_dtype()
+    return getattr(torch, found) if isinstance(found, str) else found
+
+
+def tensors_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Name -> tensor for the file: the state without tied copies, the clashing names, and the hint; in the order of the names.
+
+    Raises ValueError if a tensor lies on the meta device (offloaded): there is nothing to write.
+    """
+    description = describe(model)
+    targets = set(getattr(model, "all_tied_weights_keys", None) or {})
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    state = {name: value for name, value in model.state_dict().items() if name not in ignored}
+    found: dict[str, torch.Tensor] = {}
+    seen: dict[tuple[int, tuple[int, ...], int], str] = {}
+    for name in sorted(state, key=lambda name: (name in targets, name)):
+        value = state[name]
+        if value.device.type == "meta":
+            raise ValueError(f"tensor {name!r} is on the meta device: load the model without offloading before saving it")
+        identity = (value.data_ptr(), tuple(value.shape), value.storage_offset())
+        if value.numel() and identity in seen:
+            continue
+        seen[identity] = name
+        found[name] = value
+    for name, text in clashing_names({name: str(spec) for name, spec in description.weights.items()}).items():
+        found[name] = torch.frombuffer(bytearray(text.encode("utf-8")), dtype=torch.uint8)
+    if description.weights:
+        found[HINT] = torch.ones(1, dtype=torch.uint8)
+    return dict(sorted(found.items()))
+
+
+def clashing_names(weights: dict[str, str]) -> dict[str, str]:
+    """Parameter name of the plain architecture -> the text stored under it, for module name -> text of its spec."""
+    found: dict[str, str] = {}
+    for name, text in weights.items():
+        expert = _EXPERT.fullmatch(name)
+        if expert is None:
+            found[f"{name}.weight"] = text
+        else:
+            found[expert[1]] = f"{found[expert[1]]}\n{text}" if expert[1] in found else text
+    return found
+
+
+def resolve(model: PreTrainedModel, name: str) -> str | None:
+    """`name` as `model` has it: itself, or without or with the prefix of the base model, or None if the model has no such module."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        expert = _EXPERT.fullmatch(candidate)
+        path = expert[1].rpartition(".")[0] if expert else candidate
+        try:
+            model.get_submodule(path)
+        except AttributeError:
+            continue
+        return candidate
+    return None
+
+
+def stored_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) of every tensor that a stored weight owns, under each of its names."""
+    for path, module in _stored(model):
+        for name, parameter in module.named_parameters():
+            yield f"{path}.{name}", parameter
+
+
+def keep_ties(model: PreTrainedModel, weights: Iterable[str], tied: dict[str, str]) -> None:
+    """Drops from Transformers' records each pair of parameters that the architecture ties and the saved model does not.
+
+    Such a pair has a stored weight on a side and no entry in `tied` (a checkpoint may hold an embedding and a head that differ although
+    its configuration says that they are one). `nn.replace_` and loading then leave the two apart.
+    """
+    names = set(weights)
+    for keys in (model.all_tied_weights_keys, model._tied_weights_keys):
+        for target, source in list((keys or {}).items()):
+            pair = (target.removesuffix(".weight"), source.removesuffix(".weight"))
+            is_stored = any(name in names or name in tied for name in pair)
+            if is_stored and tied.get(pair[0]) != pair[1] and tied.get(pair[1]) != pair[0]:
+                model.all_tied_weights_keys.pop(target, None)
+                model._tied_weights_keys = {key: value for key, value in (model._tied_weights_keys or {}).items() if key != target}
+
+
+def _stored(model: torch.nn.Module) -> Iterator[tuple[str, StoredWeight]]:
+    """(path, module) of the outermost stored weights, a shared one under each of its paths."""
+    outer = ""
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, StoredWeight) and not (outer and path.startswith(f"{outer}.")):
+            outer = path
+            yield path, module
+
+
+def _module_name(path: str) -> str:
+    expert = _STORED_EXPERT.fullmatch(path)
+    return f"{expert[1]}[{expert[2]}]" if expert else path.removesuffix(".weight")
