@@ -1,4 +1,5 @@
-"""The laws of a Weight. A test class inherits them and supplies the fixture `make`, which turns a shape (N, K) into a Weight:
+"""The laws of a Weight. A test class inherits them and supplies the fixture `make`, which turns a shape (N, K) into a
+Weight:
 
 class TestMine(WeightLaws):
     @pytest.fixture
@@ -23,7 +24,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def stored_tensors(spec: Weight, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Tensors for `spec` that stand for a matrix with entries of order 1/sqrt(K): every leaf encodes its own random matrix."""
+    """Tensors for `spec` that stand for a matrix with entries of order 1/sqrt(K): every leaf encodes its own random
+    matrix.
+    """
     parts = spec.parts()
     if parts:
         return sum((stored_tensors(part, 10 * seed + i + 1) for i, part in enumerate(parts.values())), ())

@@ -1,7 +1,7 @@
 import pytest
+from tests.laws.weight_laws import WeightLaws
 
 from parco.weights import Dense, LowRank, Quantized, Sum
-from tests.laws.weight_laws import WeightLaws
 
 
 def rank(shape):
@@ -16,9 +16,10 @@ def low_rank(shape, form):
 
 
 QUANTIZED = [
-    "int8:row", "int8:128", "int8:tensor", "int7:64:fp32", "int4:32", "int4:row", "int4:32:asym", "int3:64", "int2:16:fp16",
-    "nf4:64", "ternary", "ternary:32", "fp8_e4m3:row", "fp8_e5m2:1x128", "fp8_e4m3:128x128", "mxfp8_e4m3", "mxfp6_e2m3",
-    "mxfp4:floor", "nvfp4",
+    "int8:row", "int8:128", "int8:tensor", "int7:64:fp32", "int4:32", "int4:row", "int4:32:asym", "int3:64",
+    "int2:16:fp16",
+    "nf4:64", "ternary", "ternary:32", "fp8_e4m3:row", "fp8_e5m2:1x128", "fp8_e4m3:128x128", "mxfp8_e4m3",
+    "mxfp6_e2m3", "mxfp4:floor", "nvfp4",
 ]  # fmt: skip
 MAKERS = {
     **{form: lambda shape, form=form: Dense(shape, form) for form in ("fp32", "bf16", "fp16")},

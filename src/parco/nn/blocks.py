@@ -1,9 +1,9 @@
 """What parco knows of architectures: the repeated blocks of a model, and which of its matrices belong together.
 
-Matrices that read the same input (q, k and v; gate and up; the experts of one block) form a group: the fit makes one choice for
-them. Roles are told by the names of layers, which the families of Llama, Mistral, Qwen, GPT-2, GPT-NeoX, Gemma, Phi and Mixtral
-settle among a few; a layer whose name says nothing is a group of its own. Nothing is registered per architecture, so an unknown
-model with repeated blocks works too.
+Matrices that read the same input (q, k and v; gate and up; the experts of one block) form a group: the fit makes one
+choice for them. Roles are told by the names of layers, which the families of Llama, Mistral, Qwen, GPT-2, GPT-NeoX,
+Gemma, Phi and Mixtral settle among a few; a layer whose name says nothing is a group of its own. Nothing is registered
+per architecture, so an unknown model with repeated blocks works too.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ _ALONE: dict[str, GroupKind] = {
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that get one choice. `members` are site names; `block` is the number of the repeated block that holds them, None
-    outside; `kind` says what they do. A "router" decides which expert runs: it is small, and wrong choices cost far more than its
-    bytes, so callers leave it dense."""
+    """Matrices that get one choice. `members` are site names; `block` is the number of the repeated block that holds
+    them, None outside; `kind` says what they do. A "router" decides which expert runs: it is small, and wrong choices
+    cost far more than its bytes, so callers leave it dense.
+    """
 
     name: str
     members: tuple[str, ...]
@@ -71,8 +72,9 @@ class Group:
 
 
 def blocks(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """The repeated blocks of `model` in order, with their names: the children of the outermost ModuleList that holds the most
-    numbers in matrices. Empty where no ModuleList holds any."""
+    """The repeated blocks of `model` in order, with their names: the children of the outermost ModuleList that holds
+    the most numbers in matrices. Empty where no ModuleList holds any.
+    """
     sizes: dict[str, int] = {}
     lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
@@ -87,7 +89,9 @@ def blocks(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 
 def embedding_name(model: torch.nn.Module) -> str | None:
-    """Name of the token embedding, or None: what `get_input_embeddings` returns, else the first embedding of a plain model."""
+    """Name of the token embedding, or None: what `get_input_embeddings` returns, else the first embedding of a plain
+    model.
+    """
     found = _accessor(model, "get_input_embeddings")
     for name, module in model.named_modules():
         if module is found or (found is None and type(module).__name__ == "Embedding"):
@@ -96,8 +100,9 @@ def embedding_name(model: torch.nn.Module) -> str | None:
 
 
 def head_name(model: torch.nn.Module) -> str | None:
-    """Name of the output head, or None: what `get_output_embeddings` returns, else a plain model's linear layer outside the blocks
-    that is tied to the embedding or has one row per token."""
+    """Name of the output head, or None: what `get_output_embeddings` returns, else a plain model's linear layer outside
+    the blocks that is tied to the embedding or has one row per token.
+    """
     found = _accessor(model, "get_output_embeddings")
     if found is not None:
         return next((name for name, module in model.named_modules() if module is found), None)
@@ -115,8 +120,8 @@ def head_name(model: torch.nn.Module) -> str | None:
 def groups(model: torch.nn.Module) -> list[Group]:
     """Every matrix of `model` in exactly one group: the embedding, the blocks' groups in order, other layers, the head.
 
-    A tied embedding and head are one group, "embed", with both names. Position embeddings, which no product reads, and embeddings
-    of a class that cannot be replaced are in none.
+    A tied embedding and head are one group, "embed", with both names. Position embeddings, which no product reads, and
+    embeddings of a class that cannot be replaced are in none.
     """
     embedding, head = embedding_name(model), head_name(model)
     shared = tied(model, embedding) if embedding else ()

@@ -1,8 +1,8 @@
 """The experts of one mixture-of-experts block, each matrix a stored Weight.
 
-Transformers keeps the experts of a block as two 3-D parameters, `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I]. Here every
-expert's matrix is a Weight of its own: an expert is then quantized or factored like any other matrix, and only those to which
-tokens are routed are read.
+Transformers keeps the experts of a block as two 3-D parameters, `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
+Here every expert's matrix is a Weight of its own: an expert is then quantized or factored like any other matrix, and
+only those to which tokens are routed are read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Experts(torch.nn.Module):
         for index, (first, second) in enumerate(zip(gate_up_proj, down_proj, strict=True)):
             if first.spec.shape[0] != 2 * second.spec.shape[1] or first.spec.shape[1] != second.spec.shape[0]:
                 raise ValueError(
-                    f"Experts: expert {index} has gate_up {first.spec.shape} and down {second.spec.shape}, not (2I, H) and (H, I)"
+                    f"Experts: expert {index} has gate_up {first.spec.shape} and down {second.spec.shape}; "
+                    "they must be (2I, H) and (H, I)"
                 )
         self.num_experts = len(gate_up_proj)
         self.gate_up_proj = torch.nn.ModuleList(gate_up_proj)
@@ -46,8 +47,8 @@ class Experts(torch.nn.Module):
     ) -> torch.Tensor:
         """hidden_states [T, H], top_k_index [T, k] (expert numbers), top_k_weights [T, k]; returns [T, H].
 
-        Tokens are sorted by expert so that each expert multiplies once. An index of `num_experts` or more means "held elsewhere"
-        and adds nothing, as in Transformers.
+        Tokens are sorted by expert so that each expert multiplies once. An index of `num_experts` or more means "held
+        elsewhere" and adds nothing, as in Transformers.
         """
         tokens, choices = top_k_index.shape
         order = torch.argsort(top_k_index.reshape(-1), stable=True)

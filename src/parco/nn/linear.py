@@ -1,7 +1,8 @@
 """Linear and Embedding over a stored Weight. Two of them may hold the same `StoredWeight`: that is what tying is.
 
-The forward reads `_modules` and `_parameters` directly: `self.weight` takes the slow path of `torch.nn.Module.__getattr__`, and in
-a model of a few million parameters the interpreter's microseconds are a large part of each token's time.
+The forward reads `_modules` and `_parameters` directly: `self.weight` takes the slow path of
+`torch.nn.Module.__getattr__`, and in a model of a few million parameters the interpreter's microseconds are a large
+part of each token's time.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Linear(torch.nn.Module):
 class Embedding(torch.nn.Module):
     """Rows of W [num_embeddings, embedding_dim], in the weight's compute dtype, times `scale` where one is given.
 
-    `scale` is rounded to the compute dtype before the product, as Gemma's scaled embeddings do. `padding_idx` is kept for those
-    who read it; it has no effect, because a row gets no gradient here.
+    `scale` is rounded to the compute dtype before the product, as Gemma's scaled embeddings do. `padding_idx` is kept
+    for those who read it; it has no effect, because a row gets no gradient here.
     """
 
     weight: StoredWeight

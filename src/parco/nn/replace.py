@@ -17,9 +17,10 @@ _DENSE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "f
 def replace_(model: torch.nn.Module, name: str, stored: StoredWeight) -> None:
     """Puts `stored` where the matrix of the site `name` was; biases and embedding scales stay.
 
-    `stored` takes over the compute dtype of the matrix that it replaces. Where several modules share the matrix (tied embeddings)
-    all of them get the same `stored`, so it remains one. The first expert replaced in a block turns that block's experts into
-    `parco.nn.Experts`, the others staying dense until their turn. Raises ValueError for an unknown name or a shape that differs.
+    `stored` takes over the compute dtype of the matrix that it replaces. Where several modules share the matrix (tied
+    embeddings) all of them get the same `stored`, so it remains one. The first expert replaced in a block turns that
+    block's experts into `parco.nn.Experts`, the others staying dense until their turn. Raises ValueError for an unknown
+    name or a shape that differs.
     """
     where = site(model, name)
     if tuple(stored.shape) != where.shape:
@@ -55,7 +56,9 @@ def _replace_expert(model: torch.nn.Module, where: Site, stored: StoredWeight) -
 
 
 def _separate(module: torch.nn.Module) -> Experts:
-    """The same experts with every matrix on its own. Copies slice by slice, so that each is freed when it is replaced."""
+    """The same experts with every matrix on its own. Copies slice by slice, so that each is freed when it is
+    replaced.
+    """
     stacks: list[list[StoredWeight]] = []
     for parameter in EXPERT_PARAMETERS:
         stack: torch.Tensor = getattr(module, parameter)

@@ -1,7 +1,8 @@
 """Sites: where the matrices of a model are.
 
-A site is named as the model names it: `model.layers.0.self_attn.q_proj`, and `model.layers.0.mlp.experts.gate_up_proj[3]` for
-the matrix of expert 3 inside a 3-D parameter. Models are recognised by structure, so Transformers is never imported here.
+A site is named as the model names it: `model.layers.0.self_attn.q_proj`, and
+`model.layers.0.mlp.experts.gate_up_proj[3]` for the matrix of expert 3 inside a 3-D parameter. Models are recognised by
+structure, so Transformers is never imported here.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class Site:
 
 
 def linears(model: torch.nn.Module) -> dict[str, Site]:
-    """Every matrix of `model` that multiplies activations, by name and in the model's order: linear layers, GPT-2's Conv1D,
-    parco's own Linear, and each expert of a mixture. Embeddings are not among them; an output head is."""
+    """Every matrix of `model` that multiplies activations, by name and in the model's order: linear layers, GPT-2's
+    Conv1D, parco's own Linear, and each expert of a mixture. Embeddings are not among them; an output head is.
+    """
     found: dict[str, Site] = {}
     for name, module in model.named_modules():
         if is_experts(module):
@@ -80,8 +82,9 @@ def site(model: torch.nn.Module, name: str) -> Site:
 
 
 def matrix(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """The matrix of the site `name`, [N, K] as in y = x Wᵀ: a detached view where the model stores it so or transposed, and
-    decoded fp32 where it is a stored Weight already."""
+    """The matrix of the site `name`, [N, K] as in y = x Wᵀ: a detached view where the model stores it so or transposed,
+    and decoded fp32 where it is a stored Weight already.
+    """
     where = site(model, name)
     if where.kind == "expert":
         parameter, index = where.expert
@@ -102,17 +105,18 @@ def bias(model: torch.nn.Module, name: str) -> torch.Tensor | None:
 
 
 def is_experts(module: torch.nn.Module) -> bool:
-    """Whether `module` keeps gated experts in the layout of Mixtral and Qwen-MoE: [gate; up] concatenated, [E, N, K], no biases.
+    """Whether `module` keeps gated experts in the layout of Mixtral and Qwen-MoE: [gate; up] concatenated, [E, N, K],
+    no biases.
 
-    The flags are those that Transformers' `use_experts_implementation` leaves on the module; a class that gates in its own
-    way (gpt-oss clamps and interleaves) is left alone.
+    The flags are those that Transformers' `use_experts_implementation` leaves on the module; a class that gates in its
+    own way (gpt-oss clamps and interleaves) is left alone.
     """
     if isinstance(module, Experts):
         return True
-    stacks = [module._parameters.get(name) for name in EXPERT_PARAMETERS]
+    held = dict(module.named_parameters(recurse=False))
     return (
-        all(stack is not None and stack.dim() == 3 for stack in stacks)
-        and len(module._parameters) == len(EXPERT_PARAMETERS)
+        set(held) == set(EXPERT_PARAMETERS)
+        and all(stack.dim() == 3 for stack in held.values())
         and [getattr(module, flag, None) for flag in ("has_gate", "is_concatenated")] == [True, True]
         and not any(getattr(module, flag, True) for flag in ("has_bias", "is_transposed", "has_post_expert_norm"))
         and isinstance(getattr(module, "act_fn", None), torch.nn.Module)
@@ -129,7 +133,9 @@ def _expert_site(name: str, module: torch.nn.Module) -> Site:
 
 
 def _kind(module: torch.nn.Module) -> Kind | None:
-    """What sort of site `module` is. A subclass with a forward of its own is none, since replacing it would lose that forward."""
+    """What sort of site `module` is. A subclass with a forward of its own is none, since replacing it would lose that
+    forward.
+    """
     if isinstance(module, Linear):
         return "linear"
     if isinstance(module, Embedding):
@@ -147,12 +153,15 @@ def _kind(module: torch.nn.Module) -> Kind | None:
 
 
 def embedding_scale(module: torch.nn.Module) -> float | None:
-    """The factor of a scaled embedding (Gemma's `scalar_embed_scale`), None for a plain one. It is a Python number, so that it is
-    known on the meta device too."""
+    """The factor of a scaled embedding (Gemma's `scalar_embed_scale`), None for a plain one. It is a Python number, so
+    that it is known on the meta device too.
+    """
     scale = module.scale if isinstance(module, Embedding) else getattr(module, "scalar_embed_scale", None)
     return float(scale) if isinstance(scale, int | float) else None
 
 
 def _shape(module: torch.nn.Module, kind: Kind) -> tuple[int, int]:
-    first, second = module.weight.shape  # pyright: ignore
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor | StoredWeight)
+    first, second = weight.shape
     return (second, first) if kind == "conv1d" else (first, second)

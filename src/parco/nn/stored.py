@@ -1,9 +1,9 @@
 """A module that owns the tensors of a Weight.
 
-The tensors are registered Parameters under the names that the Weight gives them, one submodule per part (`left.codes` is the
-parameter `codes` of the submodule `left`), so everything that walks modules works: state_dict, safetensors, `.to(device)`,
-deepcopy, sharding, `torch.compile`. One thing is different on purpose: a change of dtype changes what is computed, not what is
-stored. `.to(torch.bfloat16)` on a model must not rewrite the fp32 scales of its integer weights.
+The tensors are registered Parameters under the names that the Weight gives them, one submodule per part (`left.codes`
+is the parameter `codes` of the submodule `left`), so everything that walks modules works: state_dict, safetensors,
+`.to(device)`, deepcopy, sharding, `torch.compile`. One thing is different on purpose: a change of dtype changes what is
+computed, not what is stored. `.to(torch.bfloat16)` on a model must not rewrite the fp32 scales of its integer weights.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from parco.weights import Dense, Quantized, Weight
 class StoredWeight(torch.nn.Module):
     """The tensors of `spec`, in the order of `spec.tensors()`, and the dtype in which they are used.
 
-    Model code that reads `layer.weight.shape`, `.dtype`, `.device` or `.requires_grad` of a plain layer finds them here:
-    the matrix's shape, the compute dtype, the device, and whether anything trains.
+    Model code that reads `layer.weight.shape`, `.dtype`, `.device` or `.requires_grad` of a plain layer finds them
+    here: the matrix's shape, the compute dtype, the device, and whether anything trains.
     """
 
     spec: Weight
@@ -41,7 +41,8 @@ class StoredWeight(torch.nn.Module):
         for (name, wanted), tensor in zip(expected.items(), tensors, strict=True):
             if tuple(tensor.shape) != wanted.shape or tensor.dtype != wanted.dtype:
                 raise ValueError(
-                    f"{spec}: tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}; it must be {wanted.dtype} {wanted.shape}"
+                    f"{spec}: tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}; "
+                    f"it must be {wanted.dtype} {wanted.shape}"
                 )
         parts = spec.parts()
         if not parts:
@@ -62,7 +63,9 @@ class StoredWeight(torch.nn.Module):
 
     @classmethod
     def encode(cls, spec: Dense | Quantized, matrix: torch.Tensor, dtype: torch.dtype | None = None) -> StoredWeight:
-        """`matrix` [N, K] stored as `spec` says, rounded to nearest; computes in `dtype`, by default the matrix's own."""
+        """`matrix` [N, K] stored as `spec` says, rounded to nearest; computes in `dtype`, by default the matrix's
+        own.
+        """
         return cls(spec, spec.encode(matrix), dtype or matrix.dtype)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -116,7 +119,9 @@ class StoredWeight(torch.nn.Module):
         return sum(parameter.nbytes for parameter in self.parameters())
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
-        """Also what assigning a Parameter goes through: loaders hand over scales that require gradients, which only Dense may."""
+        """Also what assigning a Parameter goes through: loaders hand over scales that require gradients, which only
+        Dense may.
+        """
         if param is not None and param.requires_grad and not self.spec.trains:
             param.requires_grad_(False)
         super().register_parameter(name, param)
@@ -125,10 +130,11 @@ class StoredWeight(torch.nn.Module):
         return str(self.spec)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Moves the tensors as `fn` would and leaves their dtypes; takes the dtype to which `fn` casts as the compute dtype.
+        """Moves the tensors as `fn` would and leaves their dtypes; takes the dtype to which `fn` casts as the compute
+        dtype.
 
-        `fn` sees each tensor as bytes, which a cast to a floating dtype passes over, so a move (to a device, to shared memory,
-        to uninitialised memory) is all that is left of it.
+        `fn` sees each tensor as bytes, which a cast to a floating dtype passes over, so a move (to a device, to shared
+        memory, to uninitialised memory) is all that is left of it.
         """
         cast = fn(torch.empty(0, dtype=self._compute_dtype)).dtype
 

@@ -1,9 +1,10 @@
 """Ties: embeddings and heads that share one matrix.
 
-Transformers ties parameters by name: `_tied_weights_keys` and `all_tied_weights_keys` map a target ("lm_head.weight") to its
-source, and `tie_weights` assigns the one to the other whenever it likes, on load and on save too. On the meta device nothing is
-assigned yet, so a tie is known by those names or by the two modules holding the same object, whichever says so. After a
-replacement both modules hold the same StoredWeight and the names are rewritten to its tensors: `lm_head.weight.codes`.
+Transformers ties parameters by name: `_tied_weights_keys` and `all_tied_weights_keys` map a target ("lm_head.weight")
+to its source, and `tie_weights` assigns the one to the other whenever it likes, on load and on save too. On the meta
+device nothing is assigned yet, so a tie is known by those names or by the two modules holding the same object,
+whichever says so. After a replacement both modules hold the same StoredWeight and the names are rewritten to its
+tensors: `lm_head.weight.codes`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def declared(model: torch.nn.Module) -> dict[str, str]:
 
 
 def rename(model: torch.nn.Module, names: tuple[str, ...], stored: StoredWeight) -> None:
-    """Tells Transformers the names under which the modules `names` share `stored` from now on. Leaves plain torch models alone."""
+    """Tells Transformers the names under which the modules `names` share `stored` from now on. Leaves plain torch
+    models alone.
+    """
     leaves = [leaf for leaf, _ in stored.named_parameters()]
     for prefix, module in model.named_modules():
         lead = f"{prefix}." if prefix else ""
@@ -65,11 +68,13 @@ def _renamed(mapping: dict[str, str], local: set[str], leaves: list[str]) -> dic
 
 
 def _owner(parameter: str) -> str:
-    """The module whose `weight`, or one of whose weight's tensors, `parameter` names; empty where it names something else."""
+    """The module whose `weight`, or one of whose weight's tensors, `parameter` names; empty where it names something
+    else.
+    """
     found = _WEIGHT_NAME.fullmatch(parameter)
     return found[1] if found else ""
 
 
-def _held(module: torch.nn.Module) -> torch.nn.Parameter | torch.nn.Module | None:
-    held = module._parameters.get("weight")
-    return held if held is not None else module._modules.get("weight")
+def _held(module: torch.nn.Module) -> torch.nn.Parameter | StoredWeight | None:
+    held = getattr(module, "weight", None)
+    return held if isinstance(held, torch.nn.Parameter | StoredWeight) else None

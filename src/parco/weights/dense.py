@@ -15,7 +15,9 @@ from parco.weights.weight import Weight, check_shape, product_tolerance
 @final
 @dataclass(frozen=True)
 class Dense(Weight):
-    """W itself, one tensor `values` [N, K]. `format` is one of the dense formats, or its name: `Dense((1024, 4096), "bf16")`."""
+    """W itself, one tensor `values` [N, K]. `format` is one of the dense formats, or its name: `Dense((1024, 4096),
+    "bf16")`.
+    """
 
     trains: ClassVar[bool] = True
 
@@ -28,7 +30,8 @@ class Dense(Weight):
         check_shape(shape, "Dense")
         if not form.is_dense:
             raise ValueError(
-                f"Dense: format is {str(form)!r}; a dense matrix is fp32, bf16 or fp16, and Quantized holds the other formats"
+                f"Dense: format is {str(form)!r}; a dense matrix is fp32, bf16 or fp16, "
+                "and Quantized holds the other formats"
             )
         object.__setattr__(self, "shape", (shape[0], shape[1]))
         object.__setattr__(self, "format", form)
@@ -42,7 +45,9 @@ class Dense(Weight):
         return {"values": TensorSpec(self.shape, self._dtype)}
 
     def encode(self, matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The stored tensors for `matrix` [N, K] of any float dtype, rounded to nearest even. Always a copy of its own."""
+        """The stored tensors for `matrix` [N, K] of any float dtype, rounded to nearest even. Always a copy of its
+        own.
+        """
         if tuple(matrix.shape) != self.shape:
             raise ValueError(
                 f"Dense.encode: matrix has the shape {tuple(matrix.shape)}; this Weight stores {self.shape}"

@@ -1,4 +1,6 @@
-"""A matrix stored as the product of two narrower ones. Smaller below rank NK/(N+K), and it multiplies in two steps, narrow one first."""
+"""A matrix stored as the product of two narrower ones. Smaller below rank NK/(N+K), and it multiplies in two steps,
+narrow one first.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class LowRank(Weight):
     def __post_init__(self) -> None:
         if self.left.shape[1] != self.right.shape[0]:
             raise ValueError(
-                f"LowRank: left is {self.left.shape} and right {self.right.shape}; left has as many columns as right has rows (the rank)"
+                f"LowRank: left is {self.left.shape} and right {self.right.shape}; "
+                "left must have as many columns as right has rows (the rank)"
             )
         object.__setattr__(self, "shape", (self.left.shape[0], self.right.shape[1]))
         object.__setattr__(self, "_split", len(self.left.tensors()))

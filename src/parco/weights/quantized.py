@@ -1,7 +1,8 @@
 """A matrix stored in few bits, with scales: every Format that is not dense.
 
-Integers with groups along a row, or one scale per row, run on the compiled kernels of `parco.kernels.linear`. Every other format
-runs by definition: decode, then multiply. Which one a Weight takes is decided from its format when it is made, never per call.
+Integers with groups along a row, or one scale per row, run on the compiled kernels of `parco.kernels.linear`. Every
+other format runs by definition: decode, then multiply. Which one a Weight takes is decided from its format when it is
+made, never per call.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Quantized(Weight):
             return embedding_int(indices, tensors[0], tensors[1], zero, bits, group, columns, dtype)
         block_rows = self.format.block.rows
         if block_rows not in (1, None):
-            # Rows share scales with their neighbours here, so whole blocks are decoded; such formats are for products, not for tables.
+            # Rows share scales with their neighbours, so all are decoded; such formats are made for products.
             return torch.nn.functional.embedding(indices, self.dense(*tensors, dtype=dtype))
         rows = indices.reshape(-1)
         per_row = ("codes", "scale", "zero") if block_rows == 1 else ("codes",)
@@ -99,7 +100,9 @@ class Quantized(Weight):
 
 
 def _integer_arguments(form: Format, columns: int) -> tuple[int, int, int] | None:
-    """(bits, group, columns) of the integer kernels where they cover `form`: integers scaled along a row. None elsewhere."""
+    """(bits, group, columns) of the integer kernels where they cover `form`: integers scaled along a row. None
+    elsewhere.
+    """
     if not isinstance(form.element, Integer) or form.element == TERNARY or form.block.rows != 1:
         return None
     return form.bits, min(form.block.columns or columns, columns), columns

@@ -1,4 +1,6 @@
-"""A matrix stored as a sum of Weights: a quantized matrix and its low-rank correction, or a frozen matrix and its LoRA factors."""
+"""A matrix stored as a sum of Weights: a quantized matrix and its low-rank correction, or a frozen matrix and its LoRA
+factors.
+"""
 
 from __future__ import annotations
 

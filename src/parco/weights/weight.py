@@ -1,14 +1,14 @@
 """What it means to be a Weight: how one matrix W [N, K] is stored, apart from the numbers themselves.
 
-A Weight is a *specification*. It holds static data only (shapes, formats, and the Weights that it is made of), so it can be hashed,
-compared, printed, parsed back and asked for the tensors that it needs without one number being in memory. The tensors belong to a
-module (`parco.nn.StoredWeight`), which passes them back in for every computation. The alternative, a tensor subclass that carries
-its own storage, was rejected: `state_dict`, safetensors, FSDP2 and `torch.compile` then each need a special case.
+A Weight is a *specification*. It holds static data only (shapes, formats, and the Weights that it is made of), so it
+can be hashed, compared, printed, parsed back and asked for the tensors that it needs without one number being in
+memory. The tensors belong to a module (`parco.nn.StoredWeight`), which passes them back in for every computation. The
+alternative, a tensor subclass that carries its own storage, was rejected: `state_dict`, safetensors, FSDP2 and
+`torch.compile` then each need a special case.
 
 The laws, which `tests/laws/weight_laws.py` checks for every Weight:
 
-- `w.apply(x, *t)` equals `x @ w.dense(*t).T` in every entry within
-  `w.tolerance(x.dtype) * (|x| @ w.magnitude(*t).T)`;
+- `w.apply(x, *t)` equals `x @ w.dense(*t).T` in every entry within `w.tolerance(x.dtype) * (|x| @ w.magnitude(*t).T)`;
 - `w.lookup(i, *t)` equals `w.dense(*t)[i]`;
 - `w.nbytes` equals the bytes of the tensors;
 - `weights.parse(str(w)) == w`;
@@ -30,7 +30,9 @@ UNIT_FP32 = 2.0**-24
 
 
 class Weight(abc.ABC):
-    """How a matrix of `shape` (N, K) is stored. Subclasses are final frozen dataclasses; tensors are passed in the order of `tensors()`."""
+    """How a matrix of `shape` (N, K) is stored. Subclasses are final frozen dataclasses; tensors are passed in the
+    order of `tensors()`.
+    """
 
     shape: tuple[int, int]
 
@@ -43,11 +45,15 @@ class Weight(abc.ABC):
 
     @abc.abstractmethod
     def tensors(self) -> dict[str, TensorSpec]:
-        """Name, shape and dtype of every stored tensor, in the order in which the other methods take them. Parts prefix their names: `left.codes`."""
+        """Name, shape and dtype of every stored tensor, in the order in which the other methods take them. Parts prefix
+        their names: `left.codes`.
+        """
 
     @abc.abstractmethod
     def apply(self, x: torch.Tensor, *tensors: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x Wᵀ + bias for x [..., K] in fp32, bf16 or fp16; returns [..., N] in the dtype of x. Products accumulate in fp32."""
+        """x Wᵀ + bias for x [..., K] in fp32, bf16 or fp16; returns [..., N] in the dtype of x. Products accumulate in
+        fp32.
+        """
 
     @abc.abstractmethod
     def dense(self, *tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -55,11 +61,15 @@ class Weight(abc.ABC):
 
     @abc.abstractmethod
     def lookup(self, indices: torch.Tensor, *tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The rows `indices` (integers, any shape [...]) of the matrix: [..., K] in `dtype`, without decoding the others."""
+        """The rows `indices` (integers, any shape [...]) of the matrix: [..., K] in `dtype`, without decoding the
+        others.
+        """
 
     @abc.abstractmethod
     def magnitude(self, *tensors: torch.Tensor) -> torch.Tensor:
-        """fp32 [N, K], at least |W| entry by entry: the sizes of what is added up, which is what rounding errors scale with."""
+        """fp32 [N, K], at least |W| entry by entry: the sizes of what is added up, which is what rounding errors scale
+        with.
+        """
 
     @abc.abstractmethod
     def tolerance(self, dtype: torch.dtype) -> float:
@@ -78,9 +88,10 @@ def check_shape(shape: tuple[int, int], owner: str) -> None:
 
 
 def product_tolerance(columns: int, roundings: int, dtype: torch.dtype) -> float:
-    """Error bound of a product of length `columns` with `roundings` further roundings to `dtype`, as a multiple of |x| |W|ᵀ.
+    """Error bound of a product of length `columns` with `roundings` further roundings to `dtype`, as a multiple of |x|
+    |W|ᵀ.
 
-    Accumulating K terms in fp32 costs at most λ√K·u with high probability (Higham and Mary, SIAM J. Sci. Comput. 41(5), 2019, where
-    the certain bound is K·u); λ = 2 here. Every rounding to `dtype` adds that dtype's unit roundoff.
+    Accumulating K terms in fp32 costs at most λ√K·u with high probability (Higham and Mary, SIAM J. Sci. Comput. 41(5),
+    2019, where the certain bound is K·u); λ = 2 here. Every rounding to `dtype` adds that dtype's unit roundoff.
     """
     return 2.0 * math.sqrt(columns) * UNIT_FP32 + roundings * torch.finfo(dtype).eps / 2.0
