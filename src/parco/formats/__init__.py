@@ -1,11 +1,11 @@
 """Formats: how numbers are written. Descriptions only; `parco.kernels.cast` encodes and decodes.
 
-    >>> from parco import formats
-    >>> f = formats.parse("int4:32")
-    >>> str(f), f.bits, f.nbytes((1024, 4096))
-    ('int4:32', 4, 2359296)
-    >>> f.tensors((2, 64))["codes"]
-    TensorSpec(shape=(2, 32), dtype=torch.uint8)
+>>> from parco import formats
+>>> f = formats.parse("int4:32")
+>>> str(f), f.bits, f.nbytes((1024, 4096))
+('int4:32', 4, 2359296)
+>>> f.tensors((2, 64))["codes"]
+TensorSpec(shape=(2, 32), dtype=torch.uint8)
 """
 
 from parco.formats.blocks import COLUMN, ROW, TENSOR, Block, group
@@ -42,6 +42,7 @@ from parco.formats.scales import (
     ScaleRule,
     Unscaled,
 )
+from parco.formats.text import NAMES
 
 NVFP4 = Format(E2M1, group(16), ScaleE4M3())
 MXFP8 = Format(E4M3, group(32), ScaleE8M0())
@@ -71,6 +72,7 @@ __all__ = [
     "INT8",
     "MXFP4",
     "MXFP8",
+    "NAMES",
     "NF4",
     "NVFP4",
     "ROW",

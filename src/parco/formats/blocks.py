@@ -10,8 +10,8 @@ MULTIPLE = 16
 class Block:
     """`rows` x `columns` neighbouring elements of an [N, K] matrix; None stands for all of them.
 
-    Blocks at the lower and right edge may be short. Text: `tensor`, `row`, `column`, `32` (a group of 32 columns of one row)
-    or `128x128`. Raises ValueError for an extent that is neither None, 1 nor a multiple of 16.
+    Blocks at the lower and right edge may be short. Text: `tensor`, `row`, `column`, `32` (a group of 32 columns of
+    one row) or `128x128`. Raises ValueError for an extent that is neither None, 1 nor a multiple of 16.
     """
 
     rows: int | None
@@ -35,9 +35,9 @@ class Block:
         return down, across
 
     def __str__(self) -> str:
-        names = {(None, None): "tensor", (1, None): "row", (None, 1): "column"}
-        if (self.rows, self.columns) in names:
-            return names[self.rows, self.columns]
+        for name, (rows, columns) in {"tensor": (None, None), "row": (1, None), "column": (None, 1)}.items():
+            if (self.rows, self.columns) == (rows, columns):
+                return name
         return "x".join("all" if extent is None else str(extent) for extent in (self.rows, self.columns))
 
 
@@ -60,6 +60,8 @@ def parse_block(text: str) -> Block:
     if len(extents) == 1:
         extents = ["1", *extents]
     if len(extents) != 2 or not all(extent == "all" or extent.isdecimal() for extent in extents):
-        raise ValueError(f"block {text!r}: must be tensor, row, column, a number of columns (32) or rows x columns (128x128)")
+        raise ValueError(
+            f"block {text!r}: must be tensor, row, column, a number of columns (32) or rows and columns (128x128)"
+        )
     rows, columns = (None if extent == "all" else int(extent) for extent in extents)
     return Block(rows, columns)

@@ -1,12 +1,12 @@
 """Elements: how one number is written, before any scale.
 
 An element is a value that knows its width in bits and the number that each of its codes stands for. Four kinds exist:
-`Float` (sign, exponent, mantissa), `PowerOfTwo` (an exponent alone: e8m0, which only scales use), `Integer` and `Table`.
-Codes are unsigned integers. A float's code is its bit pattern; an integer's code is the integer plus an offset, so that
-packed codes never carry a sign; a table's code is an index.
+`Float` (sign, exponent, mantissa), `PowerOfTwo` (an exponent alone: e8m0, which only scales use), `Integer` and
+`Table`. Codes are unsigned integers. A float's code is its bit pattern; an integer's code is the integer plus an
+offset, so that packed codes never carry a sign; a table's code is an index.
 
-Widths, biases and extremes: OCP MX 1.0 for fp8, fp6, fp4 and e8m0; IEEE 754 for fp16 and fp32; BitNet b1.58 for ternary;
-QLoRA (arXiv 2305.14314) for NF4.
+Widths, biases and extremes: OCP MX 1.0 for fp8, fp6, fp4 and e8m0; IEEE 754 for fp16 and fp32; BitNet b1.58 for
+ternary; QLoRA (arXiv 2305.14314) for NF4.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ import torch
 class Float:
     """A floating-point element: one sign bit, `exponent_bits`, `mantissa_bits`, subnormals.
 
-    `special` says what the top exponent is for: `"ieee"` (infinities and NaNs, as in fp16 and e5m2), `"nan"` (only the code
-    of all ones is NaN, as in e4m3fn) or `"none"` (numbers throughout, as in the fp6 and fp4 elements).
+    `special` says what the top exponent is for: `"ieee"` (infinities and NaNs, as in fp16 and e5m2), `"nan"` (only
+    the code of all ones is NaN, as in e4m3fn) or `"none"` (numbers throughout, as in the fp6 and fp4 elements).
     """
 
     name: str
@@ -106,15 +106,16 @@ class PowerOfTwo:
 
     def values(self) -> tuple[float, ...]:
         """The number of each code, in the order of codes: `2**bits` entries."""
-        return tuple(2.0 ** (code - self.bias) for code in range(self.nan_code)) + (float("nan"),)
+        return (*(2.0 ** (code - self.bias) for code in range(self.nan_code)), float("nan"))
 
 
 @dataclass(frozen=True)
 class Integer:
     """A signed integer written as code = integer + offset.
 
-    `bits` from 2 to 8. The offset of a symmetric integer is 2**(bits-1); asymmetric formats carry an offset ("zero") per
-    block instead. `least` and `greatest` bound the symmetric integer; int8 leaves out -128, so that its range is balanced.
+    `bits` from 2 to 8. The offset of a symmetric integer is 2**(bits-1); asymmetric formats carry an offset ("zero")
+    per block instead. `least` and `greatest` bound the symmetric integer; int8 leaves out -128, so that its range is
+    balanced.
     """
 
     name: str

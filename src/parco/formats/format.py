@@ -9,6 +9,7 @@ import torch
 from parco.formats.blocks import TENSOR, Block, group
 from parco.formats.elements import DENSE_DTYPES, E2M1, TERNARY, Element, Float, Integer
 from parco.formats.scales import (
+    UNSCALED,
     Scale,
     ScaleAbsmax,
     ScaleAbsmean,
@@ -38,13 +39,13 @@ class Format:
     """How the numbers of a matrix are written.
 
     `Format(element, block, scale)` is a value: equal parts make equal formats, `str` prints the name and
-    `Format.parse(str(f)) == f`. It alone says which tensors an [N, K] matrix is stored in (`tensors`). Raises ValueError for
-    parts that do not go together, such as an asymmetric float.
+    `Format.parse(str(f)) == f`. It alone says which tensors an [N, K] matrix is stored in (`tensors`). Raises
+    ValueError for parts that do not go together, such as an asymmetric float.
     """
 
     element: Element
     block: Block = TENSOR
-    scale: Scale = Unscaled()
+    scale: Scale = UNSCALED
 
     def __post_init__(self) -> None:
         reason = _refusal(self.element, self.block, self.scale)
@@ -84,12 +85,12 @@ class Format:
     def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """The tensors that hold a matrix of `shape` = (N, K), in order.
 
-        Dense: `values` [N, K]. Others: `codes` uint8 [N, ceil(K*bits/8)], each row a stream of codes, lowest bit first; `scale`
-        with one entry per block; `zero` uint8 of the same shape (asymmetric); `global_scale` fp32 [1] (NVFP4).
-        Raises ValueError for a shape that is not two non-negative integers.
+        Dense: `values` [N, K]. Others: `codes` uint8 [N, ceil(K*bits/8)], each row a stream of codes, lowest bit
+        first; `scale` with one entry per block; `zero` uint8 of the same shape (asymmetric); `global_scale` fp32 [1]
+        (NVFP4). Raises ValueError for a shape that is not of a matrix with columns.
         """
-        if len(shape) != 2 or min(shape) < 0:
-            raise ValueError(f"shape={tuple(shape)}: a format describes a matrix, give (rows, columns)")
+        if len(shape) != 2 or shape[0] < 0 or shape[1] < 1:
+            raise ValueError(f"shape={tuple(shape)}: a format describes a matrix (rows >= 0, columns >= 1)")
         rows, columns = shape
         if self.dtype is not None:
             return {"values": TensorSpec((rows, columns), self.dtype)}
@@ -134,7 +135,11 @@ def _refusal(element: Element, block: Block, scale: Scale) -> str | None:
         case ScaleAbsmax():
             if element == TERNARY:
                 return "ternary takes the absmean scale"
-            return "a power-of-two fp32 scale is for floats" if scale.power_of_two and not isinstance(element, Float) else None
+            return (
+                "a power-of-two fp32 scale is for floats"
+                if scale.power_of_two and not isinstance(element, Float)
+                else None
+            )
         case ScaleE8M0():
             if not isinstance(element, Float):
                 return "e8m0 scales are for floats"
@@ -144,4 +149,8 @@ def _refusal(element: Element, block: Block, scale: Scale) -> str | None:
                 return "e4m3 scales are NVFP4's, whose element is fp4_e2m1"
             return None if block in (group(16), Block(16, 16)) else "an NVFP4 block is 1x16 or 16x16"
         case ScaleDelayed():
-            return None if isinstance(element, Float) and block == TENSOR else "delayed scales are one per tensor of floats"
+            return (
+                None
+                if isinstance(element, Float) and block == TENSOR
+                else "delayed scales are one per tensor of floats"
+            )

@@ -20,9 +20,12 @@ class Unscaled:
     """No scale: a plain saturating cast."""
 
 
+UNSCALED = Unscaled()
+
+
 @dataclass(frozen=True)
 class ScaleAbsmax:
-    """amax(block) / greatest element, rounded to `dtype`; with `power_of_two`, raised to the next power of two first."""
+    """amax(block) / greatest element, rounded to `dtype`; with `power_of_two`, raised to the next one."""
 
     dtype: torch.dtype = torch.float32
     power_of_two: bool = False
@@ -55,8 +58,8 @@ class ScaleAbsmean:
 class ScaleE8M0:
     """A power of two in one byte (OCP MX 1.0), found by `rule`: floor, ceil, even or rceil.
 
-    `floor` is the OCP rule and saturates a block's top; `rceil`, the default, never does: training with floor was reported to
-    diverge where round-up scales match bf16 (arXiv 2506.08027).
+    `floor` is the OCP rule and saturates a block's top; `rceil`, the default, never does: training with floor was
+    reported to diverge where round-up scales match bf16 (arXiv 2506.08027).
     """
 
     rule: ScaleRule = "rceil"
@@ -73,7 +76,9 @@ class ScaleE4M3:
 
 @dataclass(frozen=True)
 class ScaleDelayed:
-    """An fp32 scale that comes from earlier steps' amax (see `parco.kernels.cast.DelayedScaling`): encode must be given it."""
+    """An fp32 scale that comes from earlier steps' amax (see `parco.kernels.cast.DelayedScaling`): encode must be
+    given it.
+    """
 
 
 Scale = Unscaled | ScaleAbsmax | ScaleRange | ScaleAbsmean | ScaleE8M0 | ScaleE4M3 | ScaleDelayed

@@ -7,14 +7,26 @@
     mxfp8_e4m3  mxfp6_e2m3  mxfp4:floor
     nvfp4  nvfp4:16x16
 
-A part that has its default value is left out: groups of one row have bf16 scales, rows, tensors and larger blocks fp32 ones;
-fp8 scales are fp32 throughout; the MX rule is rceil; an NVFP4 block is 1x16.
+A part that has its default value is left out: groups of one row have bf16 scales, rows, tensors and larger blocks
+fp32 ones; fp8 scales are fp32 throughout; the MX rule is rceil; an NVFP4 block is 1x16.
 """
 
 import torch
 
 from parco.formats.blocks import TENSOR, Block, group, parse_block
-from parco.formats.elements import DENSE_DTYPES, E2M1, E2M3, E3M2, E4M3, E5M2, ELEMENTS, TERNARY, Element, Float, Integer
+from parco.formats.elements import (
+    DENSE_DTYPES,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    ELEMENTS,
+    TERNARY,
+    Element,
+    Float,
+    Integer,
+)
 from parco.formats.scales import (
     DTYPE_NAMES,
     SCALE_RULES,
@@ -37,9 +49,37 @@ MX_ELEMENTS: dict[str, Float] = {
     "mxfp6_e3m2": E3M2,
     "mxfp4": E2M1,
 }
+NAMES: tuple[str, ...] = (
+    *("fp32", "bf16", "fp16"),
+    *(f"int{bits}:{columns}" for bits in range(2, 9) for columns in (32, 64, 128)),
+    *(
+        "int8:row",
+        "int4:row",
+        "int8:tensor",
+        "int8:column",
+        "int4:32:asym",
+        "int3:64:asym",
+        "int8:row:asym",
+        "int4:32:fp32",
+    ),
+    *("int4:128:asym:fp16", "int4:32x32", "nf4:64", "nf4:64:fp32", "ternary", "ternary:row"),
+    *("fp8_e4m3", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1"),
+    *(
+        f"{name}:{block}"
+        for name in ("fp8_e4m3", "fp8_e5m2")
+        for block in ("tensor", "row", "column", "1x128", "128x128")
+    ),
+    *("fp8_e4m3:128x128:pow2", "fp8_e4m3:tensor:delayed", "fp8_e5m2:tensor:delayed"),
+    *MX_ELEMENTS,
+    *(f"mxfp4:{rule}" for rule in SCALE_RULES if rule != "rceil"),
+    *("nvfp4", "nvfp4:16x16"),
+)
+"""Names of every family of formats, those that the laws are checked on. Other blocks and scale dtypes are named
+likewise.
+"""
 EXAMPLES = (
     "fp32, bf16, fp16, int2:32 ... int8:128, int8:row, int4:32:asym, nf4:64, ternary, fp8_e4m3:row, fp8_e5m2:1x128, "
-    "mxfp8_e4m3, mxfp6_e2m3, mxfp4:floor, nvfp4"
+    f"{', '.join(MX_ELEMENTS)}, mxfp4:floor, nvfp4"
 )
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 

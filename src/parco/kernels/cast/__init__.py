@@ -1,9 +1,9 @@
 """Cast: numbers into a format and back. The reference implementations, on any device.
 
-    >>> import torch, parco
-    >>> e = parco.encode(torch.randn(64, 128), "int4:32")
-    >>> e.nbytes, parco.decode(e).shape
-    (4608, torch.Size([64, 128]))
+>>> import torch, parco
+>>> e = parco.encode(torch.randn(64, 128), "int4:32")
+>>> e.nbytes, parco.decode(e).shape
+(4608, torch.Size([64, 128]))
 """
 
 from parco.kernels.cast.codec import Encoded, decode, decode_tensors, encode

@@ -1,17 +1,17 @@
 """Encode and decode: the reference, plain torch on any device, for every format.
 
-The law: `decode(encode(x, f))` is the nearest number that `f` can write with the block's scale, and encoding that again with
-the same scales gives the same codes.
+The law: `decode(encode(x, f))` is the nearest number that `f` can write with the block's scale, and encoding that
+again with the same scales gives the same codes.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from parco.formats import Format, Integer, parse
+from parco.formats import Block, Format, Integer, parse
 from parco.kernels.cast.packing import pack, unpack
 from parco.kernels.cast.philox import random_bits
 from parco.kernels.cast.rounding import Rounding, check_rounding, from_codes, round_integers, to_codes
@@ -23,7 +23,8 @@ SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A tensor written in a format: `shape` [..., K] of the original, and the `tensors` that `format.tensors` describes.
+    """A tensor written in a format: `shape` [..., K] of the original, and the `tensors` that `format.tensors`
+    describes.
 
     Leading dimensions are stored as one: the matrix is [N, K] with N their product (1 for a vector).
     """
@@ -61,12 +62,13 @@ def encode(
 ) -> Encoded:
     """`x` [..., K] (fp32, bf16, fp16; fp64 is rounded to fp32 first) written in `format`, on `x`'s device.
 
-    `rounding` is "nearest" (ties to even), "zero" or "stochastic", the last from Philox bits under `seed` that depend on an
-    element's row and column alone. `scale`, `zero` and `global_scale`, in the stored shape and dtype, are taken instead of the
-    format's own rule. Casts saturate; infinities count as the greatest number (dense formats keep them); a NaN makes its block NaN.
+    `rounding` is "nearest" (ties to even), "zero" or "stochastic", the last from Philox bits under `seed` that depend
+    on an element's row and column alone. `scale`, `zero` and `global_scale`, in the stored shape and dtype, are taken
+    instead of the format's own rule. Casts saturate; infinities count as the greatest number (dense formats keep
+    them); a NaN makes its block NaN.
 
-    Raises TypeError for an `x` that is not floating point, ValueError for an unknown format or rounding and for scales of
-    another shape or dtype than `format.tensors` says.
+    Raises TypeError for an `x` that is not floating point, ValueError for an unknown format or rounding and for
+    scales of another shape or dtype than `format.tensors` says.
     """
     format = parse(format)
     check_rounding(rounding)
@@ -102,25 +104,25 @@ def decode_tensors(
     if format.dtype is not None:
         return tensors["values"].reshape(shape).to(dtype)
     codes = tensors["codes"]
-    scale = scale_numbers(format, dict(tensors))
-    zero = tensors["zero"].to(torch.float32) if format.is_asymmetric else None
+    scale = scale_numbers(format, tensors)
     out = torch.empty(matrix, dtype=dtype, device=codes.device)
     for chunk in row_chunks(matrix, format.block):
-        chunk_codes = unpack(codes[chunk.start : chunk.stop], format.bits, matrix[1])
-        if scale is None:
-            out[chunk.start : chunk.stop] = from_codes(chunk_codes, format.element)
-            continue
+        numbers = unpack(codes[chunk.start : chunk.stop], format.bits, matrix[1])
         part = scale_rows(chunk, format.block)
-        numbers = chunk_codes.to(torch.float32) if zero is not None else from_codes(chunk_codes, format.element)
-        tiles = tile(numbers, format.block)
-        if zero is not None:
-            tiles = tiles - spread(zero[part])
-        out[chunk.start : chunk.stop] = untile(tiles * spread(scale[part]), (len(chunk), matrix[1]))
+        if format.is_asymmetric:
+            tiles = tile(numbers.to(torch.float32), format.block) - spread(tensors["zero"][part])
+        else:
+            tiles = tile(from_codes(numbers, format.element), format.block)
+        if scale is not None:
+            tiles = tiles * spread(scale[part])
+        out[chunk.start : chunk.stop] = untile(tiles, (len(chunk), matrix[1]))
     return out.reshape(shape)
 
 
 def _scales(matrix: Tensor, format: Format, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The scale tensors of `format`: those given, checked and NaN where a block has a NaN, and the others by its rule."""
+    """The scale tensors of `format`: those given, checked and NaN where a block has a NaN, and the others by its
+    rule.
+    """
     shape = (matrix.shape[0], matrix.shape[1])
     specs = {name: spec for name, spec in format.tensors(shape).items() if name not in ("values", "codes")}
     for name, tensor in given.items():
@@ -145,52 +147,44 @@ def _scales(matrix: Tensor, format: Format, given: dict[str, Tensor]) -> dict[st
     return scales
 
 
-def _random(format: Format, seed: int, chunk: range, matrix: Tensor, rounding: Rounding) -> Tensor | None:
-    if rounding != "stochastic":
-        return None
-    return random_bits(seed, chunk, matrix.shape[1], device=matrix.device)
-
-
 def _encode_codes(matrix: Tensor, format: Format, scales: dict[str, Tensor], rounding: Rounding, seed: int) -> Tensor:
     """Packed codes of `matrix` [N, K] under `scales`, chunk by chunk."""
     shape = (matrix.shape[0], matrix.shape[1])
     spec = format.tensors(shape)["codes"]
     out = torch.empty(spec.shape, dtype=spec.dtype, device=matrix.device)
-    reciprocals = scale_reciprocals(format, scales)
-    divisors = scale_numbers(format, scales) if reciprocals is None else None
+    rescale = _rescaling(format, scales)
     for chunk in row_chunks(shape, format.block):
         x = matrix[chunk.start : chunk.stop].to(torch.float32)
         part = scale_rows(chunk, format.block)
-        zero = spread(scales["zero"][part]) if format.is_asymmetric else None
-        random = _random(format, seed, chunk, matrix, rounding)
-        if divisors is not None or reciprocals is not None:
-            tiles = tile(x, format.block)
-            scaled = _divide(tiles, spread(divisors[part])) if divisors is not None else _multiply(tiles, reciprocals, part)
-            if zero is not None:
-                random = None if random is None else tile(random, format.block)
-                codes = untile(_asymmetric_codes(scaled, zero, format, rounding, random), (len(chunk), shape[1]))
-                out[chunk.start : chunk.stop] = pack(codes, format.bits)
-                continue
-            x = untile(scaled, (len(chunk), shape[1]))
-        out[chunk.start : chunk.stop] = pack(to_codes(x, format.element, rounding, random), format.bits)
+        chunk_shape = (len(chunk), shape[1])
+        if rescale is not None:
+            x = untile(rescale(tile(x, format.block), part), chunk_shape)
+        random = random_bits(seed, chunk, shape[1], device=x.device) if rounding == "stochastic" else None
+        if isinstance(format.element, Integer) and format.is_asymmetric:
+            offset = _per_element(scales["zero"][part], format.block, chunk_shape)
+            codes = round_integers(x, rounding, random).add_(offset).clamp_(0, format.element.codes - 1).to(torch.uint8)
+        else:
+            codes = to_codes(x, format.element, rounding, random)
+        out[chunk.start : chunk.stop] = pack(codes, format.bits)
     return out
 
 
-def _multiply(tiles: Tensor, reciprocals: Tensor | None, part: slice) -> Tensor:
-    assert reciprocals is not None
-    return tiles * spread(reciprocals[part])
+def _rescaling(format: Format, scales: dict[str, Tensor]) -> Callable[[Tensor, slice], Tensor] | None:
+    """What brings tiles under the scales of `part` to the element's range (0 under a scale of 0); None for unscaled formats."""
+    reciprocals = scale_reciprocals(format, scales)
+    if reciprocals is not None:
+        return lambda tiles, part: tiles * spread(reciprocals[part])
+    numbers = scale_numbers(format, scales)
+    if numbers is None:
+        return None
+    divisors = torch.where(numbers == 0, torch.inf, numbers)
+    return lambda tiles, part: tiles / spread(divisors[part])
 
 
-def _divide(tiles: Tensor, scale: Tensor) -> Tensor:
-    """tiles / scale, 0 in blocks whose scale is 0."""
-    return tiles / torch.where(scale == 0, torch.inf, scale)
-
-
-def _asymmetric_codes(scaled: Tensor, zero: Tensor, format: Format, rounding: Rounding, random: Tensor | None) -> Tensor:
-    """Codes of scaled numbers around `zero`: clamp(round(x / scale) + zero, 0, codes - 1)."""
-    assert isinstance(format.element, Integer)
-    rounded = round_integers(scaled, rounding, random) + zero
-    return rounded.clamp_(0, format.element.codes - 1).to(torch.uint8)
+def _per_element(scale: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
+    """[R, C] -> [n, K]: each block's number at each of its elements."""
+    height, width = block.rows or shape[0], block.columns or shape[1]
+    return scale.repeat_interleave(height, 0).repeat_interleave(width, 1)[: shape[0], : shape[1]]
 
 
 def _encode_dense(matrix: Tensor, format: Format, rounding: Rounding, seed: int) -> Tensor:
@@ -205,7 +199,7 @@ def _encode_dense(matrix: Tensor, format: Format, rounding: Rounding, seed: int)
         if rounding == "nearest" or format.dtype == torch.float32:
             rounded = x.clamp(-limit, limit).to(format.dtype)
         else:
-            random = _random(format, seed, chunk, matrix, rounding)
+            random = random_bits(seed, chunk, matrix.shape[1], device=x.device) if rounding == "stochastic" else None
             rounded = to_codes(x, format.element, rounding, random).to(torch.int16).view(format.dtype)
         out[chunk.start : chunk.stop] = torch.where(torch.isfinite(x), rounded, x.to(format.dtype))
     return out
@@ -217,6 +211,6 @@ def _check(format: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor]
             raise ValueError(f"tensor {name!r} of format {format} is missing (given: {', '.join(tensors) or 'none'})")
         if (tuple(tensors[name].shape), tensors[name].dtype) != spec:
             raise ValueError(
-                f"tensor {name!r} is {tensors[name].dtype} {tuple(tensors[name].shape)}, but format {format} of {shape} needs "
-                f"{spec.dtype} {spec.shape}"
+                f"tensor {name!r} is {tensors[name].dtype} {tuple(tensors[name].shape)}, "
+                f"but format {format} of {shape} needs {spec.dtype} {spec.shape}"
             )

@@ -1,7 +1,7 @@
 """Delayed scaling: an fp8 scale taken from the amax of earlier steps, so that casting needs one pass instead of two.
 
-The rule is TransformerEngine's (most recent amax of 1,024, `max`, margin 0). It differs in what it stores: `scale` here is
-what codes are multiplied with, amax * 2**margin / greatest, the reciprocal of TransformerEngine's.
+The rule is TransformerEngine's (most recent amax of 1,024, `max`, margin 0). It differs in what it stores: `scale`
+here is what codes are multiplied with, amax * 2**margin / greatest, the reciprocal of TransformerEngine's.
 """
 
 from typing import NamedTuple, Self
@@ -13,10 +13,11 @@ from parco.formats import Float
 
 
 class DelayedScaling(NamedTuple):
-    """The state of one tensor's delayed scale: plain tensors, to be saved with a checkpoint (resuming without them breaks).
+    """The state of one tensor's delayed scale: plain tensors, to be saved with a checkpoint (resuming without them
+    breaks).
 
-    `scale` is fp32 [1, 1] and goes to `encode(..., scale=)` of a format such as "fp8_e4m3:tensor:delayed"; `history` is fp32
-    [length], the newest amax first.
+    `scale` is fp32 [1, 1] and goes to `encode(..., scale=)` of a format such as "fp8_e4m3:tensor:delayed"; `history`
+    is fp32 [length], the newest amax first.
     """
 
     scale: Tensor

@@ -1,7 +1,8 @@
 """Packing: codes of 1 to 8 bits in a stream of bytes, lowest bit first, each row beginning on a byte.
 
-Eight codes of b bits fill exactly b bytes, so a row is packed in groups of eight: shifted into one 64-bit word, of which the
-low b bytes are kept (little-endian, as every platform of torch is). Where b divides 8 a byte holds whole codes and needs no word. Unused bits at a row's end are zero.
+Eight codes of b bits fill exactly b bytes, so a row is packed in groups of eight: shifted into one 64-bit word, of
+which the low b bytes are kept (little-endian, as every platform of torch is). Where b divides 8 a byte holds whole
+codes and needs no word. Unused bits at a row's end are zero.
 """
 
 import torch
@@ -11,7 +12,9 @@ GROUP = 8
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Bytes of `codes` (uint8 [N, K], each below 2**bits): uint8 [N, ceil(K*bits/8)]. ValueError for bits outside 1 to 8."""
+    """Bytes of `codes` (uint8 [N, K], each below 2**bits): uint8 [N, ceil(K*bits/8)]. ValueError for bits outside 1
+    to 8.
+    """
     _check(bits)
     if bits == 8:
         return codes.contiguous()

@@ -1,10 +1,11 @@
 """Philox4x32-10: random bits that are a function of a key and of coordinates, of nothing else.
 
-Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A counter of four 32-bit words goes through ten rounds
-under a key of two words and gives four random words. Since an element's bits come from its row and column, never from a thread
-or a tile, every implementation on every device draws the same.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A counter of four 32-bit words goes through
+ten rounds under a key of two words and gives four random words. Since an element's bits come from its row and column,
+never from a thread or a tile, every implementation on every device draws the same.
 
-Words are held in int64: torch has no arithmetic on uint32, and the low 64 bits of a wrapped product are the right ones.
+Words are held in int64: torch has no arithmetic on uint32, and the low 64 bits of a wrapped product are the right
+ones.
 """
 
 import torch
@@ -21,8 +22,9 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     """Four words of random bits for each counter.
 
-    `counter` is four int64 tensors of one shape (or broadcastable) with values in [0, 2**32); `key` two such integers. Returns
-    four int64 tensors in the same range. Zero counter and key give 6627e8d5 e169c58d bc57ac4c 9b00dbd8.
+    `counter` is four int64 tensors of one shape (or broadcastable) with values in [0, 2**32); `key` two such
+    integers. Returns four int64 tensors in the same range. Zero counter and key give 6627e8d5 e169c58d bc57ac4c
+    9b00dbd8.
     """
     word0, word1, word2, word3 = counter
     key0, key1 = key
@@ -38,8 +40,9 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
 def random_bits(seed: int, rows: range, columns: int, *, call: int = 0, device: torch.device | None = None) -> Tensor:
     """32 random bits for every element of the given rows of a matrix: int64 [len(rows), columns] in [0, 2**32).
 
-    The counter of element (row, column) is (row mod 2**32, column >> 2, row >> 32, call) and its word is column & 3; the key is
-    the low and the high half of `seed`. ValueError for a seed outside [0, 2**64) or a call outside [0, 2**32).
+    The counter of element (row, column) is (row mod 2**32, column >> 2, row >> 32, call) and its word is column & 3;
+    the key is the low and the high half of `seed`. ValueError for a seed outside [0, 2**64) or a call outside [0,
+    2**32).
     """
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed={seed}: must lie in [0, 2**64)")

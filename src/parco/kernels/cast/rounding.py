@@ -1,10 +1,10 @@
 """Rounding: from scaled numbers to an element's codes and back. Elementwise, hence independent of threads and tiles.
 
-Three roundings: `nearest` (ties to even; ties to the lower entry of a table), `zero` (toward zero) and `stochastic`, whose
-expectation is the number itself, between subnormals too (to 2**-32 of the spacing: it draws 32 bits per element).
-All casts saturate: what lies beyond the greatest number of an element, infinities included, becomes that number.
-NaN becomes NaN where the element has one; the greatest positive number in fp6 and fp4 (as PTX's cvt does); zero in integers,
-whose block then has a NaN scale.
+Three roundings: `nearest` (ties to even; ties to the lower entry of a table), `zero` (toward zero) and `stochastic`,
+whose expectation is the number itself, between subnormals too (to 2**-32 of the spacing: it draws 32 bits per
+element). All casts saturate: what lies beyond the greatest number of an element, infinities included, becomes that
+number. NaN becomes NaN where the element has one; the greatest positive number in fp6 and fp4 (as PTX's cvt does);
+zero in integers, whose block then has a NaN scale.
 """
 
 from typing import Literal, get_args
@@ -30,8 +30,8 @@ def check_rounding(rounding: str) -> None:
 def to_codes(x: Tensor, element: Element, rounding: Rounding, random: Tensor | None = None) -> Tensor:
     """Codes of fp32 `x` in `element`, same shape: uint8, or int32 for elements of more than 8 bits.
 
-    `random` holds 32 bits per element, as int64 in [0, 2**32), and is needed by stochastic rounding alone. Integers get their
-    symmetric codes.
+    `random` holds 32 bits per element, as int64 in [0, 2**32), and is needed by stochastic rounding alone. Integers
+    get their symmetric codes.
     """
     assert x.dtype == torch.float32
     assert (random is not None) == (rounding == "stochastic")
@@ -75,8 +75,9 @@ def _draw(fraction: Tensor, random: Tensor) -> Tensor:
 def _float_codes(x: Tensor, element: Float, rounding: Rounding, random: Tensor | None) -> Tensor:
     """int32 codes, by integer arithmetic on the bits of `x`, so that no mode of the processor (flushing) has a say.
 
-    x = significand * 2**(exponent - 150) with a significand of 24 bits. Dropping `drop` of its bits leaves the multiple of the
-    element's spacing, which, added to the code of the binade's start, is the code: a carry moves on to the next binade by itself.
+    x = significand * 2**(exponent - 150) with a significand of 24 bits. Dropping `drop` of its bits leaves the
+    multiple of the element's spacing, which, added to the code of the binade's start, is the code: a carry moves on
+    to the next binade by itself.
     """
     bits = x.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
@@ -114,27 +115,37 @@ def _table_codes(x: Tensor, element: Table, rounding: Rounding, random: Tensor |
     x = torch.nan_to_num(x, nan=0.0).clamp_(element.entries[0], element.entries[-1])
     if rounding == "nearest":
         wide = entries.to(torch.float64)
-        midpoints = ((wide[1:] + wide[:-1]) / 2).to(torch.float32)
-        return torch.bucketize(x, midpoints, out_int32=True).to(torch.uint8)
-    lower = (torch.bucketize(x, entries, out_int32=True, right=True) - 1).clamp_(max=len(element.entries) - 2)
-    below, above = entries[lower], entries[lower + 1]
+        return _count_below(x, ((wide[1:] + wide[:-1]) / 2).to(torch.float32))
+    interval = _count_below(x, entries[1:-1])
+    index = interval.to(torch.int32)
+    below, above = entries[index], entries[index + 1]
     if rounding == "zero":
-        up = (x < 0) & (x > below) | (x == above)
+        up = ((x < 0) & (x > below)) | (x == above)
     else:
         assert random is not None
         up = _draw((x - below) / (above - below), random)
-    return (lower + up).to(torch.uint8)
+    return interval + up
+
+
+def _count_below(x: Tensor, bounds: Tensor) -> Tensor:
+    """uint8 number of `bounds` below each of `x`. For the 15 bounds of a 4-bit table this beats a search's branches
+    tenfold.
+    """
+    count = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
+    for bound in bounds:
+        count += x > bound
+    return count
 
 
 def to_power_of_two(x: Tensor) -> Tensor:
-    """e8m0 codes (uint8) of fp32 `x`: the nearest power of two, ties to the even code, within 2**-127 and 2**127.
+    """e8m0 codes (uint8) of fp32 `x`: the nearest power of two, ties upward, within 2**-127 and 2**127.
 
-    NaN and what has no logarithm (zero and negative numbers) become NaN; infinity saturates.
+    NaN and what has no logarithm (zero and negative numbers) become NaN; infinity saturates. Between the two least
+    powers it rounds up, as ml_dtypes does: subnormal numbers have no leading one whose follower would say which is
+    nearer.
     """
     bits = x.view(torch.int32)
-    exponent = bits >> 23
-    up = ((bits & _FRACTION) + (1 << 22) - 1 + (exponent & 1)) >> 23
-    # Below 2**-126 the fraction has no leading one: 2**-127 (fraction 1 << 22) up to the midpoint 1.5 * 2**-127 is code 0.
-    subnormal = (bits > (3 << 21)).to(torch.int32)
-    codes = torch.where(exponent == 0, subnormal, exponent + up).clamp_(max=254)
+    least = (bits > (1 << 22)).to(torch.int32)
+    nearest = (bits >> 23) + ((bits & _FRACTION) >> 22)
+    codes = torch.where(bits <= _FRACTION, least, nearest).clamp_(max=254)
     return torch.where((x > 0) & ~torch.isnan(x), codes, 255).to(torch.uint8)

@@ -1,10 +1,12 @@
 """Scaling: which scales a format gives to the blocks of a matrix, and what they are as numbers.
 
-Sources: OCP MX 1.0 and, for rceil, cuBLAS' block quantization (MX); arXiv 2509.25149 (NVFP4); BitNet b1.58 (ternary). MX and
-NVFP4 follow torchao's order of operations and give its bits, with three exceptions: a block of MX scale 2**-127 is divided by
-that (torchao divides by another number than it multiplies with), rceil looks at the mantissa (torchao at a rounded log2), and
-NVFP4's block scale has no floor of 2**-6.
+Sources: OCP MX 1.0 and, for rceil, cuBLAS' block quantization (MX); arXiv 2509.25149 (NVFP4); BitNet b1.58 (ternary).
+MX and NVFP4 follow torchao's order of operations and give its bits, with three exceptions: a block of MX scale
+2**-127 is divided by that (torchao divides by another number than it multiplies with), rceil looks at the mantissa
+(torchao at a rounded log2), and NVFP4's block scale has no floor of 2**-6.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -39,17 +41,20 @@ _FRACTION = (1 << 23) - 1
 
 
 def find_scales(x: Tensor, format: Format, global_scale: Tensor | None = None) -> dict[str, Tensor]:
-    """The scale tensors that `format` gives the matrix `x` [N, K], as stored: `scale` and perhaps `zero` or `global_scale`.
+    """The scale tensors that `format` gives the matrix `x` [N, K], as stored: `scale` and perhaps `zero` or
+    `global_scale`.
 
-    A block that holds a NaN has the scale NaN. `global_scale` (fp32 [1]) replaces NVFP4's own. A delayed scale cannot be found
-    from `x`: ValueError.
+    A block that holds a NaN has the scale NaN. `global_scale` (fp32 [1]) replaces NVFP4's own. A delayed scale cannot
+    be found from `x`: ValueError.
     """
     block, element = format.block, format.element
     match format.scale:
         case Unscaled():
             return {}
         case ScaleDelayed():
-            raise ValueError(f"format {format}: a delayed scale comes from earlier steps, pass scale= (DelayedScaling keeps it)")
+            raise ValueError(
+                f"format {format}: a delayed scale comes from earlier steps, pass scale= (DelayedScaling keeps it)"
+            )
         case ScaleAbsmax(dtype, power_of_two):
             scale = block_amax(x, block).clamp(max=_LARGEST) / greatest(element)
             return {"scale": _saturate(_next_power_of_two(scale) if power_of_two else scale, dtype)}
@@ -104,7 +109,7 @@ def poison(scale: Tensor, format: Format, has_nan: Tensor) -> Tensor:
     return torch.where(has_nan, float("nan"), scale)
 
 
-def scale_numbers(format: Format, tensors: dict[str, Tensor]) -> Tensor | None:
+def scale_numbers(format: Format, tensors: Mapping[str, Tensor]) -> Tensor | None:
     """What codes are multiplied with, fp32 of the shape of the stored scale; None for unscaled formats."""
     match format.scale:
         case Unscaled():
@@ -117,8 +122,9 @@ def scale_numbers(format: Format, tensors: dict[str, Tensor]) -> Tensor | None:
             return tensors["scale"].to(torch.float32)
 
 
-def scale_reciprocals(format: Format, tensors: dict[str, Tensor]) -> Tensor | None:
-    """What numbers are multiplied with before rounding, where the format multiplies; None where it divides by the scale.
+def scale_reciprocals(format: Format, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """What numbers are multiplied with before rounding, where the format multiplies; None where it divides by the
+    scale.
 
     MX: exact powers of two. NVFP4: (1 / global_scale) / scale, 0 for blocks whose scale is 0.
     """

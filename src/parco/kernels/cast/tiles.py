@@ -1,7 +1,8 @@
 """Tiles: a matrix cut into the blocks of a format, and reductions over each.
 
-A matrix is walked in chunks of whole rows of blocks of about a million elements, so that temporaries stay in cache and small
-beside the matrix. The walk depends on the shape alone and sums are added in a fixed order: results do not depend on threads.
+A matrix is walked in chunks of whole rows of blocks of about a quarter of a million elements, so that temporaries
+stay in cache and small beside the matrix. The walk depends on the shape alone and sums are added in a fixed order:
+results do not depend on threads.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from parco.formats import Block
 
-CHUNK_ELEMENTS = 1 << 19
+CHUNK_ELEMENTS = 1 << 18
 
 
 def row_chunks(shape: tuple[int, int], block: Block) -> Iterator[range]:
-    """Ranges of rows that cover a matrix of `shape`, each a whole number of blocks high (if blocks are of finite height)."""
+    """Ranges of rows that cover a matrix of `shape`, each a whole number of blocks high (if blocks are of finite
+    height).
+    """
     rows, columns = shape
     height = block.rows or 1
     step = max(1, CHUNK_ELEMENTS // max(1, columns * height)) * height
@@ -54,7 +57,9 @@ def spread(scale: Tensor) -> Tensor:
 def _reduce(
     x: Tensor, block: Block, within: Callable[[Tensor], Tensor], between: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """[N, K] -> one number per block. `within` reduces the tiles of a chunk; `between` joins chunks of an endless block."""
+    """[N, K] -> one number per block. `within` reduces the tiles of a chunk; `between` joins chunks of an endless
+    block.
+    """
     shape = (x.shape[0], x.shape[1])
     parts = [within(tile(x[chunk.start : chunk.stop].to(torch.float32), block)) for chunk in row_chunks(shape, block)]
     if not parts:
@@ -85,7 +90,9 @@ def block_range(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
 
 
 def block_absmean(x: Tensor, block: Block) -> Tensor:
-    """Mean magnitude of each block, fp32 [R, C], summed pairwise in fp64. Infinities count as the greatest fp32 number."""
+    """Mean magnitude of each block, fp32 [R, C], summed pairwise in fp64. Infinities count as the greatest fp32
+    number.
+    """
     limit = torch.finfo(torch.float32).max
 
     def magnitudes(tiles: Tensor) -> Tensor:
