@@ -1,0 +1,69 @@
+// What several AVX-512 translation units share. Unnamed: see quantize.h.
+#pragma once
+// GCC 12 writes "undefined" vectors as a variable set to itself in its own header and then warns of it.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include "linear/int.h"
+
+namespace parco::linear::avx512 {
+namespace {
+
+inline __m512 widen_bf16(__m256i halves) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// `count` (at most 16) values from index `index`; the rest are zero.
+inline __m512 load_floats(const void* from, Type type, std::int64_t index, int count) {
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+  if (type == Type::fp32) return _mm512_maskz_loadu_ps(mask, static_cast<const char*>(from) + 4 * index);
+  const __m256i halves = _mm256_maskz_loadu_epi16(mask, static_cast<const char*>(from) + 2 * index);
+  return type == Type::bf16 ? widen_bf16(halves) : _mm512_cvtph_ps(halves);
+}
+
+// Nearest even, written out: vcvtneps2bf16 would treat subnormals as zero.
+inline __m256i narrow_bf16(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i nearest = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), quiet));
+}
+
+inline void store_floats(void* to, Type type, std::int64_t index, int count, __m512 value) {
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+  if (type == Type::fp32) return _mm512_mask_storeu_ps(static_cast<char*>(to) + 4 * index, mask, value);
+  const __m256i halves = type == Type::bf16 ? narrow_bf16(value) : _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_mask_storeu_epi16(static_cast<char*>(to) + 2 * index, mask, halves);
+}
+
+// 16 rows of 16 dwords become 16 columns.
+inline void transpose(__m512i* r) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 8; i++) {
+    a[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    a[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++) {
+    b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+    b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+    b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+    b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    a[i] = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88);
+    a[4 + i] = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
+    a[8 + i] = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
+    a[12 + i] = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm512_shuffle_i32x4(a[i], a[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(a[i], a[8 + i], 0xdd);
+    r[4 + i] = _mm512_shuffle_i32x4(a[4 + i], a[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_i32x4(a[4 + i], a[12 + i], 0xdd);
+  }
+}
+
+}  // namespace
+}  // namespace parco::linear::avx512

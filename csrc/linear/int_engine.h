@@ -1,0 +1,313 @@
+// The integer product for vector instruction sets. One lane is one output (a row of the weights): `lanes` rows are read a vector
+// each and transposed, so that a vector holds the same codes of `lanes` rows, every sum of a block stays in its lane and no
+// reduction across lanes is ever needed. A vector of dwords becomes 4 (nibbles) or 2 (bytes) vectors of 16-bit pairs by a shift and a
+// mask; the words of x are stored in the order of those pairs.
+//
+// Up to 4 words per column of x (decode), weights go from memory through registers into the products. With more, 2 * lanes rows are
+// expanded once into a panel that stays in the L2 cache and is multiplied by tiles of x.
+//
+// Included by one translation unit per instruction set; V is its vector type. Everything is unnamed (see quantize.h).
+#pragma once
+#include <algorithm>
+
+#include "linear/quantize.h"
+
+namespace parco::linear {
+namespace {
+
+template <class V>
+struct Job {
+  const IntCall& call;
+  Plan plan;
+  int words;                 // per value of x
+  std::int16_t* x[2];        // [slab][plan.words] each
+  float* x_scale;            // [slab][blocks]
+  std::int32_t* x_sum[2];    // [slab][blocks]: minus the sum of the words, times the zero when that is the same for all
+  std::int64_t first, rows;  // the rows of x at work
+  std::int64_t block_stride;
+};
+
+// What belongs to `lanes * vectors` outputs: scales and zeros turned so that a group's values of all lanes are neighbours.
+template <class V, int vectors>
+struct Outputs {
+  std::int64_t first, count;
+  const std::uint8_t* rows[V::lanes * vectors];
+  float* scale;        // [groups][vectors][lanes]
+  std::int32_t* zero;  // the same, or null when all are equal
+
+  // Lanes past the last output repeat it; they are computed and not stored.
+  void gather(const IntCall& call, const Plan& plan, std::int64_t first_output, float* scales, std::int32_t* zeros) {
+    constexpr int wide = V::lanes * vectors;
+    first = first_output;
+    count = std::min<std::int64_t>(wide, call.outputs - first);
+    const char* scale_rows[wide];
+    for (int i = 0; i < wide; i++) {
+      const std::int64_t n = first + std::min<std::int64_t>(i, count - 1);
+      rows[i] = call.codes + n * plan.row_bytes;
+      scale_rows[i] = static_cast<const char*>(call.scale) + n * call.scale_stride * size_of(call.scale_type);
+    }
+    scale = scales;
+    const std::int32_t groups = plan.groups;
+    for (int v = 0; v < vectors; v++)
+      V::transpose_scales(scale_rows + v * V::lanes, call.scale_type, groups, scales + v * V::lanes, wide);
+    zero = call.zero ? zeros : nullptr;
+    if (!zero) return;
+    for (int i = 0; i < wide; i++) {
+      const std::uint8_t* from = call.zero + (first + std::min<std::int64_t>(i, count - 1)) * groups;
+      for (std::int32_t g = 0; g < groups; g++) zeros[g * wide + i] = from[g];
+    }
+  }
+};
+
+// Where a block's sum starts: at minus zero times the sum of its words, so that the codes themselves are used as they are.
+template <class V, int vectors>
+inline typename V::I first_sum(const Outputs<V, vectors>& outputs, const Block& block, int v, std::int32_t sum) {
+  if (!outputs.zero) return V::set(sum);
+  return V::multiply(V::load(outputs.zero + (block.group * vectors + v) * V::lanes), V::set(sum));
+}
+
+// One output vector of row m, finished: scale per output, bias, one rounding.
+template <class V, int vectors>
+inline void finish(const Job<V>& job, const Outputs<V, vectors>& outputs, std::int64_t m, int v, typename V::F sum) {
+  const IntCall& call = job.call;
+  const std::int64_t left = outputs.count - v * V::lanes;
+  if (left <= 0) return;
+  const int count = static_cast<int>(std::min<std::int64_t>(left, V::lanes));
+  const std::int64_t n = outputs.first + v * V::lanes;
+  if (job.plan.groups <= 1) sum = V::multiply(sum, V::load(outputs.scale + v * V::lanes));
+  if (call.bias) sum = V::add(sum, V::load_floats(call.bias, call.bias_type, n, count));
+  V::store_floats(call.y, call.x_type, (job.first + m) * call.outputs + n, count, sum);
+}
+
+// The block's exact sum(s) as fp32, in units of the block's scale.
+template <class V, int words>
+inline typename V::F exact(const typename V::I* sums) {
+  if constexpr (words == 1) return V::to_float(sums[0]);
+  return V::fma(V::to_float(sums[0]), V::set(32768.0f), V::to_float(sums[1]));
+}
+
+template <class V, bool nibbles, int columns, int words>
+void decode(const Job<V>& job, std::int64_t first_output, float* scales, std::int32_t* zeros) {
+  using I = typename V::I;
+  using F = typename V::F;
+  constexpr int all = columns * words, shifts = nibbles ? 4 : 2;
+  const Plan& plan = job.plan;
+  Outputs<V, 1> outputs;
+  outputs.gather(job.call, plan, first_output, scales, zeros);
+  const bool grouped = plan.groups > 1;
+  const typename V::Reader reader(job.call.bits, plan.row_bytes);
+  alignas(64) I codes[piece_dwords];
+  F total[columns];
+  for (int m = 0; m < columns; m++) total[m] = V::set(0.0f);
+  for (std::int32_t p = 0; p < plan.piece_count; p++) {
+    const Piece& piece = plan.pieces[p];
+    reader.read(outputs.rows, piece.dword, piece.dwords, codes, true);
+    const I* code = codes;
+    for (std::int32_t b = piece.first; b < piece.last; b++) {
+      const Block& block = plan.blocks[b];
+      const char* x[all];
+      I sum[all][2];
+      for (int m = 0; m < columns; m++) {
+        for (int w = 0; w < words; w++) {
+          const int r = m * words + w;
+          x[r] = reinterpret_cast<const char*>(job.x[w] + m * plan.words + block.k);
+          sum[r][0] = first_sum(outputs, block, 0, job.x_sum[w][m * job.block_stride + b]);
+          sum[r][1] = V::set(0);
+        }
+      }
+      for (std::int32_t d = 0; d < block.dwords; d++, code++) {
+        const I dword = V::load(code);
+        for (int s = 0; s < shifts; s++) {
+          const I pair = V::template pairs<nibbles>(dword, s);
+          for (int r = 0; r < all; r++) sum[r][s & 1] = V::dot(sum[r][s & 1], pair, V::broadcast(x[r] + 4 * s));
+        }
+        for (int r = 0; r < all; r++) x[r] += 4 * shifts;
+      }
+      const F scale = grouped ? V::load(outputs.scale + block.group * V::lanes) : V::set(1.0f);
+      for (int m = 0; m < columns; m++) {
+        I block_sum[words];
+        for (int w = 0; w < words; w++) block_sum[w] = V::add(sum[m * words + w][0], sum[m * words + w][1]);
+        const F unit = V::multiply(V::set(job.x_scale[m * job.block_stride + b]), scale);
+        total[m] = V::fma(exact<V, words>(block_sum), unit, total[m]);
+      }
+    }
+  }
+  for (int m = 0; m < columns; m++) finish(job, outputs, m, 0, total[m]);
+}
+
+// 2 * lanes outputs expanded to 16-bit pairs: [pair of k][2][lanes] dwords.
+template <class V, bool nibbles>
+void expand(const Job<V>& job, const Outputs<V, 2>& outputs, typename V::I* panel) {
+  using I = typename V::I;
+  constexpr int shifts = nibbles ? 4 : 2;
+  const typename V::Reader reader(job.call.bits, job.plan.row_bytes);
+  alignas(64) I codes[piece_dwords];
+  for (std::int32_t p = 0; p < job.plan.piece_count; p++) {
+    const Piece& piece = job.plan.pieces[p];
+    for (int v = 0; v < 2; v++) {
+      reader.read(outputs.rows + v * V::lanes, piece.dword, piece.dwords, codes, false);
+      I* to = panel + static_cast<std::int64_t>(piece.dword) * shifts * 2 + v;
+      for (std::int32_t d = 0; d < piece.dwords; d++) {
+        const I dword = V::load(codes + d);
+        for (int s = 0; s < shifts; s++, to += 2) V::store(to, V::template pairs<nibbles>(dword, s));
+      }
+    }
+  }
+}
+
+template <class V, int rows, int words>
+void tile(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V::I* panel, std::int64_t m0) {
+  using I = typename V::I;
+  using F = typename V::F;
+  constexpr int all = rows * words;
+  const Plan& plan = job.plan;
+  const bool grouped = plan.groups > 1;
+  F total[rows][2];
+  for (int m = 0; m < rows; m++) total[m][0] = total[m][1] = V::set(0.0f);
+  const std::int16_t* x[all];
+  for (int m = 0; m < rows; m++)
+    for (int w = 0; w < words; w++) x[m * words + w] = job.x[w] + (m0 + m) * plan.words;
+  for (std::int32_t b = 0; b < plan.block_count; b++) {
+    const Block& block = plan.blocks[b];
+    I sum[all][2];
+    for (int m = 0; m < rows; m++)
+      for (int w = 0; w < words; w++)
+        for (int v = 0; v < 2; v++)
+          sum[m * words + w][v] = first_sum(outputs, block, v, job.x_sum[w][(m0 + m) * job.block_stride + b]);
+    const std::int32_t pairs = block.dwords * plan.unit / 2;
+    const I* weights = panel + static_cast<std::int64_t>(block.k);
+    const std::int64_t at = block.k;
+    for (std::int32_t i = 0; i < pairs; i++) {
+      const I low = V::load(weights + 2 * i), high = V::load(weights + 2 * i + 1);
+      for (int r = 0; r < all; r++) {
+        const I pair = V::broadcast(x[r] + at + 2 * i);
+        sum[r][0] = V::dot(sum[r][0], low, pair);
+        sum[r][1] = V::dot(sum[r][1], high, pair);
+      }
+    }
+    const float* scale = outputs.scale + block.group * 2 * V::lanes;
+    for (int m = 0; m < rows; m++) {
+      const F x_scale = V::set(job.x_scale[(m0 + m) * job.block_stride + b]);
+      for (int v = 0; v < 2; v++) {
+        I block_sum[words];
+        for (int w = 0; w < words; w++) block_sum[w] = sum[m * words + w][v];
+        const F unit = grouped ? V::multiply(x_scale, V::load(scale + v * V::lanes)) : x_scale;
+        total[m][v] = V::fma(exact<V, words>(block_sum), unit, total[m][v]);
+      }
+    }
+  }
+  for (int m = 0; m < rows; m++)
+    for (int v = 0; v < 2; v++) finish(job, outputs, m0 + m, v, total[m][v]);
+}
+
+template <class V, int rows, int words>
+void last_tile(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V::I* panel, std::int64_t m0, std::int64_t left) {
+  if constexpr (rows > 0) {
+    if (left == rows) return tile<V, rows, words>(job, outputs, panel, m0);
+    last_tile<V, rows - 1, words>(job, outputs, panel, m0, left);
+  }
+}
+
+template <class V, int words>
+void tiles(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V::I* panel, std::int64_t first, std::int64_t last) {
+  constexpr int rows = words == 1 ? V::tile_rows : V::tile_rows_of_two_words;
+  std::int64_t m = first;
+  for (; m + rows <= last; m += rows) tile<V, rows, words>(job, outputs, panel, m);
+  last_tile<V, rows - 1, words>(job, outputs, panel, m, last - m);
+}
+
+template <class V, bool nibbles>
+void decode_any(const Job<V>& job, std::int64_t first_output, float* scales, std::int32_t* zeros) {
+  if (job.words == 2) {
+    if (job.rows == 1) return decode<V, nibbles, 1, 2>(job, first_output, scales, zeros);
+    return decode<V, nibbles, 2, 2>(job, first_output, scales, zeros);
+  }
+  if (job.rows == 1) return decode<V, nibbles, 1, 1>(job, first_output, scales, zeros);
+  if (job.rows == 2) return decode<V, nibbles, 2, 1>(job, first_output, scales, zeros);
+  if (job.rows == 3) return decode<V, nibbles, 3, 1>(job, first_output, scales, zeros);
+  decode<V, nibbles, 4, 1>(job, first_output, scales, zeros);
+}
+
+template <class V>
+void quantize(const Job<V>& job, std::int64_t m) {
+  const std::int64_t words = m * job.plan.words, blocks = m * job.block_stride;
+  std::int16_t* to[2] = {job.x[0] + words, job.x[1] + words};
+  std::int32_t* sums[2] = {job.x_sum[0] + blocks, job.x_sum[1] + blocks};
+  V::quantize(job.call, job.plan, job.first + m, to, job.x_scale + blocks, sums);
+  const std::int32_t times = job.call.zero ? -1 : -(1 << (job.call.bits - 1));
+  for (int w = 0; w < job.words; w++)
+    for (std::int32_t b = 0; b < job.plan.block_count; b++) sums[w][b] *= times;
+}
+
+inline std::size_t rounded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// What one thread costs to wake is paid back by about this many bytes of weights read, or products of as many codes times 4 rows.
+constexpr std::int64_t worth_a_thread = 96 * 1024;
+constexpr std::int64_t slab_rows = 1024;
+
+template <class V>
+void run(const IntCall& call) {
+  const int words = call.x_type == Type::fp32 ? 2 : 1;
+  const std::int64_t slab = std::min(call.rows, slab_rows);
+  const bool decoding = call.rows * words <= 4;
+  const std::int64_t wide = decoding ? V::lanes : 2 * V::lanes;
+  const std::int64_t panels = (call.outputs + wide - 1) / wide;
+
+  const std::size_t plan_size = rounded(plan_bytes(call));
+  const std::int64_t blocks = static_cast<std::int64_t>(plan_bytes(call) / (sizeof(Block) + sizeof(Piece)));
+  const std::int64_t padded = (call.columns + 31) / 32 * 32 + 32;
+  const std::size_t x_size = rounded(static_cast<std::size_t>(slab * padded) * sizeof(std::int16_t));
+  const std::size_t block_size = rounded(static_cast<std::size_t>(slab * blocks) * 4);
+  const std::size_t scale_size = rounded(static_cast<std::size_t>(blocks * wide) * 4);
+  const std::size_t panel_size = decoding ? 0 : rounded(static_cast<std::size_t>(padded * wide) * 2);
+  const std::size_t thread_size = 2 * scale_size + panel_size;
+  const std::int64_t bytes = call.outputs * ((call.columns * call.bits + 7) / 8);
+  const std::int64_t work = std::max(bytes, bytes * call.rows * words / 4);
+  const int threads = static_cast<int>(std::clamp<std::int64_t>(work / worth_a_thread, 1, call.threads));
+
+  char* memory = static_cast<char*>(scratch(plan_size + (x_size + block_size) * words + block_size + thread_size * threads));
+  Job<V> job{call, make_plan(call, memory), words, {}, {}, {}, 0, 0, blocks};
+  memory += plan_size;
+  for (int w = 0; w < words; w++, memory += x_size) job.x[w] = reinterpret_cast<std::int16_t*>(memory);
+  for (int w = 0; w < words; w++, memory += block_size) job.x_sum[w] = reinterpret_cast<std::int32_t*>(memory);
+  if (words == 1) job.x[1] = job.x[0], job.x_sum[1] = job.x_sum[0];
+  job.x_scale = reinterpret_cast<float*>(memory);
+  memory += block_size;
+
+  const bool nibbles = call.bits <= 4;
+  for (job.first = 0; job.first < call.rows; job.first += slab) {
+    job.rows = std::min(slab, call.rows - job.first);
+    if (decoding)
+      for (std::int64_t m = 0; m < job.rows; m++) quantize(job, m);
+    // Enough tasks for every thread: the rows of x are shared out too where the outputs are few.
+    const std::int64_t parts = decoding || panels >= 4 * threads ? 1 : std::clamp<std::int64_t>(job.rows / 24, 1, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+      for (std::int64_t m = 0; m < (decoding ? 0 : job.rows); m++) quantize(job, m);
+#pragma omp for schedule(static)
+      for (int t = 0; t < threads; t++) {
+        char* own = memory + thread_size * t;
+        float* scales = reinterpret_cast<float*>(own);
+        std::int32_t* zeros = reinterpret_cast<std::int32_t*>(own + scale_size);
+        typename V::I* panel = reinterpret_cast<typename V::I*>(own + 2 * scale_size);
+        const std::int64_t tasks = panels * parts;
+        for (std::int64_t task = tasks * t / threads; task < tasks * (t + 1) / threads; task++) {
+          const std::int64_t output = task / parts * wide, part = task % parts;
+          if (decoding) {
+            nibbles ? decode_any<V, true>(job, output, scales, zeros) : decode_any<V, false>(job, output, scales, zeros);
+            continue;
+          }
+          Outputs<V, 2> outputs;
+          outputs.gather(call, job.plan, output, scales, zeros);
+          nibbles ? expand<V, true>(job, outputs, panel) : expand<V, false>(job, outputs, panel);
+          const std::int64_t from = job.rows * part / parts, to = job.rows * (part + 1) / parts;
+          words == 1 ? tiles<V, 1>(job, outputs, panel, from, to) : tiles<V, 2>(job, outputs, panel, from, to);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace parco::linear

@@ -1,0 +1,111 @@
+"""linear_dense: y = x @ weight.T + bias for weights stored in fp32, bf16 or fp16, whatever the dtype of x.
+
+With few rows the weights' bytes are the cost: the compiled kernel reads each once, widens it in registers and sums in fp32.
+With many, the product is torch's fp32 one on operands widened before, or its own in x's dtype where all agree and that is faster.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from parco import machine
+from parco.kernels import table
+from parco.kernels.linear import reference
+from parco.kernels.linear.library import LIBRARY, autograd, check_float
+
+
+class DenseCall(NamedTuple):
+    """One call of linear_dense: `rows` x of `dtype` against `outputs` by `columns` weights of `weight_dtype`."""
+
+    device: str
+    isa: str
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    rows: int
+    outputs: int
+    columns: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows of {self.dtype} x {self.weight_dtype} {self.outputs}x{self.columns}"
+
+
+def describe(x: Tensor, weight: Tensor, bias: Tensor | None) -> DenseCall:
+    """The table's key of a call."""
+    outputs, columns = weight.shape
+    rows = x.numel() // columns if columns else 0
+    return DenseCall(x.device.type, machine.isa(), x.dtype, weight.dtype, rows, outputs, columns)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
+    check_float("linear_dense", "x", x)
+    check_float("linear_dense", "weight", weight)
+    if weight.ndim != 2:
+        raise ValueError(f"linear_dense: weight has the shape {tuple(weight.shape)}; a matrix is needed")
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_dense: x has the shape {tuple(x.shape)}; its last dimension must be {weight.shape[1]}, the weight's columns"
+        )
+    if bias is not None:
+        check_float("linear_dense", "bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"linear_dense: bias has the shape {tuple(bias.shape)}; [{weight.shape[0]}] is needed")
+
+
+table.register(
+    table.Operation(
+        "linear_dense", describe, (table.Kernel("dense-linear-torch", table.REFERENCE, reference.linear_dense),)
+    )
+)
+
+LIBRARY.define("linear_dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    check(x, weight, bias)
+    return reference.linear_dense(x, weight, bias)
+
+
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    check(x, weight, bias)
+    return table.choose("linear_dense", describe(x, weight, bias)).run(x, weight, bias)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    check(x, weight, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """grad_x = grad @ weight, grad_weight = gradᵀ @ x, grad_bias = the sum of grad over rows; all summed in fp32."""
+    x, weight = ctx.saved_tensors
+    wide = grad.float()
+    rows = wide.reshape(-1, wide.shape[-1])
+    grad_x = (wide @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+    grad_weight = grad_bias = None
+    if ctx.needs_input_grad[1]:
+        grad_weight = (rows.T @ x.float().reshape(-1, x.shape[-1])).to(weight.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = rows.sum(0).to(ctx.bias_dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+LIBRARY.impl("linear_dense", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_dense", _cpu, "CPU")
+autograd("linear_dense", _fake, _setup, _backward)
+
+
+def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y [..., N] = x [..., K] @ weight [N, K].T + bias, summed in fp32 and rounded once to x's dtype.
+
+    x, weight and bias are each fp32, bf16 or fp16. Differentiable with respect to all three. Raises ValueError or TypeError
+    naming the argument.
+    """
+    return torch.ops.parco.linear_dense.default(x, weight, bias)

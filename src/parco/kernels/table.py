@@ -1,0 +1,154 @@
+"""The dispatch table: for each operation its kernels, best first, as data.
+
+A kernel's name reads type-operation-isa. For a call the first kernel whose instruction set is usable and that does not
+refuse the call is chosen; the reference in plain torch ends every list and refuses nothing. `explain` prints the choice and
+why every better kernel was passed over. Choices depend on shapes, dtypes and `parco.machine.isa()` only, so they are cached.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parco import machine
+
+REFERENCE = "torch"
+"""The `isa` of a kernel written in plain torch: usable on every device."""
+
+
+class Call(Protocol):
+    """What a choice may depend on: a hashable description of one call, printable. `device` is a device's type."""
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def isa(self) -> str: ...
+
+    def __hash__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to run an operation. `refuses(call)` is None where the kernel can run it, else the reason why not.
+
+    `run` takes the arguments of the operation. `isa` is one of `parco.machine.ISAS`, or "torch".
+    """
+
+    name: str
+    isa: str
+    run: Callable[..., torch.Tensor]
+    refuses: Callable[[Any], str | None] = lambda call: None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`describe(*arguments)` is the Call; `kernels` are listed best first."""
+
+    name: str
+    describe: Callable[..., Call]
+    kernels: tuple[Kernel, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The chosen kernel of one call, and (name, reason) of every better one in the table."""
+
+    operation: str
+    call: Call
+    kernel: str
+    passed_over: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.operation}: {self.kernel}", f"  for {self.call}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.passed_over]
+        return "\n".join(lines)
+
+
+_operations: dict[str, Operation] = {}
+
+
+def register(operation: Operation) -> None:
+    """Put an operation in the table. ValueError for a name that is there, or a list that does not end with the reference."""
+    if operation.name in _operations:
+        raise ValueError(f"operation {operation.name!r} is registered already")
+    if not operation.kernels or operation.kernels[-1].isa != REFERENCE:
+        raise ValueError(f"the kernels of {operation.name!r} must end with its reference in plain torch")
+    _operations[operation.name] = operation
+
+
+def operations() -> Mapping[str, Operation]:
+    """The table: every registered operation by name."""
+    return dict(_operations)
+
+
+@functools.lru_cache(maxsize=8192)
+def choose(name: str, call: Call) -> Kernel:
+    """The kernel that runs `call`: the first of the operation's list that can."""
+    for kernel in _operations[name].kernels:
+        if _passes_over(kernel, call) is None:
+            return kernel
+    raise AssertionError(f"the reference of {name} refused {call}")
+
+
+def explain_call(name: str, call: Call) -> Explanation:
+    """As `choose`, with the reasons. ValueError for an unknown operation, naming the known ones."""
+    if name not in _operations:
+        raise ValueError(f"operation {name!r} is not in the table, which has {', '.join(sorted(_operations))}")
+    kernel = choose(name, call)
+    better = _operations[name].kernels[: _operations[name].kernels.index(kernel)]
+    return Explanation(name, call, kernel.name, tuple((k.name, _passes_over(k, call) or "") for k in better))
+
+
+def _passes_over(kernel: Kernel, call: Call) -> str | None:
+    if kernel.isa == REFERENCE:
+        return kernel.refuses(call)
+    if call.device != "cpu":
+        return f"it runs on the CPU, the tensors are on {call.device}"
+    levels = machine.ISAS
+    if levels.index(kernel.isa) > levels.index(call.isa):
+        if kernel.isa in machine.detect().isas:
+            return f"it needs {kernel.isa} and PARCO_ISA={call.isa} asks for less"
+        return f"it needs {kernel.isa}, which this machine lacks"
+    return kernel.refuses(call)
+
+
+class _Recorder(TorchDispatchMode):
+    """Explains every operation of the table that runs inside it, as if its tensors were on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.explanations: list[Explanation] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "parco" and name in _operations:
+            call = cast(Any, _operations[name].describe(*args, **(kwargs or {})))
+            self.explanations.append(explain_call(name, call._replace(device="cpu")))
+        return func(*args, **(kwargs or {}))
+
+
+def explain(thing: object, *arguments: Any, rows: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Explanation, ...]:
+    """Which kernels run `thing`, one Explanation per operation of the table in the order in which they run.
+
+    `thing` is the name of an operation, followed by the arguments of an example call; or a Weight; or a module that holds
+    one (`thing.weight.spec`, as `parco.nn.Linear` does). For the last two `rows` and `dtype` say of what the input consists.
+    An empty answer means that plain torch runs it. Raises TypeError for anything else.
+    """
+    if isinstance(thing, str):
+        if thing not in _operations:
+            raise ValueError(f"operation {thing!r} is not in the table, which has {', '.join(sorted(_operations))}")
+        return (explain_call(thing, _operations[thing].describe(*arguments)),)
+    spec = getattr(getattr(thing, "weight", None), "spec", thing)
+    if not (callable(getattr(spec, "apply", None)) and callable(getattr(spec, "tensors", None))):
+        raise TypeError(f"explain: {thing!r} is neither an operation's name, nor a Weight, nor a module that holds one")
+    weight = cast(Any, spec)
+    with torch.device("meta"):
+        x = torch.empty(rows, weight.shape[1], dtype=dtype)
+        tensors = [torch.empty(spec.shape, dtype=spec.dtype) for spec in weight.tensors().values()]
+    with torch.inference_mode(), _Recorder() as recorder:
+        weight.apply(x, *tensors)
+    return tuple(recorder.explanations)
