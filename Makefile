@@ -10,7 +10,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --co
 # The tools of the environment first: its cmake and ninja, not the system's.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: fit build test bench lint docs wheel
+.PHONY: fit build test bench lint sanitize docs wheel
 
 fit: build
 	$(BIN)/parco fit $(FIT)
@@ -31,6 +31,13 @@ lint: build $(VENV)/ready-test $(VENV)/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/csrc/*.cpp' 'tests/csrc/*.h')
+
+# The C++ tests with AddressSanitizer and UndefinedBehaviorSanitizer, without Python.
+sanitize: $(VENV)/ready
+	@cmake -S . -B build/sanitize -G Ninja -DPARCO_PYTHON=OFF -DPARCO_TESTS=ON -DPARCO_SANITIZE=address,undefined >/dev/null
+	@cmake --build build/sanitize
+	ctest --test-dir build/sanitize --output-on-failure
 
 docs: build $(VENV)/ready-docs
 	$(BIN)/mkdocs build --strict --quiet
