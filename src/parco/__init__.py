@@ -1,5 +1,78 @@
-"""parco makes a transformer cheaper on this machine, and says what each way costs."""
+"""parco makes a transformer cheaper on this machine, and says what each way costs.
+
+    import parco
+    parco.convert_(model, parco.Quantize("int4:32"))     # one method everywhere, in place
+    parco.fit("folder", size=0.35, out="smaller")        # the main job, as `parco fit` runs it
+
+Importing parco also makes `AutoModelForCausalLM.from_pretrained` understand the folders that it saves. The rest is loaded
+when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import torch as torch  # before parco._C: the extension then shares the libgomp that torch has loaded
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from parco import formats, machine, nn, weights
+    from parco.fitting.convert import convert_
+    from parco.fitting.methods import Factor, Quantize
+    from parco.job import fit
+    from parco.kernels.cast import decode, encode
+    from parco.kernels.table import explain
+    from parco.products import matmul
+
+__all__ = [
+    "Factor",
+    "Quantize",
+    "convert_",
+    "decode",
+    "encode",
+    "explain",
+    "fit",
+    "formats",
+    "machine",
+    "matmul",
+    "nn",
+    "weights",
+]
+
+_HOMES = {
+    "Factor": "parco.fitting.methods",
+    "Quantize": "parco.fitting.methods",
+    "convert_": "parco.fitting.convert",
+    "decode": "parco.kernels.cast",
+    "encode": "parco.kernels.cast",
+    "explain": "parco.kernels.table",
+    "fit": "parco.job",
+    "matmul": "parco.products",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names and submodules on first use (PEP 562)."""
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in ("formats", "machine", "nn", "weights"):
+        value = importlib.import_module(f"parco.{name}")
+    else:
+        raise AttributeError(f"module 'parco' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register() -> None:
+    from parco.hub.registration import register
+
+    register()
+
+
+_register()

@@ -1,0 +1,87 @@
+"""Uniform alternatives: one method for every matrix, at most as large as the chosen plan, equally healed, on the same windows.
+
+They are what the plan has to beat to be worth its trouble. Factors get the largest ratio that fits, one for all matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from parco.fitting import evaluate
+from parco.fitting.candidates import kept_bytes, owners
+from parco.fitting.methods import Method
+from parco.fitting.pipeline import Chosen, Fit
+from parco.fitting.result import Alternative
+from parco.nn.blocks import groups, matrix
+
+FAMILIES = ("int5:64", "int4:32", "int4:128", "int3:32", "factor>>int8:row", "factor>>int4:64", "factor")
+LARGEST = 300_000_000
+"""Larger models are not compared with uniform alternatives: each would cost as much as the plan itself."""
+RATIOS = tuple(step / 100 for step in range(96, 3, -4))
+
+
+def uniform(model: nn.Module, family: str, budget: int) -> dict[str, str] | None:
+    """One method of the family for all groups but routers, of at most `budget` bytes in all; None when it does not fit."""
+    if not family.startswith("factor"):
+        methods = everywhere(model, family)
+        return methods if total_bytes(model, methods) <= budget else None
+    for ratio in RATIOS:
+        methods = everywhere(model, f"factor({ratio:g}){family.removeprefix('factor')}")
+        if total_bytes(model, methods) <= budget:
+            return methods
+    return None
+
+
+def everywhere(model: nn.Module, method: str) -> dict[str, str]:
+    return {group.name: method for group in groups(model) if group.kind != "router"}
+
+
+def total_bytes(model: nn.Module, methods: Mapping[str, str]) -> int:
+    """Bytes of the model with these methods, everything stored counted."""
+    total = evaluate.stored_bytes(model)
+    for group in groups(model):
+        text = methods.get(group.name, "keep")
+        if text == "keep":
+            continue
+        method = Method.parse(text)
+        made = sum(method.spec((matrix(model, m).shape[0], matrix(model, m).shape[1])).nbytes for m in owners(model, group))
+        total += made - kept_bytes(model, group)
+    return total
+
+
+def compare(fit: Fit, chosen: Chosen, subset: int) -> list[Alternative]:
+    """The chosen plan and every uniform alternative that fits into its bytes, on the first `subset` held-out windows."""
+    steps = 0 if chosen.healed is None else chosen.healed["steps"]
+    rows = [_row(fit, "chosen plan", chosen.plan.bytes, chosen.model, chosen.plan.methods, subset, steps, True)]
+    if fit.parameters > LARGEST:
+        fit.warnings.append("uniform alternatives were not run: the model has more than 300 M parameters")
+        return rows
+    for family in FAMILIES:
+        methods = uniform(fit.original.model, family, chosen.plan.bytes)
+        if methods is None:
+            fit.warnings.append(f"uniform {family} does not fit into the chosen plan's {chosen.plan.bytes} bytes")
+            continue
+        model, _ = fit.apply(methods)
+        fit.heal(model, methods)
+        name = next(iter(methods.values()))
+        rows.append(_row(fit, name, total_bytes(fit.original.model, methods), model, methods, subset, steps, False))
+    return rows
+
+
+def _row(
+    fit: Fit, name: str, size: int, model: Any, methods: Mapping[str, str], subset: int, steps: int, chosen: bool
+) -> Alternative:
+    judged = fit.quality(model, methods, subset)
+    return Alternative(
+        name=name,
+        bytes=size,
+        fraction=size / fit.checkpoint,
+        loss=judged.loss,
+        kl=judged.kl,
+        top1=judged.top1,
+        healed_steps=steps,
+        chosen=chosen,
+    )

@@ -1,0 +1,233 @@
+"""Matrices as they are while a model is healed: differentiable, and exactly what will be stored.
+
+A quantized matrix is a latent one, rounded in every forward pass with a straight-through gradient. Its latent value is
+
+    latent = start + step · B A,     rank(B A) = 16,
+
+where `start` is the original matrix moved to within half a step of what is stored, so that before the first update
+rounding it gives the stored codes, and `step` is the mean scale, which makes the rate mean the same at every width of
+number. Scales train too, as a factor near one, and are rounded to their stored type in the forward pass. At the end codes and
+scales are written back: no byte is added. Dense leaves train as they are, in float32 rounded to their stored type at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parco.formats import TERNARY, Integer
+from parco.kernels.cast.packing import pack, unpack
+from parco.nn import StoredWeight
+from parco.weights import Dense, LowRank, Quantized, Sum
+
+RANK = 16
+SNUG = 0.49
+"""How close to the rounding boundary, in steps, a latent value may start."""
+
+
+class Leaf(nn.Module):
+    """A leaf of a StoredWeight under training. `value()` is the matrix [N, K] float32."""
+
+    def value(self) -> Tensor:
+        raise AssertionError("abstract")
+
+    def write_back(self) -> None:
+        """Store what `value()` stands for in the StoredWeight that this leaf was made from."""
+
+
+class DenseLeaf(Leaf):
+    """A dense matrix, trained directly."""
+
+    def __init__(self, stored: StoredWeight) -> None:
+        super().__init__()
+        self.stored = [stored]
+        (values,) = stored.tensors()
+        self.values = nn.Parameter(values.detach().float())
+
+    def value(self) -> Tensor:
+        return self.values
+
+    def write_back(self) -> None:
+        (values,) = self.stored[0].tensors()
+        values.data = self.values.data.to(values.dtype)
+
+
+class FrozenLeaf(Leaf):
+    """A leaf whose format has no straight-through rounding here: it stays as it is."""
+
+    def __init__(self, stored: StoredWeight) -> None:
+        super().__init__()
+        self.register_buffer("matrix", stored.dense().detach(), persistent=False)
+
+    def value(self) -> Tensor:
+        return self.get_buffer("matrix")
+
+
+class IntegerLeaf(Leaf):
+    """An integer matrix, scaled along its rows."""
+
+    def __init__(self, stored: StoredWeight, original: Tensor | None, generator: torch.Generator) -> None:
+        super().__init__()
+        spec = stored.spec
+        assert isinstance(spec, Quantized)
+        self.stored = [stored]
+        rows, columns = spec.shape
+        bits = spec.format.bits
+        named = dict(zip(spec.tensors(), stored.tensors(), strict=True))
+        scale = named["scale"].detach().float()
+        self.scale_dtype = named["scale"].dtype
+        self.group = min(spec.format.block.columns or columns, columns)
+        zero = named["zero"].detach().float() if "zero" in named else torch.tensor(float(1 << (bits - 1)))
+        lowest = 1.0 if bits == 8 and "zero" not in named else 0.0
+        codes = unpack(named["codes"].detach(), bits, columns).float()
+        self.bits, self.lowest, self.highest = bits, lowest, float((1 << bits) - 1)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("zero", zero, persistent=False)
+        centre = spread(zero, self.group, columns) if zero.ndim else zero
+        wide = spread(scale, self.group, columns)
+        start = (codes - centre) * wide
+        if original is not None:
+            room = SNUG * wide.abs()
+            start = torch.minimum(torch.maximum(original.float(), start - room), start + room)
+        self.register_buffer("start", start, persistent=False)
+        self.step = float(scale.abs().mean()) or 1.0
+        rank = min(RANK, rows, columns)
+        self.right = nn.Parameter(torch.randn(rank, columns, generator=generator) / rank**0.5)
+        self.left = nn.Parameter(torch.zeros(rows, rank))
+        self.factor = nn.Parameter(torch.zeros_like(scale))
+
+    def latent(self) -> Tensor:
+        return torch.addmm(self.get_buffer("start"), self.left, self.right, alpha=self.step)
+
+    def scales(self) -> Tensor:
+        """Scales as stored, [N or 1, groups] float32, with a gradient to their factors."""
+        scale = self.get_buffer("scale") * (1.0 + self.factor)
+        return scale + (scale.detach().to(self.scale_dtype).float() - scale.detach())
+
+    def value(self) -> Tensor:
+        return RoundThrough.apply(  # pyright: ignore
+            self.latent(), self.scales(), self.get_buffer("zero"), self.group, self.lowest, self.highest
+        )
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        spec: Any = self.stored[0].spec
+        named = dict(zip(spec.tensors(), self.stored[0].tensors(), strict=True))
+        codes = unsigned_codes(self.latent(), self.scales(), self.get_buffer("zero"), self.group, self.lowest, self.highest)
+        named["codes"].data = pack(codes.to(torch.uint8), self.bits)
+        named["scale"].data = self.scales().to(self.scale_dtype)
+
+
+def spread(per_group: Tensor, group: int, columns: int) -> Tensor:
+    """[N or 1, groups] to [N or 1, columns]; a single group broadcasts."""
+    if per_group.shape[-1] == 1:
+        return per_group
+    return per_group.repeat_interleave(group, -1)[..., :columns]
+
+
+def gather(per_element: Tensor, group: int, like: Tensor) -> Tensor:
+    """Sums of [N, K] over what shares an entry of `like` [N or 1, groups]: the transpose of `spread`."""
+    rows, columns = per_element.shape
+    groups = like.shape[-1]
+    padded = nn.functional.pad(per_element, (0, groups * group - columns)) if groups * group != columns else per_element
+    summed = padded.view(rows, groups, -1).sum(-1)
+    return summed if like.shape[0] == rows else summed.sum(0, keepdim=True)
+
+
+def unsigned_codes(latent: Tensor, scale: Tensor, zero: Tensor, group: int, lowest: float, highest: float) -> Tensor:
+    """Codes [N, K] in [lowest, highest], as float32: round(latent / scale) + zero. A zero scale gives the zero point."""
+    return unclamped_codes(latent, scale, zero, group).clamp_(lowest, highest)
+
+
+def unclamped_codes(latent: Tensor, scale: Tensor, zero: Tensor, group: int) -> Tensor:
+    columns = latent.shape[1]
+    inverse = torch.where(scale == 0, torch.zeros_like(scale), 1.0 / scale)
+    centre = spread(zero, group, columns) if zero.ndim else zero
+    return (latent * spread(inverse, group, columns)).round_().add_(centre)
+
+
+class RoundThrough(torch.autograd.Function):
+    """(codes − zero) · scale with a straight-through gradient: to the latent where it is within range, and to the scale as if
+    rounding were the identity (LSQ, arXiv 1902.08153)."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, scale: Tensor, zero: Tensor, group: int, lowest: float, highest: float) -> Tensor:
+        columns = latent.shape[1]
+        codes = unclamped_codes(latent, scale, zero, group)
+        inside = (codes >= lowest) & (codes <= highest)
+        centre = spread(zero, group, columns) if zero.ndim else zero
+        centred = codes.clamp_(lowest, highest).sub_(centre)
+        value = centred * spread(scale, group, columns)
+        ctx.save_for_backward(latent, scale, centred, inside)
+        ctx.group = group
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        latent, scale, centred, inside = ctx.saved_tensors
+        columns = latent.shape[1]
+        inverse = torch.where(scale == 0, torch.zeros_like(scale), 1.0 / scale)
+        offset = centred - inside * latent * spread(inverse, ctx.group, columns)
+        grad_scale = gather(grad * offset, ctx.group, scale)
+        return grad * inside, grad_scale, None, None, None, None
+
+
+class Trained:
+    """Leaves for every StoredWeight of a model, and the functions by which modules use them."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.leaves: dict[int, Leaf] = {}
+        self.generator = generator
+
+    def add(self, stored: StoredWeight, original: Tensor | None) -> None:
+        """Make the leaves of `stored`. `original` [N, K] is the matrix that it stands for; parts of composites have none."""
+        if id(stored) in self.leaves:
+            return
+        parts = stored.spec.parts()
+        if parts:
+            for name in parts:
+                self.add(stored.get_submodule(name), None)  # pyright: ignore[reportArgumentType]
+        else:
+            self.leaves[id(stored)] = self._leaf(stored, original)
+
+    def _leaf(self, stored: StoredWeight, original: Tensor | None) -> Leaf:
+        spec = stored.spec
+        if isinstance(spec, Dense):
+            return DenseLeaf(stored)
+        assert isinstance(spec, Quantized)
+        element = spec.format.element
+        if isinstance(element, Integer) and element != TERNARY and spec.format.block.rows == 1:
+            return IntegerLeaf(stored, original, self.generator)
+        return FrozenLeaf(stored)
+
+    def product(self, stored: StoredWeight, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] to [..., N] through the values of the leaves."""
+        spec = stored.spec
+        if isinstance(spec, LowRank):
+            return self.product(_part(stored, "left"), self.product(_part(stored, "right"), x), bias)
+        if isinstance(spec, Sum):
+            first, *rest = (self.product(_part(stored, name), x) for name in spec.parts())
+            total = sum(rest, first)
+            return total if bias is None else total + bias
+        return nn.functional.linear(x, self.leaves[id(stored)].value(), bias)
+
+    def rows(self, stored: StoredWeight, indices: Tensor) -> Tensor:
+        """Rows [..., K] of the matrix."""
+        spec = stored.spec
+        if isinstance(spec, LowRank):
+            narrow = self.rows(_part(stored, "left"), indices)
+            identity = torch.eye(spec.shape[1], device=narrow.device)
+            return narrow @ self.product(_part(stored, "right"), identity).T
+        if isinstance(spec, Sum):
+            first, *rest = (self.rows(_part(stored, name), indices) for name in spec.parts())
+            return sum(rest, first)
+        return nn.functional.embedding(indices, self.leaves[id(stored)].value())
+
+
+def _part(stored: StoredWeight, name: str) -> StoredWeight:
+    part = stored.get_submodule(name)
+    assert isinstance(part, StoredWeight)
+    return part

@@ -1,0 +1,164 @@
+"""Choose one option per group: a multiple-choice knapsack, solved exactly by HiGHS through SciPy.
+
+Costs add over groups (bytes exactly, seconds as measured per kernel, loss to second order), so the choice is a linear
+program over binary variables with one equality per group. Its optimum is exact up to the gap given here; what is not exact
+is additivity, which is why the pipeline applies several plans and measures each end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp  # pyright: ignore[reportUnknownVariableType]
+from scipy.sparse import csr_matrix  # pyright: ignore[reportMissingTypeStubs]
+
+from parco.fitting.plan import Fixed, Option, Plan, assemble
+
+GAP = 1e-4
+"""Relative gap at which HiGHS may stop. Far below the error of the loss prediction."""
+
+QUANTITIES = ("bytes", "loss", "decode", "prefill")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper limits of a plan's totals; None where there is none. Loss in nats per token, times in seconds."""
+
+    bytes: float | None = None
+    loss: float | None = None
+    decode: float | None = None
+    prefill: float | None = None
+
+
+Table = Mapping[str, Sequence[Option]]
+
+
+def solve(
+    table: Table, fixed: Fixed, limits: Limits, weights: Mapping[str, float], exclude: Sequence[Plan] = (), distance: int = 1
+) -> Plan | None:
+    """The plan of least Σ weight · quantity within `limits` that differs from each excluded plan in at least `distance` groups.
+
+    table: the options of every group. weights: of "bytes", "loss", "decode", "prefill"; each quantity is scaled by its total
+    at the largest options first, so weights compare relative changes. Returns None when no plan is within the limits.
+    Deterministic: the same arguments give the same plan.
+    """
+    groups = list(table)
+    options = [(index, option) for index, group in enumerate(groups) for option in table[group]]
+    columns = len(options)
+    assert columns, "a table without options"
+    values = {name: np.array([getattr(option, name) for _, option in options], dtype=float) for name in QUANTITIES}
+    scales = {name: max(_largest(values[name], options, len(groups)), 1e-300) for name in QUANTITIES}
+    objective = sum((weights.get(name, 0.0) * values[name] / scales[name] for name in QUANTITIES), np.zeros(columns))
+
+    member = csr_matrix((np.ones(columns), ([index for index, _ in options], range(columns))), shape=(len(groups), columns))
+    constraints = [LinearConstraint(member, 1, 1)]
+    for name in QUANTITIES:
+        limit = getattr(limits, name)
+        if limit is not None:
+            # HiGHS lets a row exceed its limit by 1e-6: bytes are a promise, so theirs is drawn in by that much.
+            slack = -2e-6 if name == "bytes" else 1e-9
+            room = (limit - getattr(fixed, name, 0.0)) / scales[name] + slack
+            constraints.append(LinearConstraint(values[name][None] / scales[name], -np.inf, room))
+    for plan in exclude:
+        chosen = plan.methods
+        same = np.array([float(chosen.get(groups[index]) == option.method) for index, option in options])
+        constraints.append(LinearConstraint(same[None], -np.inf, len(groups) - min(distance, len(groups))))
+    answer = milp(  # pyright: ignore[reportUnknownVariableType]
+        objective * 1e4,  # HiGHS also stops at an absolute gap of 1e-6, which must be small beside the objective integrality=np.ones(columns), bounds=Bounds(0, 1), constraints=constraints, options={"mip_rel_gap": GAP}
+    )
+    if answer.x is None:  # pyright: ignore[reportUnknownMemberType]
+        return None
+    picked = np.flatnonzero(np.asarray(answer.x) > 0.5)  # pyright: ignore[reportUnknownMemberType,reportUnknownArgumentType]
+    return assemble([(groups[options[i][0]], options[i][1]) for i in picked], fixed)
+
+
+def _largest(values: np.ndarray, options: Sequence[tuple[int, Option]], groups: int) -> float:
+    """Sum over the groups of the largest value of each: a scale that makes quantities of different units comparable."""
+    top = np.zeros(groups)
+    for value, (index, _) in zip(values, options, strict=True):
+        top[index] = max(top[index], value)
+    return float(top.sum())
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the person asked for, in absolute terms. `decode` and `prefill` are the original's limits in seconds."""
+
+    kind: str  # "size", "speed" or "loss"
+    value: float
+    checkpoint_bytes: int
+    original_decode: float
+    original_prefill: float
+
+    def limits(self, loss: float | None = None) -> Limits:
+        """Limits of the goal: never slower than the original in decode, prefill at least 0.9 of its speed.
+
+        `loss`: the predicted loss to allow in place of the goal's own value (the pipeline calibrates it by measurements).
+        """
+        limits = Limits(decode=self.original_decode, prefill=self.original_prefill / 0.9)
+        if self.kind == "size":
+            return replace(limits, bytes=self.value * self.checkpoint_bytes)
+        if self.kind == "speed":
+            return replace(limits, decode=self.original_decode / self.value)
+        return replace(limits, loss=self.value if loss is None else loss)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Size and speed minimise loss (bytes break ties); a loss budget minimises bytes (seconds break ties)."""
+        if self.kind == "loss":
+            return {"bytes": 1.0, "decode": 0.02, "prefill": 0.005, "loss": 1e-3}
+        return {"loss": 1.0, "bytes": 1e-5}
+
+
+def best(table: Table, fixed: Fixed, goal: Goal, count: int = 3, loss: float | None = None) -> list[Plan]:
+    """The best `count` plans for the goal, the first the optimum, each differing from those before in a tenth of the groups.
+
+    Fewer when there are no more. Raises ValueError naming the best reachable value when no plan meets the goal.
+    """
+    limits = goal.limits(loss)
+    distance = max(1, len(table) // 10)
+    plans: list[Plan] = []
+    while len(plans) < count:
+        plan = solve(table, fixed, limits, goal.weights, plans, distance)
+        if plan is None:
+            break
+        plans.append(plan)
+    if not plans:
+        raise ValueError(unreachable(table, fixed, goal))
+    return plans
+
+
+def unreachable(table: Table, fixed: Fixed, goal: Goal) -> str:
+    """The message for a goal that no plan meets, naming the best that is reachable."""
+    loose = Limits(decode=goal.original_decode, prefill=goal.original_prefill / 0.9)
+    if goal.kind == "size":
+        plan = solve(table, fixed, loose, {"bytes": 1.0})
+        if plan is None:
+            return f"--size {goal.value:g} cannot be reached: every plan is slower than the original on this machine"
+        reached = -(-plan.bytes * 1000 // goal.checkpoint_bytes) / 1000
+        return f"--size {goal.value:g} cannot be reached: the smallest plan takes {reached:g} of the bf16 checkpoint's bytes"
+    if goal.kind == "speed":
+        plan = solve(table, fixed, Limits(prefill=loose.prefill), {"decode": 1.0})
+        if plan is None:
+            return f"--speed {goal.value:g} cannot be reached: every plan has a slower prefill than the original"
+        fastest = int(goal.original_decode / plan.decode * 100) / 100
+        return f"--speed {goal.value:g} cannot be reached: the fastest plan is predicted to decode {fastest:g} times as fast"
+    plan = solve(table, fixed, loose, {"loss": 1.0})
+    if plan is None:
+        return f"--loss {goal.value:g} cannot be reached: every plan is slower than the original on this machine"
+    return f"--loss {goal.value:g} cannot be reached: the best plan is predicted to cost {plan.loss:.4g} nats per token"
+
+
+def frontier(table: Table, fixed: Fixed, goal: Goal, sizes: Sequence[float]) -> list[tuple[str, Plan]]:
+    """The plan of least loss at each size (fractions of the checkpoint) that is reachable, without repeats."""
+    found: list[tuple[str, Plan]] = []
+    seen: set[str] = set()
+    for size in sizes:
+        limits = Limits(size * goal.checkpoint_bytes, None, goal.original_decode, goal.original_prefill / 0.9)
+        plan = solve(table, fixed, limits, {"loss": 1.0, "bytes": 1e-5})
+        if plan is not None and plan.name not in seen:
+            seen.add(plan.name)
+            found.append((f"size {size:g}", plan))
+    return found
