@@ -36,7 +36,7 @@ def with_dense_copies(made, stored):
 
 
 def test_dense_weights_leave_the_logits_as_they_were(name):
-    """The same products over the same numbers; a kernel may add up in another order, which costs fp32 units per layer."""
+    """The same products over the same numbers; a kernel may add up in another order, which costs fp32 units."""
     made = model(name)
     expected = logits(made)
     replace_all(made, lambda shape: Dense(shape, "fp32"))

@@ -136,7 +136,7 @@ class StoredWeight(torch.nn.Module):
         `fn` sees each tensor as bytes, which a cast to a floating dtype passes over, so a move (to a device, to shared
         memory, to uninitialised memory) is all that is left of it.
         """
-        cast = fn(torch.empty(0, dtype=self._compute_dtype)).dtype
+        cast = fn(torch.empty(0, dtype=self._compute_dtype, device="cpu")).dtype
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor.detach().view(torch.uint8))
