@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from parco import hub
 from tests.hub import tiny
@@ -209,10 +210,26 @@ def test_a_missing_tensor_of_a_fitted_model(tmp_path: Path) -> None:
     assert "'model.layers.1.mlp.up_proj.weight.scale'" in refused(folder)
 
 
-def test_an_architecture_without_linear_layers(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers has no causal model without one, so a model is made to look so."""
-    monkeypatch.setattr("parco.hub.load.linears", lambda model: {})
-    assert "without linear layers" in refused(copy)
+class TableConfig(PreTrainedConfig):
+    model_type = "parco_test_table"
+
+
+class Table(PreTrainedModel):
+    """Predicts by looking up a table of pairs: no product anywhere."""
+
+    config_class = TableConfig
+
+    def __init__(self, config: TableConfig) -> None:
+        super().__init__(config)
+        self.table = torch.nn.Embedding(tiny.VOCABULARY, tiny.VOCABULARY)
+        self.post_init()
+
+
+def test_an_architecture_without_linear_layers(copy: Path) -> None:
+    AutoConfig.register(TableConfig.model_type, TableConfig, exist_ok=True)
+    AutoModelForCausalLM.register(TableConfig, Table, exist_ok=True)
+    Table(TableConfig()).save_pretrained(copy)
+    assert "without linear layers (Table)" in refused(copy)
 
 
 def test_an_encoder_is_not_a_causal_model(copy: Path) -> None:

@@ -6,12 +6,14 @@ otherwise is a traceback from a thread, or worse a model with a few random matri
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +57,7 @@ def load(name_or_path: str | os.PathLike[str], dtype: torch.dtype | str | None =
     checks.check_tokenizer(folder)
     files = checks.weight_files(folder)
     checks.check_finite(files)
-    with _one_line_errors(folder):
+    with _quietly(folder):
         model = _load_model(folder, wanted)
         tokenizer = _load_tokenizer(folder)
     if any(file.suffix != ".safetensors" for file in files):
@@ -133,14 +135,17 @@ def _own(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _one_line_errors(folder: Path) -> Iterator[None]:
-    """Turns what Transformers, safetensors and pickle raise into a ValueError of one line that names the folder."""
-    import logging
-    from pickle import UnpicklingError
+def _quietly(folder: Path) -> Iterator[None]:
+    """Turns what Transformers, safetensors and pickle raise into a ValueError of one line that names the folder.
+
+    Their progress bars and the table that they print before raising are left out: the caller has its own, and the error names the tensor.
+    """
+    from transformers.utils import logging as transformers_logging
 
     log = logging.getLogger("transformers.modeling_utils")
-    level = log.level
-    log.setLevel(logging.ERROR)  # a report of missing tensors is followed by the error that names them
+    had_bar = transformers_logging.is_progress_bar_enabled()
+    log.addFilter(_drop)
+    transformers_logging.disable_progress_bar()
     try:
         yield
     except UnpicklingError as error:
@@ -152,7 +157,13 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
             raise
         raise ValueError(f"{str(folder)!r} could not be loaded by Transformers: {_first_line(error)}") from error
     finally:
-        log.setLevel(level)
+        log.removeFilter(_drop)
+        if had_bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _drop(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.WARNING
 
 
 def _first_line(error: BaseException) -> str:

@@ -128,7 +128,19 @@ def _write_settings(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedT
     config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _settled(tokenizer).save_pretrained(folder)
+
+
+def _settled(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy without what past calls left in it (padding, truncation) and without the options that it was loaded with."""
+    settled = copy.deepcopy(tokenizer)
+    for option in ("is_local", "local_files_only", "trust_remote_code"):
+        settled.init_kwargs.pop(option, None)
+    backend: Any = getattr(settled, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return settled
 
 
 def _write_extra(folder: Path, plan: str | Mapping[str, Any] | None, extra: Mapping[str, Content]) -> None:

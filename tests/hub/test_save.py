@@ -1,0 +1,186 @@
+"""`hub.save`: whole or absent, the same bytes every time, and never over somebody else's files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from parco import hub
+from parco.hub.tensors import HINT
+from tests.hub import tiny
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Any:
+    return tiny.store(tiny.model("qwen2"))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_what_is_written(fitted: Any, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("<p>")
+    extra = {"report.html": tmp_path / "page.html", "note.txt": "é", "raw": b"\0"}
+    folder = hub.save(fitted, tiny.tokenizer(), tmp_path / "deep" / "out", plan={"b": 1, "a": 2}, extra=extra)
+    assert {*os.listdir(folder)} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "plan.json", "report.html", "note.txt", "raw",
+    }  # fmt: skip
+    assert json.loads((folder / "plan.json").read_text()) == {"b": 1, "a": 2}
+    assert ((folder / "report.html").read_text(), (folder / "note.txt").read_text("utf-8")) == ("<p>", "é")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert config["quantization_config"]["quant_method"] == "parco"
+    assert config["quantization_config"]["weights"]["model.embed_tokens"] == "quantized(int8:row, 301x36)"
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        text = bytes(file.get_tensor("model.embed_tokens.weight").tolist()).decode()
+    assert text == "quantized(int8:row, 301x36)"
+    assert {"model.embed_tokens.weight.codes", "model.embed_tokens.weight.scale", HINT} <= names
+    assert not any(name.startswith("lm_head") for name in names)
+    assert str(tmp_path) not in (folder / "config.json").read_text()
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    loaded = hub.load(tiny.folder(tmp_path / "dense"))
+    first = hub.save(tiny.store(loaded.model), loaded.tokenizer, tmp_path / "first", plan={"a": 1})
+    again = hub.load(first)
+    assert again.fingerprint == hub.load(first).fingerprint
+    again.tokenizer(["def", "class Weight"], padding=True, truncation=True, max_length=3)
+    assert digests(first) == digests(hub.save(again.model, again.tokenizer, tmp_path / "second", plan={"a": 1}))
+    assert hub.load(tmp_path / "second").fingerprint == again.fingerprint
+    assert "local" not in (first / "tokenizer_config.json").read_text()
+
+
+def test_shards(fitted: Any, tmp_path: Path) -> None:
+    folder = hub.save(fitted, tiny.tokenizer(), tmp_path / "out", shard_bytes=10_000)
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert all((folder / name).stat().st_size < 20_000 for name in shards)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == shards
+    assert torch.equal(tiny.logits(hub.load(folder).model), tiny.logits(fitted))
+
+
+def test_a_dense_model_can_be_saved_and_is_plain(tmp_path: Path) -> None:
+    made = tiny.model("llama")
+    folder = hub.save(made, tiny.tokenizer(), tmp_path / "out")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(made.state_dict())
+    assert torch.equal(tiny.logits(hub.load(folder).model), tiny.logits(made))
+
+
+def test_a_folder_of_parco_is_replaced_whole(fitted: Any, tmp_path: Path) -> None:
+    hub.save(fitted, tiny.tokenizer(), tmp_path / "out", extra={"old.txt": "old"})
+    folder = hub.save(tiny.model("llama"), tiny.tokenizer(), tmp_path / "out")
+    assert not (folder / "old.txt").exists()
+    assert hub.load(folder).model.config.model_type == "llama"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_other_files_are_never_replaced(fitted: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years")
+    with pytest.raises(FileExistsError, match="did not save"):
+        hub.save(fitted, tiny.tokenizer(), tmp_path / "out")
+    with pytest.raises(FileExistsError, match="is a file"):
+        hub.save(fitted, tiny.tokenizer(), tmp_path / "out" / "thesis.tex")
+    assert os.listdir(tmp_path / "out") == ["thesis.tex"]
+    tiny.folder(tmp_path / "dense")
+    with pytest.raises(FileExistsError):
+        hub.save(fitted, tiny.tokenizer(), tmp_path / "dense")
+    (tmp_path / "empty").mkdir()
+    hub.save(fitted, tiny.tokenizer(), tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["../out.txt", "a/b", "/tmp/x", "", "..", "config.json", "model.safetensors"])
+def test_extra_files_have_plain_names_of_their_own(fitted: Any, name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="extra="):
+        hub.save(fitted, tiny.tokenizer(), tmp_path / "out", extra={name: "x"})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_is_too_small_is_known_beforehand(fitted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(OSError, match="no room for the model") as caught:
+        hub.save(fitted, tiny.tokenizer(), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {repository!r})
+from parco import hub
+from tests.hub import tiny
+made = tiny.store(tiny.model("qwen2"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    hub.save(made, tiny.tokenizer(), {target!r})
+except OSError as error:
+    print(f"caught {{error}}")
+"""
+
+
+def test_a_write_that_fails_half_way_leaves_nothing(fitted: Any, tmp_path: Path) -> None:
+    """The kernel refuses to let any file grow beyond 20 kB, which is where a full disk would refuse."""
+    before = digests(hub.save(tiny.model("llama"), tiny.tokenizer(), tmp_path / "out"))
+    program = LIMITED.format(repository=str(REPOSITORY), target=str(tmp_path / "out"))
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    lines = [line for line in run.stdout.splitlines() if line.startswith("caught ")]
+    assert len(lines) == 1, run.stderr
+    assert "nothing was saved" in lines[0]
+    assert os.listdir(tmp_path) == ["out"]
+    assert digests(tmp_path / "out") == before
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {repository!r})
+from parco import hub
+from parco.hub import save as module
+from tests.hub import tiny
+import parco.hub.save
+made = tiny.store(tiny.model("qwen2"))
+target = sys.modules["parco.hub.save"]
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(target, {moment!r}, die)
+hub.save(made, tiny.tokenizer(), {folder!r})
+"""
+
+
+@pytest.mark.parametrize("moment", ["_flush", "_put_in_place"])
+def test_killed_while_saving(fitted: Any, moment: str, tmp_path: Path) -> None:
+    program = KILLED.format(repository=str(REPOSITORY), moment=moment, folder=str(tmp_path / "out"))
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert not (tmp_path / "out").exists()
+    assert len(os.listdir(tmp_path)) == 1
+    hub.save(fitted, tiny.tokenizer(), tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_former_folder_comes_back_if_the_swap_was_killed(fitted: Any, tmp_path: Path) -> None:
+    """Between the two renames the former folder lies beside; the next save finds it, and here then fails."""
+    folder = hub.save(fitted, tiny.tokenizer(), tmp_path / "out")
+    before = digests(folder)
+    folder.rename(tmp_path / ".out.parco-999999999-former")
+    with pytest.raises(ValueError, match="extra="):
+        hub.save(fitted, tiny.tokenizer(), tmp_path / "out", extra={"a/b": ""})
+    assert os.listdir(tmp_path) == ["out"]
+    assert digests(folder) == before
