@@ -1,5 +1,6 @@
 #!/bin/sh
-# build.sh BUILD PYTHON: compiles parco._C in BUILD, incrementally, and puts it beside the Python sources. Called by `make build` under a lock.
+# build.sh BUILD PYTHON: compiles parco._C in BUILD, incrementally, and puts it and its stub beside the Python sources.
+# Called by `make build`, under a lock.
 set -eu
 build=$1
 python=$2
@@ -10,6 +11,8 @@ cmake -S . -B "$build" -G Ninja -DPython_EXECUTABLE="$(realpath -s "$python")" >
 }
 cmake --build "$build" --target _C
 if ! cmp -s "$build/_C$suffix" "src/parco/_C$suffix"; then
+  (cd "$build" && "$(realpath -s "$OLDPWD/$python")" -m nanobind.stubgen --quiet --module _C --output-file _C.pyi)
+  cmp -s "$build/_C.pyi" src/parco/_C.pyi || cp "$build/_C.pyi" src/parco/_C.pyi
   cp "$build/_C$suffix" "src/parco/.new$suffix"
   mv "src/parco/.new$suffix" "src/parco/_C$suffix" # a rename: a process that has the old one loaded keeps it
 fi

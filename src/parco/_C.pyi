@@ -1,3 +1,14 @@
+def embedding_int_generic(indices: int, codes: int, scale: int, zero: int, y: int, rows: int, table_rows: int, columns: int, group: int, scale_stride: int, bits: int, scale_type: int, y_type: int, threads: int) -> int:
+    """
+    Expands rows of a table; returns the position of the first index outside it, or -1.
+    """
+
+def linear_int_generic(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, arg7: int, arg8: int, arg9: int, arg10: int, arg11: int, arg12: int, arg13: int, arg14: int, arg15: int, /) -> None: ...
+
+def linear_int_avx2(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, arg7: int, arg8: int, arg9: int, arg10: int, arg11: int, arg12: int, arg13: int, arg14: int, arg15: int, /) -> None: ...
+
+def linear_int_avx512(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, arg7: int, arg8: int, arg9: int, arg10: int, arg11: int, arg12: int, arg13: int, arg14: int, arg15: int, /) -> None: ...
+
 class Features:
     """What CPUID, XGETBV and arch_prctl say of this CPU; caches in bytes."""
 
