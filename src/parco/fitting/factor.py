@@ -1,15 +1,16 @@
 """Low-rank factors of a matrix, best for the outputs on the inputs that were seen.
 
 Of all matrices of rank r, the one with the least error tr((W − V) G (W − V)ᵀ) is U Uᵀ W, with U [N, r] the leading
-eigenvectors of W G Wᵀ; the i-th component left out costs its eigenvalue σᵢ². With S Sᵀ = G that is the truncated SVD of W S
-carried back through S (SVD-LLM, arXiv 2403.07378), without an inverse. G = I gives the plain SVD. When W has more rows
-than columns the eigenvectors come from the smaller Sᵀ Wᵀ W S and U from a QR of W S V.
+eigenvectors of W G Wᵀ; the i-th component left out costs its eigenvalue σᵢ². With S Sᵀ = G that is the truncated SVD
+of W S carried back through S (SVD-LLM, arXiv 2403.07378), without an inverse. G = I gives the plain SVD. When W has
+more rows than columns the eigenvectors come from the smaller Sᵀ Wᵀ W S and U from a QR of W S V.
 
-All products and the eigenvectors are float64: G spans many orders of magnitude (a few input channels of a language model carry
-most of its energy), and in float32 everything below 3e-4 of the largest singular value would be noise.
+All products and the eigenvectors are float64: G spans many orders of magnitude (a few input channels of a language
+model carry most of its energy), and in float32 everything below 3e-4 of the largest singular value would be noise.
 
-`left` has orthonormal columns and `right` carries the magnitudes. For factors that are stored in few bits this is the best split:
-an error of `right` reaches the output unchanged, and the columns of `left` that share a scale have equal norms.
+`left` has orthonormal columns and `right` carries the magnitudes. For factors that are stored in few bits this is the
+best split: an error of `right` reaches the output unchanged, and the columns of `left` that share a scale have equal
+norms.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _EXACT_SIDE = 768
 
 
 def rank_for(ratio: float, shape: tuple[int, int]) -> int:
-    """The rank whose factors keep `ratio` of the parameters of a matrix of `shape`: r(N + K) = ratio·N·K, rounded to the
-    nearest multiple of 16, at least 16, at most the smaller side.
+    """The rank whose factors keep `ratio` of the parameters of a matrix of `shape`: r(N + K) = ratio·N·K, rounded to
+    the nearest multiple of 16, at least 16, at most the smaller side.
     """
     rows, columns = shape
     exact = ratio * rows * columns / (rows + columns)
@@ -41,8 +42,8 @@ def rank_for(ratio: float, shape: tuple[int, int]) -> int:
 class Basis:
     """All output directions of one matrix, most important first.
 
-    left: [N, min(N, K)] float32, orthonormal columns. energies: [min(N, K)] float64, what leaving each one out adds to the
-    summed squared error. target: [N, K] float32, the matrix that is factored.
+    left: [N, min(N, K)] float32, orthonormal columns. energies: [min(N, K)] float64, what leaving each one out adds to
+    the summed squared error. target: [N, K] float32, the matrix that is factored.
     """
 
     left: Tensor
@@ -83,15 +84,17 @@ _last = _Last()
 
 
 def factorize(weight: Tensor, rank: int, statistics: Statistics | None = None) -> tuple[Tensor, Tensor]:
-    """(left [N, rank], right [rank, K]) float32 of weight [N, K]: the best product under the gram of `statistics`, aiming at
-    `statistics.target(weight)`; without statistics (or with empty ones) the truncated SVD.
+    """(left [N, rank], right [rank, K]) float32 of weight [N, K]: the best product under the gram of `statistics`,
+    aiming at `statistics.target(weight)`; without statistics (or with empty ones) the truncated SVD.
 
-    Exact through all eigenvectors, which are kept for the next rank of the same tensor object. For a rank below an eighth of a
-    large matrix's smaller side, by subspace iteration from a fixed start, whose error is within a few tenths of a percent
-    of the optimum. Raises ValueError when the rank does not fit or the widths differ.
+    Exact through all eigenvectors, which are kept for the next rank of the same tensor object. For a rank below an
+    eighth of a large matrix's smaller side, by subspace iteration from a fixed start, whose error is within a few
+    tenths of a percent of the optimum. Raises ValueError when the rank does not fit or the widths differ.
     """
     if not 1 <= rank <= min(weight.shape):
-        raise ValueError(f"rank must be in 1..{min(weight.shape)} for a matrix of shape {tuple(weight.shape)}, got {rank}")
+        raise ValueError(
+            f"rank must be in 1..{min(weight.shape)} for a matrix of shape {tuple(weight.shape)}, got {rank}"
+        )
     if statistics is not None and statistics.columns != weight.shape[1]:
         raise ValueError(f"weight has {weight.shape[1]} columns, the statistics have {statistics.columns}")
     seen = None if statistics is None or statistics.empty else statistics

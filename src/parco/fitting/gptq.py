@@ -1,27 +1,30 @@
-"""Rounding to integers column by column, so that later columns repair the error of earlier ones (GPTQ, arXiv 2210.17323).
+"""Rounding to integers column by column, so that later columns repair the error of earlier ones (GPTQ, arXiv
+2210.17323).
 
 The usual description updates all remaining columns with a row of the Cholesky factor of the inverse Hessian. We use its
 equal without an inverse (LDLQ, arXiv 2307.13304): with H = (U + I) D (U + I)ᵀ, U strictly upper triangular, column k is
 
     stored_k = round(w_k + Σ_{i<k} (w_i − stored_i) U_ik),
 
-and the error tr(ΔHΔᵀ) becomes Σ_k D_kk · (rounding error of column k)². That is half the work of forming an inverse, the
-weights stay as they were (errors do not accumulate in them), each block of columns costs one matrix product with
-the errors so far, and D gives the right importances for the scale search of a group, which runs on the compensated values
-when the group is reached.
+and the error tr(ΔHΔᵀ) becomes Σ_k D_kk · (rounding error of column k)². That is half the work of forming an inverse,
+the weights stay as they were (errors do not accumulate in them), each block of columns costs one matrix product with
+the errors so far, and D gives the right importances for the scale search of a group, which runs on the compensated
+values when the group is reached.
 
-At 2 to 4 bits `refine` follows: sweeps of exact coordinate descent on tr(ΔHΔᵀ), per group first the closed-form scale for the
-codes at hand, then every column's best code given all others (QuantEase, arXiv 2309.01885). Both steps can only lower the error.
+At 2 to 4 bits `refine` follows: sweeps of exact coordinate descent on tr(ΔHΔᵀ), per group first the closed-form scale
+for the codes at hand, then every column's best code given all others (QuantEase, arXiv 2309.01885). Both steps can
+only lower the error.
 
 Everything is transposed, [columns, rows]: a column of all rows is one contiguous vector. Rows are independent, so the
-matrix is cut into chunks of about a thousand rows, by its shape alone, and each chunk is solved by one thread of a pool: thousands
-of small operations on two threads each would mostly wait for one another. So codes and scales depend neither on the run
-nor on the number of threads, given the root of the gram (whose last bits may depend on the threads of the Cholesky routine).
+matrix is cut into chunks of about a thousand rows, by its shape alone, and each chunk is solved by one thread of a
+pool: thousands of small operations on two threads each would mostly wait for one another. So codes and scales depend
+neither on the run nor on the number of threads, given the root of the gram (whose last bits may depend on the threads
+of the Cholesky routine).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,8 +47,8 @@ SWEEPS = {2: 4, 3: 4, 4: 2, 5: 1, 6: 1}
 class Integers:
     """A matrix of integers: values are (codes − zero) · scale.
 
-    codes: [N, K] uint8, unsigned. scale: [N or 1, groups] float32, already rounded to the stored dtype. zero: like scale, or
-    None for the symmetric centre.
+    codes: [N, K] uint8, unsigned. scale: [N or 1, groups] float32, already rounded to the stored dtype. zero: like
+    scale, or None for the symmetric centre.
     """
 
     codes: Tensor
@@ -113,7 +116,9 @@ class _Chunk:
 
 
 def rtn(weight: Tensor, grid: IntegerGrid, importance_K: Tensor | None = None) -> Integers:
-    """Round [N, K] to nearest under searched scales (`importance_K`: summed squares of the inputs, or None for ones)."""
+    """Round [N, K] to nearest under searched scales (`importance_K`: summed squares of the inputs, or None for
+    ones).
+    """
 
     def solve(chunk: _Chunk) -> None:
         if grid.group:
@@ -130,8 +135,8 @@ def rtn(weight: Tensor, grid: IntegerGrid, importance_K: Tensor | None = None) -
 def gptq(weight: Tensor, statistics: Statistics, grid: IntegerGrid, sweeps: int | None = None) -> Integers:
     """Round [N, K] column by column under the gram of `statistics`, aiming at `statistics.target(weight)`.
 
-    `sweeps` of coordinate descent follow (default: `SWEEPS` by bits). Columns that were dead in calibration become zero.
-    Raises ValueError when the widths differ or nothing was seen.
+    `sweeps` of coordinate descent follow (default: `SWEEPS` by bits). Columns that were dead in calibration become
+    zero. Raises ValueError when the widths differ or nothing was seen.
     """
     if weight.shape[1] != statistics.columns:
         raise ValueError(f"weight has {weight.shape[1]} columns, the statistics have {statistics.columns}")
@@ -153,7 +158,7 @@ def gptq(weight: Tensor, statistics: Statistics, grid: IntegerGrid, sweeps: int 
 
 
 @contextmanager
-def _one_thread() -> Iterator[int]:
+def _one_thread() -> Generator[int]:
     """torch on one thread per caller, restored afterwards; yields the number of threads that there were."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -163,7 +168,9 @@ def _one_thread() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def _in_chunks(weight: Tensor, grid: IntegerGrid, target: Callable[[Tensor], Tensor], solve: Callable[[_Chunk], None]) -> Integers:
+def _in_chunks(
+    weight: Tensor, grid: IntegerGrid, target: Callable[[Tensor], Tensor], solve: Callable[[_Chunk], None]
+) -> Integers:
     """`solve` every chunk of rows of target(weight) and put the results together."""
     weight = weight.detach()
     rows, columns = weight.shape
@@ -223,7 +230,9 @@ def _forward(chunk: _Chunk, factor: Tensor, pivots: Tensor) -> None:
         for first in range(start, stop, _INNER):
             last = min(first + _INNER, stop)
             if first > start:
-                aim[first - start : last - start].addmm_(feedback[first - start : last - start, start:first], delta[start:first])
+                aim[first - start : last - start].addmm_(
+                    feedback[first - start : last - start, start:first], delta[start:first]
+                )
             for column in range(first, last):
                 row = column - start
                 value = torch.addmv(aim[row], delta[first:column].T, feedback[row, first:column])
@@ -259,8 +268,8 @@ def _refine(chunk: _Chunk, gram: Tensor, ridge: float) -> None:
 def _refit_scale(chunk: _Chunk, index: int, codes: Tensor, pull: Tensor, local: Tensor, delta: Tensor) -> None:
     """Least-squares scale of one group given its codes and all other columns; `pull` and `delta` follow in place.
 
-    With the scale moved by s the error changes by −2·s·(cᵀ·pull) + s²·(cᵀ·H·c): the step is taken where it is negative after
-    the new scale was rounded to its stored dtype.
+    With the scale moved by s the error changes by −2·s·(cᵀ·pull) + s²·(cᵀ·H·c): the step is taken where it is negative
+    after the new scale was rounded to its stored dtype.
     """
     spread = local @ codes
     slope, bend = (codes * pull).sum(0), (codes * spread).sum(0)

@@ -1,8 +1,8 @@
 """Scale search: which scale makes a group of integers err least.
 
-The largest magnitude of a group need not land on the largest code. Clipping it a little makes all other steps finer, and
-an even number of codes has one more on the negative side: with a scale of the extreme's opposite sign that code serves
-the extreme, whatever its sign. At 4 bits the search removes about a fifth of absmax's squared error, at 2 bits
+The largest magnitude of a group need not land on the largest code. Clipping it a little makes all other steps finer,
+and an even number of codes has one more on the negative side: with a scale of the extreme's opposite sign that code
+serves the extreme, whatever its sign. At 4 bits the search removes about a fifth of absmax's squared error, at 2 bits
 two thirds. So scales may be negative; (u − z)·scale is the value either way.
 
 Blocks are held transposed, [groups, columns of a group, rows]: the reduction then runs over whole vectors of rows, and
@@ -25,7 +25,8 @@ _PASS_ELEMENTS = 1 << 17
 
 @dataclass(frozen=True)
 class IntegerGrid:
-    """The values (q · scale, q in [low, high] symmetric; (u − zero) · scale asymmetric) that an integer format can store.
+    """The values (q · scale, q in [low, high] symmetric; (u − zero) · scale asymmetric) that an integer format can
+    store.
 
     group: columns that share a scale within one row; None when the scale spans a whole row (or more).
     per_row: False when one scale serves the whole matrix.
@@ -39,7 +40,9 @@ class IntegerGrid:
 
     @classmethod
     def of(cls, format: Format) -> IntegerGrid | None:
-        """The grid of an integer format whose scales follow rows, groups of a row or the tensor; None for other formats."""
+        """The grid of an integer format whose scales follow rows, groups of a row or the tensor; None for other
+        formats.
+        """
         block = format.block
         if not isinstance(format.element, Integer) or not isinstance(format.scale, ScaleAbsmax | ScaleRange):
             return None
@@ -76,9 +79,9 @@ def reciprocal(scale: Tensor) -> Tensor:
 def search_scale(values_GgN: Tensor, importance_g: Tensor | None, grid: IntegerGrid) -> tuple[Tensor, Tensor | None]:
     """Scales [G, N] (and zero points [G, N] when asymmetric), float32, for groups of g columns of N rows.
 
-    Minimises Σ_g importance · (value − stored)², importance [G, g] or None for ones, over a grid of clips and signs, then
-    takes one closed-form least-squares step on the scale and keeps it where the error falls. No result is worse than
-    absmax scaling of the same grid. The scales are rounded to the stored dtype.
+    Minimises Σ_g importance · (value − stored)², importance [G, g] or None for ones, over a grid of clips and signs,
+    then takes one closed-form least-squares step on the scale and keeps it where the error falls. No result is worse
+    than absmax scaling of the same grid. The scales are rounded to the stored dtype.
     """
     groups, width, rows = values_GgN.shape
     scale = values_GgN.new_empty(groups, rows)

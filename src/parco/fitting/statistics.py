@@ -36,7 +36,8 @@ class Statistics:
 
     gram: [K, K] float32 or float64, Σ x xᵀ of the inputs that the layer *will* see (not divided by `count`).
     count: tokens summed over.
-    cross: [K, K] or None, Σ x_original x_seenᵀ: rows follow the original inputs, columns the inputs in `gram`. Given when
+    cross: [K, K] or None, Σ x_original x_seenᵀ: rows follow the original inputs, columns the inputs in `gram`. Given
+    when
         the layers before this one have already changed, so that solvers aim at the original output W · x_original.
     row_energy: [N] or None, mean squared gradient of the loss with respect to each output (used by planners).
 
@@ -52,30 +53,40 @@ class Statistics:
         if self.gram.ndim != 2 or self.gram.shape[0] != self.gram.shape[1]:
             raise ValueError(f"gram must be a square matrix, got shape {tuple(self.gram.shape)}")
         if self.gram.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"gram must be float32 or float64, got {self.gram.dtype}: half precision loses small moments")
+            raise ValueError(
+                f"gram must be float32 or float64, got {self.gram.dtype}: half precision loses small moments"
+            )
         if self.count < 0:
             raise ValueError(f"count must not be negative, got {self.count}")
         if self.cross is not None and self.cross.shape != self.gram.shape:
-            raise ValueError(f"cross must have the gram's shape {tuple(self.gram.shape)}, got {tuple(self.cross.shape)}")
+            raise ValueError(
+                f"cross must have the gram's shape {tuple(self.gram.shape)}, got {tuple(self.cross.shape)}"
+            )
         for name, moment in (("gram", self.gram), ("cross", self.cross), ("row_energy", self.row_energy)):
             if moment is not None and not bool(torch.isfinite(moment.sum())):
                 raise ValueError(f"{name} holds NaN or inf: the calibration inputs overflowed")
 
     @classmethod
     def of(cls, inputs: Tensor, original: Tensor | None = None, row_energy: Tensor | None = None) -> Statistics:
-        """Statistics of inputs [..., K] as the layer sees them; `original` [..., K] are the same tokens in the original model."""
+        """Statistics of inputs [..., K] as the layer sees them; `original` [..., K] are the same tokens in the
+        original model.
+        """
         seen = inputs.reshape(-1, inputs.shape[-1]).float()
         cross = None
         if original is not None:
             if original.shape != inputs.shape:
-                raise ValueError(f"original must have the inputs' shape {tuple(inputs.shape)}, got {tuple(original.shape)}")
+                raise ValueError(
+                    f"original must have the inputs' shape {tuple(inputs.shape)}, got {tuple(original.shape)}"
+                )
             cross = original.reshape(seen.shape).float().T @ seen
         return cls(seen.T @ seen, seen.shape[0], cross, row_energy)
 
     def __add__(self, other: Statistics) -> Statistics:
         """Statistics over the tokens of both. Row energies are averaged by their counts."""
         if (self.cross is None) != (other.cross is None):
-            raise ValueError("one of the statistics has cross moments and the other has none: they were seen in different passes")
+            raise ValueError(
+                "one of the statistics has cross moments and the other has none: they were seen in different passes"
+            )
         cross = None if self.cross is None or other.cross is None else self.cross + other.cross
         count = self.count + other.count
         energy = self.row_energy
@@ -117,8 +128,8 @@ class Statistics:
 
     @cached_property
     def exact_root(self) -> Tensor:
-        """[K, K] float64, upper triangular, factor · factorᵀ = gram up to a ridge of 1e-9 of the mean diagonal (more only
-        when the gram is singular to working precision). Cached: low-rank factors of tall matrices need it.
+        """[K, K] float64, upper triangular, factor · factorᵀ = gram up to a ridge of 1e-9 of the mean diagonal (more
+        only when the gram is singular to working precision). Cached: low-rank factors of tall matrices need it.
         """
         if self.empty:
             raise ValueError("statistics without tokens have no root; check `empty` first")
@@ -127,13 +138,19 @@ class Statistics:
     @property
     def without_cross(self) -> Statistics:
         """The same inputs with nothing to aim at but the weight itself; shares what is cached."""
-        if self.cross is None:
-            return self
-        plain = replace(self, cross=None)
+        return self._sharing(replace(self, cross=None))
+
+    def with_energy(self, row_energy: Tensor | None) -> Statistics:
+        """The same inputs with another layer's output energies [N] (q, k and v share their inputs); shares what is
+        cached.
+        """
+        return self._sharing(replace(self, row_energy=row_energy))
+
+    def _sharing(self, other: Statistics) -> Statistics:
         for name in ("root", "exact_root", "diagonal", "dead", "empty"):
             if name in self.__dict__:
-                plain.__dict__[name] = self.__dict__[name]
-        return plain
+                other.__dict__[name] = self.__dict__[name]
+        return other
 
     def target(self, weight: Tensor) -> Tensor:
         """The matrix that a solver should approximate under `gram`, for weight [N, K] float32: [N, K] float32.
@@ -173,7 +190,9 @@ class Statistics:
 
 
 def _root(gram: Tensor, damping: float, dtypes: tuple[torch.dtype, ...]) -> Root:
-    """Upper triangular root of gram + ridge · I in the first of `dtypes` that does; ten times the ridge when none does."""
+    """Upper triangular root of gram + ridge · I in the first of `dtypes` that does; ten times the ridge when none
+    does.
+    """
     ridge = damping * float(gram.diagonal().double().mean())
     for _ in range(16):
         for dtype in dtypes:
@@ -190,8 +209,8 @@ def _root(gram: Tensor, damping: float, dtypes: tuple[torch.dtype, ...]) -> Root
 def row_error(delta: Tensor, gram: Tensor, count: int) -> Tensor:
     """Mean squared error of every output: diag(Δ G Δᵀ) / count, [N] float32, for delta [N, K] and gram [K, K].
 
-    Works on a few thousand rows at a time: the memory beyond the result is chunk · K. Tiny negative values that rounding
-    leaves are clamped to zero.
+    Works on a few thousand rows at a time: the memory beyond the result is chunk · K. Tiny negative values that
+    rounding leaves are clamped to zero.
     """
     if delta.shape[-1] != gram.shape[0]:
         raise ValueError(f"delta has {delta.shape[-1]} columns, the gram has {gram.shape[0]}")
