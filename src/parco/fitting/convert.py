@@ -112,7 +112,7 @@ def _convert(model: torch.nn.Module, name: str, method: Method) -> Converted:
     weight = matrix(model, name)
     before = _bytes(model, name, weight)
     spec, tensors = method(weight)
-    difference = spec.dense(*tensors).sub_(weight)
+    difference = weight - spec.dense(*tensors)
     error = float(difference.norm()) / max(float(weight.float().norm()), torch.finfo(torch.float32).tiny)
     del difference
     replace_(model, name, StoredWeight(spec, tensors, weight.dtype))

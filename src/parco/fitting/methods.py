@@ -310,8 +310,8 @@ def output_error(
     """
     target = weight.detach().float()
     if statistics is None or statistics.empty:
-        return spec.dense(*tensors).sub_(target).square_().sum(1)
-    return row_error(spec.dense(*tensors).sub_(statistics.target(target)), statistics.gram, statistics.count)
+        return (target - spec.dense(*tensors)).square_().sum(1)
+    return row_error(statistics.target(target) - spec.dense(*tensors), statistics.gram, statistics.count)
 
 
 def parse(text: str | Method) -> Method:
