@@ -32,9 +32,23 @@ void run(std::uintptr_t x, std::uintptr_t codes, std::uintptr_t scale, std::uint
 }  // namespace
 }  // namespace parco::linear
 
+namespace {
+
+template <void (*kernel)(const parco::linear::IntCall&)>
+void define(nb::module_& module, const char* name) {
+  module.def(name, &parco::linear::run<kernel>, nb::arg("x"), nb::arg("codes"), nb::arg("scale"), nb::arg("zero"), nb::arg("bias"),
+             nb::arg("y"), nb::arg("rows"), nb::arg("outputs"), nb::arg("columns"), nb::arg("group"), nb::arg("scale_stride"),
+             nb::arg("bits"), nb::arg("x_type"), nb::arg("scale_type"), nb::arg("bias_type"), nb::arg("threads"),
+             "y = x @ ((u - z) * scale).T + bias; addresses, 0 for an absent zero or bias. The machine must have the instruction set.");
+}
+
+}  // namespace
+
 void bind_linear(nb::module_& module) {
   using namespace parco::linear;
-  module.def("linear_int_generic", &run<int_generic>);
-  module.def("linear_int_avx2", &run<int_avx2>);
-  module.def("linear_int_avx512", &run<int_avx512>);
+  define<int_generic>(module, "linear_int_generic");
+  define<int_avx2>(module, "linear_int_avx2");
+  define<int_avx512>(module, "linear_int_avx512");
+  define<int_amx>(module, "linear_int_amx");
+  define<int_amx_emulated>(module, "linear_int_amx_emulated");
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 from parco import machine
 from parco.kernels import table
 from parco.kernels.linear import reference
-from parco.kernels.linear.library import LIBRARY, autograd, check_float
+from parco.kernels.linear.library import LIBRARY, check_float, differentiate
 
 
 class DenseCall(NamedTuple):
@@ -77,6 +77,10 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias = inputs
     ctx.save_for_backward(x, weight)
@@ -99,7 +103,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 LIBRARY.impl("linear_dense", _reference, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_dense", _cpu, "CPU")
-autograd("linear_dense", _fake, _setup, _backward)
+torch.library.register_fake("parco::linear_dense", _fake, lib=LIBRARY)
+differentiate("linear_dense", _needs_grad, _setup, _backward)
 
 
 def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from parco import _C, machine
 from parco.kernels import table
 from parco.kernels.linear import reference
-from parco.kernels.linear.library import LIBRARY, TYPES, autograd, check_float, check_matrix
+from parco.kernels.linear.library import LIBRARY, TYPES, check_float, check_matrix, differentiate
 
 AMX_ROWS = 16
 """Rows of x from which tiles pay: a tile has 16."""
@@ -138,6 +138,7 @@ table.register(
         "linear_int",
         describe,
         (
+            table.Kernel("int-linear-amx", "amx", _compiled(_C.linear_int_amx), _refuses_tiles),
             table.Kernel("int-linear-avx512", "avx512", _compiled(_C.linear_int_avx512), _refuses),
             table.Kernel("int-linear-avx2", "avx2", _compiled(_C.linear_int_avx2), _refuses),
             table.Kernel("int-linear-generic", "generic", _compiled(_C.linear_int_generic), _refuses),
@@ -171,6 +172,10 @@ def _fake(
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
+def _needs_grad(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, *_: int) -> bool:
+    return x.requires_grad or (bias is not None and bias.requires_grad)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, codes, scale, zero, bias, ctx.bits, ctx.group, ctx.columns = inputs
     ctx.save_for_backward(codes, scale, zero)
@@ -194,7 +199,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 LIBRARY.impl("linear_int", _reference, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_int", _cpu, "CPU")
-autograd("linear_int", _fake, _setup, _backward)
+torch.library.register_fake("parco::linear_int", _fake, lib=LIBRARY)
+differentiate("linear_int", _needs_grad, _setup, _backward)
 
 
 def linear_int(

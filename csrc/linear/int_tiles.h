@@ -1,0 +1,225 @@
+// The integer product on AMX tiles: the same sums as int_engine.h's, so the same bits.
+//
+// A 16-bit word is high * 256 + low with both bytes signed, and a block's sum is that of the high bytes times 256 plus that of the
+// low ones; the codes are used unsigned (tdpbsud). A tile of x holds 16 rows by up to 64 bytes of k; a panel of the weights is
+// expanded to bytes, 32 outputs to a row. T supplies the tile instructions: the processor's, or the same written in C++.
+#pragma once
+#include "linear/int_avx512.h"
+
+namespace parco::linear {
+namespace {
+
+// Every block takes the same `quads` (of 4 values of k) of memory, in steps of one tile of at most 16; what a short block leaves over
+// is zero in x.
+struct Tiling {
+  std::int32_t step, steps, quads;
+  std::int64_t row_bytes;  // of one digit of one row of x
+
+  explicit Tiling(const Plan& plan) {
+    std::int32_t most = 1;
+    for (std::int32_t b = 0; b < plan.block_count; b++) most = std::max(most, plan.blocks[b].dwords * plan.unit / 4);
+    step = std::min(most, 16);
+    steps = (most + step - 1) / step;
+    quads = step * steps;
+    row_bytes = (static_cast<std::int64_t>(plan.block_count) * quads * 4 + 63) / 64 * 64;
+  }
+};
+
+struct TileJob {
+  const IntCall& call;
+  Plan plan;
+  Tiling tiling;
+  int words;
+  std::int8_t* digits[2][2];  // [word][high, low]: [slab rounded up to 16][tiling.row_bytes]
+  float* x_scale;             // [slab rounded up to 16][blocks]
+  std::int32_t* x_sum[2];     // the same
+  std::int64_t first, rows;
+};
+
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {};
+  std::uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3: sums of (high, low) x (left, right outputs). 4, 5: high and low bytes of x. 6, 7: left and right weights.
+inline TileConfig tile_config(const Tiling& tiling) {
+  TileConfig config;
+  for (int t = 0; t < 8; t++) {
+    config.row_bytes[t] = static_cast<std::uint16_t>(t == 4 || t == 5 ? 4 * tiling.step : 64);
+    config.rows[t] = static_cast<std::uint8_t>(t < 6 ? 16 : tiling.step);
+  }
+  return config;
+}
+
+// Row m of the slab: words in `own`, then split into bytes in the order in which the codes of a dword come out of it.
+inline void split_row(const TileJob& job, std::int64_t m, std::int16_t* own) {
+  const Plan& plan = job.plan;
+  std::int16_t* words[2] = {own, own + plan.words};
+  std::int32_t* sums[2] = {job.x_sum[0] + m * plan.block_count, job.x_sum[1] + m * plan.block_count};
+  Avx512::quantize_in_order<false>(job.call, plan, job.first + m, words, job.x_scale + m * plan.block_count, sums);
+  const std::int32_t times = job.call.zero ? -1 : -(1 << (job.call.bits - 1));
+  alignas(64) std::int8_t from[64];
+  for (int i = 0; i < 64; i++) from[i] = static_cast<std::int8_t>(plan.unit == 4 ? i : i / 8 * 8 + i % 8 / 4 + i % 4 * 2);
+  const __m512i order = _mm512_load_si512(from), half = _mm512_set1_epi16(128);
+  for (int w = 0; w < job.words; w++) {
+    for (std::int32_t b = 0; b < plan.block_count; b++) {
+      sums[w][b] *= times;
+      const std::int64_t to = m * job.tiling.row_bytes + static_cast<std::int64_t>(b) * job.tiling.quads * 4;
+      for (std::int32_t k = 0; k < job.tiling.quads * 4; k += 64) {
+        const auto part = [&](int offset) {
+          const std::int32_t left = std::clamp(plan.blocks[b].length - k - offset, 0, 32);
+          const __mmask32 mask = static_cast<__mmask32>((1ull << left) - 1);
+          return _mm512_maskz_loadu_epi16(mask, words[w] + plan.blocks[b].k + k + offset);
+        };
+        const auto store = [&](std::int8_t* at, __m256i first, __m256i second) {
+          const __m512i joined = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+          const std::int32_t left = std::min(64, job.tiling.quads * 4 - k);
+          const __mmask64 mask = left == 64 ? ~0ull : (1ull << left) - 1;
+          _mm512_mask_storeu_epi8(at + to + k, mask, _mm512_permutexvar_epi8(order, joined));
+        };
+        const __m512i first = part(0), second = part(32);
+        const auto high = [&](__m512i value) { return _mm512_cvtepi16_epi8(_mm512_srai_epi16(_mm512_add_epi16(value, half), 8)); };
+        store(job.digits[w][0], high(first), high(second));
+        store(job.digits[w][1], _mm512_cvtepi16_epi8(first), _mm512_cvtepi16_epi8(second));
+      }
+    }
+  }
+}
+
+// 32 outputs as bytes: [block][quad][2][16] dwords of 4 codes.
+inline void expand_bytes(const TileJob& job, const Outputs<Avx512, 2>& outputs, __m512i* panel) {
+  const bool nibbles = job.call.bits <= 4;
+  const Avx512::Reader reader(job.call.bits, job.plan.row_bytes);
+  alignas(64) __m512i codes[piece_dwords];
+  for (std::int32_t p = 0; p < job.plan.piece_count; p++) {
+    const Piece& piece = job.plan.pieces[p];
+    for (int v = 0; v < 2; v++) {
+      reader.read(outputs.rows + v * 16, piece.dword, piece.dwords, codes, false);
+      const __m512i* code = codes;
+      for (std::int32_t b = piece.first; b < piece.last; b++) {
+        __m512i* to = panel + static_cast<std::int64_t>(b) * job.tiling.quads * 2 + v;
+        for (std::int32_t d = 0; d < job.plan.blocks[b].dwords; d++, code++) {
+          const __m512i dword = _mm512_load_si512(code), mask = _mm512_set1_epi8(15);
+          _mm512_store_si512(to, nibbles ? _mm512_and_si512(dword, mask) : dword);
+          to += 2;
+          if (!nibbles) continue;
+          _mm512_store_si512(to, _mm512_and_si512(_mm512_srli_epi16(dword, 4), mask));
+          to += 2;
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void tile_block(const TileJob& job, std::int64_t m0, std::int32_t b, int w, const __m512i* panel, std::int32_t (*sums)[256]) {
+  const std::int64_t at = m0 * job.tiling.row_bytes + static_cast<std::int64_t>(b) * job.tiling.quads * 4;
+  const __m512i* weights = panel + static_cast<std::int64_t>(b) * job.tiling.quads * 2;
+  T::template zero<0>(), T::template zero<1>(), T::template zero<2>(), T::template zero<3>();
+  for (std::int32_t s = 0; s < job.tiling.steps; s++) {
+    T::template load<4>(job.digits[w][0] + at + s * job.tiling.step * 4, job.tiling.row_bytes);
+    T::template load<5>(job.digits[w][1] + at + s * job.tiling.step * 4, job.tiling.row_bytes);
+    T::template load<6>(weights + s * job.tiling.step * 2, 128);
+    T::template load<7>(weights + s * job.tiling.step * 2 + 1, 128);
+    T::template multiply<0, 4, 6>(), T::template multiply<1, 4, 7>();
+    T::template multiply<2, 5, 6>(), T::template multiply<3, 5, 7>();
+  }
+  T::template store<0>(sums[0], 64), T::template store<1>(sums[1], 64);
+  T::template store<2>(sums[2], 64), T::template store<3>(sums[3], 64);
+}
+
+// 16 rows of x by 32 outputs.
+template <class T, int words>
+void tile_rows(const TileJob& job, const Outputs<Avx512, 2>& outputs, const __m512i* panel, std::int64_t m0) {
+  const Plan& plan = job.plan;
+  const std::int64_t rows = std::min<std::int64_t>(16, job.rows - m0);
+  alignas(64) std::int32_t sums[words][4][256];
+  alignas(64) float totals[16][2][16] = {};
+  for (std::int32_t b = 0; b < plan.block_count; b++) {
+    for (int w = 0; w < words; w++) tile_block<T>(job, m0, b, w, panel, sums[w]);
+    for (std::int64_t m = 0; m < rows; m++) {
+      const __m512 x_scale = _mm512_set1_ps(job.x_scale[(m0 + m) * plan.block_count + b]);
+      for (int v = 0; v < 2; v++) {
+        __m512i sum[words];
+        for (int w = 0; w < words; w++) {
+          const __m512i high = _mm512_slli_epi32(_mm512_load_si512(sums[w][v] + 16 * m), 8);
+          const __m512i both = _mm512_add_epi32(high, _mm512_load_si512(sums[w][2 + v] + 16 * m));
+          sum[w] = _mm512_add_epi32(both, first_sum(outputs, plan.blocks[b], v, job.x_sum[w][(m0 + m) * plan.block_count + b]));
+        }
+        const float* scale = outputs.scale + (plan.blocks[b].group * 2 + v) * 16;
+        const __m512 unit = plan.groups > 1 ? _mm512_mul_ps(x_scale, _mm512_load_ps(scale)) : x_scale;
+        _mm512_store_ps(totals[m][v], _mm512_fmadd_ps(exact<Avx512, words>(sum), unit, _mm512_load_ps(totals[m][v])));
+      }
+    }
+  }
+  const Job<Avx512> whole{job.call, plan, words, {}, {}, {}, job.first, job.rows, plan.block_count};
+  for (std::int64_t m = 0; m < rows; m++)
+    for (int v = 0; v < 2; v++) finish(whole, outputs, m0 + m, v, _mm512_load_ps(totals[m][v]));
+}
+
+template <class T>
+void run_tiles(const IntCall& call) {
+  const int words = call.x_type == Type::fp32 ? 2 : 1;
+  const std::int64_t slab = std::min(call.rows, slab_rows), tall = (slab + 15) / 16 * 16;
+  const std::int64_t panels = (call.outputs + 31) / 32;
+  const std::size_t plan_size = rounded(plan_bytes(call));
+  const Plan sized = make_plan(call, scratch(plan_size));
+  const Tiling tiling(sized);
+  const std::size_t digit_size = rounded(static_cast<std::size_t>(tall * tiling.row_bytes));
+  const std::size_t block_size = rounded(static_cast<std::size_t>(tall) * sized.block_count * 4);
+  const std::size_t scale_size = rounded(static_cast<std::size_t>(sized.block_count) * 32 * 4);
+  const std::size_t words_size = rounded(static_cast<std::size_t>(2 * sized.words) * sizeof(std::int16_t));
+  const std::size_t panel_size = static_cast<std::size_t>(sized.block_count) * tiling.quads * 2 * 64;
+  const std::size_t thread_size = 2 * scale_size + words_size + panel_size;
+  const int threads = call.threads;
+
+  char* memory = static_cast<char*>(scratch(plan_size + (2 * digit_size + block_size) * words + block_size + thread_size * threads));
+  TileJob job{call, make_plan(call, memory), tiling, words, {}, {}, {}, 0, 0};
+  memory += plan_size;
+  for (int w = 0; w < words; w++)
+    for (int d = 0; d < 2; d++, memory += digit_size) job.digits[w][d] = reinterpret_cast<std::int8_t*>(memory);
+  for (int w = 0; w < words; w++, memory += block_size) job.x_sum[w] = reinterpret_cast<std::int32_t*>(memory);
+  if (words == 1) job.x_sum[1] = job.x_sum[0];
+  job.x_scale = reinterpret_cast<float*>(memory);
+  memory += block_size;
+  // Rows past the last fill their tile; they only have to be readable numbers.
+  for (int w = 0; w < words; w++)
+    for (int d = 0; d < 2; d++) std::memset(job.digits[w][d] + slab * tiling.row_bytes, 0, (tall - slab) * tiling.row_bytes);
+
+  const TileConfig config = tile_config(tiling);
+  for (job.first = 0; job.first < call.rows; job.first += slab) {
+    job.rows = std::min(slab, call.rows - job.first);
+    const std::int64_t bands = (job.rows + 15) / 16;
+    const std::int64_t parts = panels >= 4 * threads ? 1 : std::clamp<std::int64_t>(bands / 2, 1, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+      for (int t = 0; t < threads; t++) {
+        std::int16_t* own = reinterpret_cast<std::int16_t*>(memory + thread_size * t + 2 * scale_size);
+        for (std::int64_t m = job.rows * t / threads; m < job.rows * (t + 1) / threads; m++) split_row(job, m, own);
+      }
+#pragma omp for schedule(static)
+      for (int t = 0; t < threads; t++) {
+        char* own = memory + thread_size * t;
+        float* scales = reinterpret_cast<float*>(own);
+        std::int32_t* zeros = reinterpret_cast<std::int32_t*>(own + scale_size);
+        __m512i* panel = reinterpret_cast<__m512i*>(own + 2 * scale_size + words_size);
+        T::configure(config);
+        const std::int64_t tasks = panels * parts;
+        for (std::int64_t task = tasks * t / threads; task < tasks * (t + 1) / threads; task++) {
+          const std::int64_t part = task % parts;
+          Outputs<Avx512, 2> outputs;
+          outputs.gather(call, job.plan, task / parts * 32, scales, zeros);
+          expand_bytes(job, outputs, panel);
+          for (std::int64_t band = bands * part / parts; band < bands * (part + 1) / parts; band++)
+            words == 1 ? tile_rows<T, 1>(job, outputs, panel, 16 * band) : tile_rows<T, 2>(job, outputs, panel, 16 * band);
+        }
+        T::release();
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace parco::linear
