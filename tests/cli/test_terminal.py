@@ -63,7 +63,9 @@ def test_on_a_terminal_every_stage_has_a_bar_that_ends_full():
     ]
 
 
-def test_warnings_go_to_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], restored_logging: None):
+def test_warnings_go_to_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], restored_logging: None
+):
     monkeypatch.setenv("PARCO_CACHE", str(tmp_path / "cache"))
     terminal.quiet_libraries()
     with warnings.catch_warnings():
@@ -77,7 +79,9 @@ def test_warnings_go_to_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_cache_that_cannot_be_written_does_not_stop_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_logging: None):
+def test_a_cache_that_cannot_be_written_does_not_stop_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_logging: None
+):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PARCO_CACHE", str(tmp_path / "file" / "cache"))
     terminal.quiet_libraries()

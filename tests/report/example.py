@@ -33,7 +33,7 @@ def result() -> Result:
         threads=2,
         target={"kind": "size", "value": 0.35, "reached": 0.3481, "met": True},
         plan={"schema": 1},
-        data={"source": "embedded", "window": 512, "heldout_windows": 64, "sha256": "9b0d"},
+        data={"source": "embedded", "window": 512, "held_out_windows": 64, "sha256": "9b0d"},
         prefill_tokens=512,
         original=_column("original", 1.0, 1.5012, 0.0, 1.0, 190.0, 4100.0),
         fitted=_column("fitted", 0.3481, 1.5187, 0.0141, 0.962, 251.0, 4230.0),
@@ -47,13 +47,24 @@ def result() -> Result:
             "prefill_share": 0.16,
             "explanation": "59% of the original's decode step is not in its matrices and no choice changes it.",
         },
-        heal={"steps": 200, "tokens_per_step": 4096, "kl_before": 0.021, "kl_after": 0.0139, "curve": [[0, 0.021], [200, 0.0139]]},
+        heal={
+            "steps": 200,
+            "tokens_per_step": 4096,
+            "kl_before": 0.021,
+            "kl_after": 0.0139,
+            "curve": [[0, 0.021], [200, 0.0139]],
+        },
         sample={
             "prompt": "def read(path):\n",
-            "original": f"def read(path):\n    # {MARKUP}\n    return open(path).read()",
+            "original": f"    # {MARKUP}\n    return open(path).read()",
             "fitted": "    with open(path) as file:\n        return file.read() & 1",
         },
-        machine={"cpu": "Intel(R) Xeon(R) Platinum 8581C", "isas": ["generic", "avx2", "avx512"], "cores": 2, "memory": 16 << 30},
+        machine={
+            "cpu": "Intel(R) Xeon(R) Platinum 8581C",
+            "isas": ["generic", "avx2", "avx512"],
+            "cores": 2,
+            "memory": 16 << 30,
+        },
         versions={"torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.2"},
         stages=[
             {"stage": "calibrate", "seconds": 41.0, "resumed": True},
@@ -111,7 +122,13 @@ def _groups() -> list[GroupRow]:
         rows += [
             _group(f"{at}.self_attn.qkv", "attention", attention, "int4:64", 0.28),
             _group(f"{at}.self_attn.o_proj", "attention", {f"{at}.self_attn.o_proj": [384, 384]}, "int5:64", 0.34),
-            _group(f"{at}.mlp.gate_up", "mlp", {f"{at}.mlp.gate_proj": [1024, 384], f"{at}.mlp.up_proj": [1024, 384]}, "factor(0.5)>>int8:row", 0.25),
+            _group(
+                f"{at}.mlp.gate_up",
+                "mlp",
+                {f"{at}.mlp.gate_proj": [1024, 384], f"{at}.mlp.up_proj": [1024, 384]},
+                "factor(0.5)>>int8:row",
+                0.25,
+            ),
             _group(f"{at}.mlp.down_proj", "mlp", {f"{at}.mlp.down_proj": [384, 1024]}, "int8:row", 0.51),
         ]
     return rows

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import json
 
-from parco.report import chart
 from tests.report import example
+
+from parco.report import chart
 
 
 def test_every_plan_and_every_uniform_choice_is_a_mark():

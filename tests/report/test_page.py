@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from tests.report import example
 
 from parco import report
 from parco.report import page
-from tests.report import example
 
 VOID = {"meta", "link", "br", "input", "img"}
 
@@ -52,7 +52,9 @@ def outline(text: str) -> Outline:
 
 
 def test_the_page_is_one_file_that_names_no_other(outline: Outline):
-    links = [value for _, attributes in outline.elements for name, value in attributes.items() if name in ("src", "href")]
+    links = [
+        value for _, attributes in outline.elements for name, value in attributes.items() if name in ("src", "href")
+    ]
     assert all(link and (link.startswith(("#", "data:"))) for link in links)
     assert "default-src 'none'" in str([attributes for tag, attributes in outline.elements if tag == "meta"])
 
@@ -64,9 +66,12 @@ def test_text_of_models_and_users_never_becomes_markup(text: str, outline: Outli
     assert "tiny & <b>llama" in outline.texts["h1"][0]
 
 
-def test_the_prompt_is_not_repeated_in_the_completion(outline: Outline):
+def test_both_completions_follow_the_prompt(outline: Outline):
     completions = [code for code in outline.texts["code"] if code.startswith("def read(path):\n")]
-    assert [code.count("def read(path)") for code in completions] == [1, 1]
+    assert [code.splitlines()[-1].strip() for code in completions] == [
+        "return open(path).read()",
+        "return file.read() & 1",
+    ]
 
 
 def test_every_table_has_headed_columns_and_rows(outline: Outline):

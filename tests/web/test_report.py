@@ -13,9 +13,9 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+from tests.report import example
 
 from parco import report
-from tests.report import example
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
@@ -30,7 +30,9 @@ addEventListener("securitypolicyviolation", event => problems.push(event.violate
 const error = console.error; console.error = (...words) => { problems.push(words.join(" ")); error(...words); };
 async function look() {
   const chart = document.getElementById("frontier");
-  for (let wait = 0; chart && chart.dataset.drawn !== "yes" && wait < 200; wait++) await new Promise(done => setTimeout(done, 50));
+  for (let wait = 0; chart && chart.dataset.drawn !== "yes" && wait < 200; wait++) {
+    await new Promise(done => setTimeout(done, 50));
+  }
   const seen = { problems };
   if (chart) {
     seen.marks = chart.querySelectorAll(".points path.point").length;
@@ -48,7 +50,8 @@ async function look() {
   seen.first_open = details.open;
   seen.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   seen.width = document.documentElement.clientWidth;
-  seen.requests = performance.getEntriesByType("resource").map(entry => entry.name).filter(name => !name.startsWith("data:"));
+  const fetched = performance.getEntriesByType("resource").map(entry => entry.name);
+  seen.requests = fetched.filter(name => !name.startsWith("data:"));
   const paper = getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number);
   seen.dark = paper[0] < 128;
   document.getElementById("probe").textContent = JSON.stringify(seen);
@@ -76,7 +79,7 @@ def chromium(page: Path, *options: str) -> str:
 
 
 def look(folder: Path, *options: str, frame: int | None = None) -> dict[str, object]:
-    """What a probe inside the page finds. `frame`: show it that many pixels wide (a window has a least width, a frame has none)."""
+    """What a probe inside the page finds. `frame`: show it so many pixels wide (a window has a least width)."""
     page = report.write(example.result(), folder / "report.html")
     text = page.read_text(encoding="utf-8")
     page.write_text(text.replace("<body>", f"<body>{PROBE}", 1), encoding="utf-8")

@@ -14,14 +14,19 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="DIR", help="A fitted folder, or any Transformers checkpoint.")],
     data: Annotated[
         Path | None,
-        typer.Option(metavar="TEXT", show_default=False, help="A text file to judge on. Without it: the held-out text that comes with parco."),
+        typer.Option(
+            metavar="TEXT",
+            show_default=False,
+            help="A text file; all of it is used. Without it: the held-out text that comes with parco.",
+        ),
     ] = None,
     against: Annotated[
         str | None,
         typer.Option(
             metavar="DIR",
             show_default=False,
-            help="Another model with the same tokenizer, usually the original: KL and agreement are measured against it, speeds in turn with it.",
+            help="Another model with the same tokenizer, usually the original: KL and agreement are measured "
+            "against it, and speeds in turn with it.",
         ),
     ] = None,
     as_json: terminal.Json = False,
@@ -29,20 +34,22 @@ def evaluate(
 ) -> None:
     """Measure the loss, perplexity, speed and memory of the model in DIR on a text.
 
-    The loss is the mean over every token of the text but the first of each window, as a plain Transformers loop computes it.
+    The loss is what a plain Transformers loop gives over the same windows of the text, in nats per token.
     """
     terminal.quiet_libraries()
-    from parco import job
+    from parco import hub
+    from parco.fitting.judge import judge
     from parco.report import tables
 
+    text = hub.embedded_texts().heldout if data is None else terminal.read_text(data)
+    loaded = hub.load(model)
+    other = None if against is None else hub.load(against)
+    named = "the text that comes with parco" if data is None else f"--data {data}"
     with terminal.progress() as progress:
-        columns = job.evaluate(model, data=data, against=against, progress=progress)
+        measured, beside = judge(loaded, text, named, progress, other)
     if as_json:
-        terminal.print_json(columns)
-        return
-    measured, other = columns["model"], columns["against"]
-    out = terminal.console()
-    if other is None:
-        out.print(tables.column_table(measured))
+        terminal.print_json({"model": measured, "against": beside})
+    elif beside is None:
+        terminal.console().print(tables.column_table(measured))
     else:
-        out.print(tables.comparison_table(other, measured, names=("against", "model")))
+        terminal.console().print(tables.comparison_table(beside, measured, names=("against", "model")))

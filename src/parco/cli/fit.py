@@ -22,7 +22,8 @@ def fit(
         typer.Argument(
             metavar="MODEL",
             show_default=False,
-            help="A folder with a Transformers checkpoint, or a name on the Hugging Face hub. Without it: the small model that comes with parco.",
+            help="A folder with a Transformers checkpoint, or a name on the Hugging Face hub. "
+            "Without it: the small model that comes with parco.",
         ),
     ] = None,
     data: Annotated[
@@ -37,12 +38,16 @@ def fit(
     size: Annotated[
         float | None,
         typer.Option(
-            metavar="FRACTION", show_default=False, help="Largest size, as a fraction of the bf16 checkpoint's bytes: 0.35."
+            metavar="FRACTION",
+            show_default=False,
+            help="Largest size, as a fraction of the bf16 checkpoint's bytes: 0.35.",
         ),
     ] = None,
     speed: Annotated[
         float | None,
-        typer.Option(metavar="TIMES", show_default=False, help="Least decode speed, as a multiple of the original's: 1.5."),
+        typer.Option(
+            metavar="TIMES", show_default=False, help="Least decode speed, as a multiple of the original's: 1.5."
+        ),
     ] = None,
     loss: Annotated[
         float | None,
@@ -57,7 +62,8 @@ def fit(
         typer.Option(
             metavar="METHODS",
             show_default=False,
-            help="What may be chosen, separated by commas: int8:row,int4:64,factor(0.5)>>int8:row. 'keep' is always allowed. Default: all that run well.",
+            help="What may be chosen, separated by commas: int8:row,int4:64,factor(0.5)>>int8:row. "
+            "'keep' is always allowed. Default: all that run well.",
         ),
     ] = None,
     heal: Annotated[
@@ -65,12 +71,17 @@ def fit(
         typer.Option(
             metavar="STEPS",
             show_default=False,
-            help="Training steps after the change that bring the outputs back to the original's; 0 for none. Default: as many as suit the model's size.",
+            help="Training steps after the change that bring the outputs back to the original's; 0 for none. "
+            "Default: as many as suit the model's size.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", show_default=False, help="Where the model and report.html go. Default: a folder here, named after the model and the target."),
+        typer.Option(
+            metavar="DIR",
+            show_default=False,
+            help="Where the model and report.html go. Default: a folder here, named after the model and the target.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of every random draw.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; do not go on from an interrupted run.")] = False,
@@ -79,8 +90,8 @@ def fit(
 ) -> None:
     """Make MODEL smaller and faster on this machine, within a budget, and show what it cost.
 
-    Give one of --size, --speed and --loss; the others are improved as far as that allows. An interrupted run goes on where it stopped
-    when the same command is given again.
+    Give one of --size, --speed and --loss; the others are improved as far as that allows. An interrupted run goes on
+    where it stopped when the same command is given again.
     """
     terminal.quiet_libraries()
     from parco import job

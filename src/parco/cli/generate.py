@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +30,7 @@ def generate(
     from parco import hub
 
     loaded = hub.load(model)
+    writer: Any = loaded.model
     from transformers import TextStreamer
 
     inputs = loaded.tokenizer(prompt, return_tensors="pt")
@@ -37,7 +38,7 @@ def generate(
         raise ValueError("PROMPT is empty: give at least one token to continue")
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    loaded.model.generate(
+    writer.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=tokens,

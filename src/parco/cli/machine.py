@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def machine(
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again instead of using the kept measurement.")] = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Measure again instead of using the kept measurement.")
+    ] = False,
     as_json: terminal.Json = False,
     debug: terminal.Debug = False,
 ) -> None:
@@ -46,6 +48,7 @@ def _show(isa: str, found: Machine, peaks: Peaks) -> None:
         ("copies", units.rate(peaks.copy_bytes_per_second, "B")),
     ]
     rows += [
-        (f"{element} multiply-adds", units.rate(per_second, "")) for element, per_second in peaks.multiply_adds_per_second.items()
+        (f"{element} multiply-adds", units.rate(per_second, ""))
+        for element, per_second in peaks.multiply_adds_per_second.items()
     ]
     terminal.console().print(tables.pairs_table(rows))

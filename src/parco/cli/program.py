@@ -1,6 +1,7 @@
 """The program: its commands, and what becomes of an error.
 
-Wrong input (ValueError, TypeError, OSError, a wrong option) is one line on stderr and exit code 2; `--debug` shows the traceback instead.
+Wrong input (ValueError, TypeError, OSError, a wrong option) is one line on stderr and exit code 2; `--debug` shows the
+traceback instead.
 Ctrl-C exits with 130 and says how to go on. Any other exception is a defect of parco and keeps its traceback.
 """
 
@@ -31,7 +32,7 @@ for name, command, summary in (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `parco` with `arguments` (default: the process's own) and return its exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
+    """Run `parco` with `arguments` (default: the process's own); return its exit code: 0, 2 wrong input, 130 Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         status = app(args=words, prog_name="parco", standalone_mode=False)
@@ -52,9 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """What was wrong, without line breaks: a message of several lines must not push the reason off the line that is shown."""
-    message = error.format_message() if hasattr(error, "format_message") else str(error)
-    return " ".join(str(message).split()) or type(error).__name__
+    """What was wrong, without line breaks: scripts and people read the last line of stderr."""
+    # Typer's own errors keep the name of the option apart from the message.
+    told = getattr(error, "format_message", error.__str__)
+    return " ".join(str(told()).split()) or type(error).__name__
 
 
 def _how_to_go_on(words: list[str]) -> str:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,6 +62,14 @@ def quiet_libraries() -> None:
     root.handlers = [handler]
 
 
+def read_text(path: Path) -> str:
+    """A person's text file. Raises FileNotFoundError where there is none and ValueError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--data {path} is not UTF-8 text: byte {error.start} cannot be read") from error
+
+
 @contextmanager
 def progress() -> Generator[Progress]:
     """A Progress that draws bars where stderr is a terminal and prints plain lines elsewhere."""
@@ -72,7 +81,14 @@ def progress() -> Generator[Progress]:
             lines.close()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bars
 
     columns = (
@@ -110,7 +126,9 @@ class Drawn:
         """A stage ends when the next begins, whether or not it counted its last step."""
         if self._task is not None:
             task = self._bars.tasks[self._task]
-            self._bars.update(self._task, total=task.total or task.completed or 1, completed=task.total or task.completed or 1)
+            self._bars.update(
+                self._task, total=task.total or task.completed or 1, completed=task.total or task.completed or 1
+            )
 
 
 class Lines:
@@ -136,7 +154,9 @@ class Lines:
         self._last = now
         left = ""
         if self._total and self._done:
-            left = f" of {self._total}, about {(now - self._began) / self._done * (self._total - self._done):.0f} s left"
+            left = (
+                f" of {self._total}, about {(now - self._began) / self._done * (self._total - self._done):.0f} s left"
+            )
         self._say(f"{self._name}: {self._done}{left}")
 
     def note(self, text: str) -> None:

@@ -1,13 +1,18 @@
-"""The frontier of plans as data for the chart: share of the checkpoint's bytes across, KL to the original up, decode time as colour."""
+"""The frontier of plans as data for the chart.
+
+Share of the checkpoint's bytes across, KL to the original up, decode time as colour.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from parco.fitting.result import Alternative, FrontierPoint, Result
 from parco.report import units
+
+if TYPE_CHECKING:
+    from parco.fitting.result import Alternative, FrontierPoint, Result
 
 LOG_SPAN = 20.0  # a logarithmic axis from this ratio of largest to smallest loss on
 
@@ -43,14 +48,17 @@ def frontier(result: Result) -> dict[str, Any]:
         for name, symbol, size, marks in stages
         if marks
     ]
-    losses = [y for trace in traces for y in trace["y"]]
-    times = [value for trace in traces if not trace["plain"] for value in trace["seconds"] if value]
+    shown = [mark for *_, marks in stages for mark in marks]
+    losses = [mark.y for mark in shown]
+    times = [1e3 * mark.seconds for mark in shown if mark.seconds]
     logarithmic = bool(losses) and min(losses) > 0 and max(losses) / min(losses) > LOG_SPAN
     return {
         "traces": traces,
         "x_title": "size, share of the bf16 checkpoint",
         "y_title": "KL to the original, nats per token",
-        "y_axis": {"type": "log", "dtick": 1, "minor": {"ticks": "outside"}} if logarithmic else {"rangemode": "tozero"},
+        "y_axis": {"type": "log", "dtick": 1, "minor": {"ticks": "outside"}}
+        if logarithmic
+        else {"rangemode": "tozero"},
         "color_title": "decode, ms per token",
         "seconds": [min(times), max(times)] if times else [0, 1],
         **_target_line(result),
@@ -77,14 +85,16 @@ def _mark(point: FrontierPoint, field: str) -> Mark:
 
 def _rival(rival: Alternative) -> Mark:
     text = (
-        f"<b>{escape(rival['name'])}</b><br>{units.percent(rival['fraction'])} of the checkpoint, {units.size(rival['bytes'])}"
-        f"<br>KL {units.nats(rival['kl'])}, loss {units.nats(rival['loss'])}<br>healed {rival['healed_steps']} steps, held-out text"
+        f"<b>{escape(rival['name'])}</b>"
+        f"<br>{units.percent(rival['fraction'])} of the checkpoint, {units.size(rival['bytes'])}"
+        f"<br>KL {units.nats(rival['kl'])}, loss {units.nats(rival['loss'])}"
+        f"<br>healed {rival['healed_steps']} steps, held-out text"
     )
     return Mark(rival["fraction"], rival["kl"], None, text)
 
 
 def _chosen(points: Iterable[FrontierPoint], rivals: Iterable[Alternative]) -> list[Mark]:
-    """The chosen plan at its latest measurement, and again among the uniform ones, on the text that those were measured on."""
+    """The chosen plan at its latest measurement, and again beside the uniform ones, on their text."""
     marks: list[Mark] = []
     for point in points:
         if point["chosen"]:
@@ -99,5 +109,13 @@ def _target_line(result: Result) -> dict[str, Any]:
         return {"shapes": [], "annotations": []}
     at = target["value"]
     line = {"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper"}
-    label = {"x": at, "y": 1, "yref": "paper", "text": f"asked: {at:g}", "showarrow": False, "xanchor": "left", "yanchor": "top"}
+    label = {
+        "x": at,
+        "y": 1,
+        "yref": "paper",
+        "text": f"asked: {at:g}",
+        "showarrow": False,
+        "xanchor": "left",
+        "yanchor": "top",
+    }
     return {"shapes": [line], "annotations": [label]}

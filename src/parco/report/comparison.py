@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from parco.fitting.result import Column, Result
 from parco.report import units
+
+if TYPE_CHECKING:
+    from parco.fitting.result import Column, Result
 
 Verdict = Literal["good", "bad", ""]
 NOTICEABLE = 0.01  # a speed or a size within 1% is the same: repeated measurements differ by that much

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from parco.fitting.result import Alternative, GroupRow, Result
 from parco.report import chart, comparison, units
+
+if TYPE_CHECKING:
+    from parco.fitting.result import Alternative, GroupRow, Result
 
 BLOCK = re.compile(r"^(?P<before>.*?)\b(?P<block>\d+)\b\.?(?P<after>.*)$")
 
@@ -52,7 +54,7 @@ def render(result: Result) -> str:
         layers_note=_layers_note(result),
         overview=_overview(result["groups"]),
         layers=[_layer(row) for row in result["groups"]],
-        sample=_sample(result),
+        sample=result["sample"],
         origin=_origin(result),
         command=result["command"],
         usage=_usage(result),
@@ -70,8 +72,7 @@ def _title(result: Result) -> str:
 
 def _comparison_note(result: Result) -> str:
     data, remainder = result["data"], result["remainder"]
-    held_out = data.get("heldout_windows", data.get("held_out_windows"))
-    windows = f" over {held_out} windows of {data['window']} tokens" if held_out and "window" in data else ""
+    windows = f" over {data['held_out_windows']} windows of {data['window']} tokens"
     return (
         f"Loss, KL and the most likely token are measured on held-out text{windows}; speeds on this machine with "
         f"{result['threads']} threads, both models in turn in one run. {remainder['explanation']}"
@@ -83,26 +84,16 @@ def _plans_note(result: Result) -> str:
     healing = f"; the chosen one was healed for {healed['steps']} steps" if healed else ""
     return (
         f"{len(result['frontier'])} plans were solved for{healing}. Lower and further left is better. "
-        "KL of the plans is on the windows kept for checking, of the uniform choices on held-out text. Point at a mark to read its plan."
+        "KL of the plans is on the windows kept for checking, of the uniform choices on held-out text. "
+        "Point at a mark to read its plan."
     )
 
 
 def _layers_note(result: Result) -> str:
     return (
-        "Times are of the kernels alone, measured on this machine. The predicted rise in loss comes from the inputs that were "
-        "recorded; the measured error is of each layer's outputs on the inputs that the already changed blocks produce."
+        "Times are of the kernels alone, measured here. The predicted rise in loss comes from recorded inputs; "
+        "the measured error is of each layer's outputs on the inputs that the already changed blocks produce."
     )
-
-
-def _sample(result: Result) -> dict[str, str]:
-    """The prompt once, then what each model wrote after it."""
-    sample = result["sample"]
-    prompt = sample["prompt"]
-    return {
-        "prompt": prompt,
-        "original": sample["original"].removeprefix(prompt),
-        "fitted": sample["fitted"].removeprefix(prompt),
-    }
 
 
 def _alternative(row: Alternative) -> dict[str, Any]:
@@ -150,13 +141,13 @@ def _layer(row: GroupRow) -> dict[str, Any]:
 
 
 def _members(row: GroupRow) -> list[tuple[str, list[int]]]:
-    """The first few members with their shapes: a block of experts has hundreds."""
-    pairs = list(zip(row["members"], row["shapes"], strict=True))
+    """The first few members with their shapes: a block of experts has hundreds, and tied members share one shape."""
+    pairs = list(zip(row["members"], row["shapes"], strict=False))
     return pairs if len(pairs) <= 4 else pairs[:3]
 
 
 def _overview(groups: list[GroupRow]) -> dict[str, Any]:
-    """Choices at a glance: a row per block, a column per kind of group. Groups outside the blocks stay in the long table."""
+    """Choices at a glance: a row per block, a column per group. Groups outside the blocks are in the long table."""
     blocks: dict[int, dict[str, Cell]] = {}
     for row in groups:
         match = BLOCK.match(row["group"])
@@ -164,7 +155,9 @@ def _overview(groups: list[GroupRow]) -> dict[str, Any]:
             continue
         kept = 100 * row["bytes"] / row["original_bytes"]
         column = match["after"] or row["kind"]
-        blocks.setdefault(int(match["block"]), {})[column] = Cell(row["method"], round(kept, 1), f"{kept:.0f}% of its bytes")
+        blocks.setdefault(int(match["block"]), {})[column] = Cell(
+            row["method"], round(kept, 1), f"{kept:.0f}% of its bytes"
+        )
     columns = list(dict.fromkeys(column for cells in blocks.values() for column in cells))
     rows = [{"name": str(block), "cells": [cells.get(c) for c in columns]} for block, cells in sorted(blocks.items())]
     return {"columns": columns, "rows": rows}
@@ -212,7 +205,8 @@ def _usage(result: Result) -> str:
     folder = result["folder"] or "DIR"
     return (
         "import parco\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({folder!r})\ntokenizer = AutoTokenizer.from_pretrained({folder!r})"
+        f"model = AutoModelForCausalLM.from_pretrained({folder!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"
     )
 
 

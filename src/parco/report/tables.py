@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
-from parco.fitting.result import Column, GroupRow
 from parco.report import comparison, units
+
+if TYPE_CHECKING:
+    from parco.fitting.result import Column, GroupRow
+    from parco.report.explanation import Explained
 
 STYLES = {"good": "green", "bad": "red", "": ""}
 
@@ -27,43 +31,50 @@ def comparison_table(
 def column_table(column: Column) -> Table:
     """One model alone."""
     table = _table([("", "left"), (column["name"], "right")])
-    for row in comparison.describe(column):
-        table.add_row(row.name, row.value)
+    for name, value in comparison.describe(column):
+        table.add_row(name, value)
     return table
 
 
-def layers_table(groups: Iterable[GroupRow]) -> Table:
-    """Every group's choice and what it costs."""
-    table = _table(
-        [
-            ("group", "left"),
-            ("choice", "left"),
-            ("bytes", "right"),
-            ("kept", "right"),
-            ("predicted rise", "right"),
-            ("measured error", "right"),
-            ("one token", "right"),
-            ("kernel", "left"),
-        ]
-    )
-    for row in groups:
-        error = row["measured_error"]
-        table.add_row(
-            Text(row["group"]),
-            Text(row["method"]),
-            units.size(row["bytes"]),
-            units.percent(row["bytes"] / row["original_bytes"]),
-            units.rise(row["predicted_loss"]),
-            "" if error is None else f"{100 * error:.2g}%",
-            f"{units.duration(row['original_decode_seconds'])} → {units.duration(row['decode_seconds'])}",
-            Text(row["kernel"]),
-        )
+def layers_table(explained: Iterable[Explained]) -> Table:
+    """Every group's choice, what it costs, and the kernel that runs it; cells that no fit measured are empty."""
+    names = ("group", "choice", "bytes", "kept", "predicted rise", "measured error", "one token", "kernel here")
+    table = _table([(name, "left" if name in ("group", "choice", "kernel here") else "right") for name in names])
+    for one in explained:
+        costs = [""] * 5 if one.fitted is None else _costs(one.fitted)
+        table.add_row(Text(one.group), Text(one.choice), *costs, Text(one.kernels))
     return table
+
+
+def group_table(one: Explained) -> Table:
+    """One group's choice and costs, one a line."""
+    names = ("bytes", "kept", "predicted rise", "measured error", "one token")
+    costs = [] if one.fitted is None else list(zip(names, _costs(one.fitted), strict=True))
+    return pairs_table([("group", one.group), ("choice", one.choice), *costs])
+
+
+def _costs(row: GroupRow) -> list[str]:
+    error = row["measured_error"]
+    return [
+        units.size(row["bytes"]),
+        units.percent(row["bytes"] / row["original_bytes"]),
+        units.rise(row["predicted_loss"]),
+        "" if error is None else f"{100 * error:.2g}%",
+        f"{units.duration(row['original_decode_seconds'])} → {units.duration(row['decode_seconds'])}",
+    ]
 
 
 def passed_table(row: GroupRow) -> Table:
     """What one group passed over, and why."""
-    table = _table([("passed over", "left"), ("bytes", "right"), ("predicted rise", "right"), ("one token", "right"), ("why", "left")])
+    table = _table(
+        [
+            ("passed over", "left"),
+            ("bytes", "right"),
+            ("predicted rise", "right"),
+            ("one token", "right"),
+            ("why", "left"),
+        ]
+    )
     for other in row["passed"]:
         table.add_row(
             Text(other["method"]),

@@ -24,7 +24,7 @@ def duration(seconds: float | None) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if abs(seconds) >= scale:
             return f"{significant(seconds / scale)} {unit}"
-    return f"{significant(seconds * 1e9)} ns" if seconds else f"0 s"
+    return f"{significant(seconds * 1e9)} ns" if seconds else "0 s"
 
 
 def speed(tokens_per_second: float | None) -> str:

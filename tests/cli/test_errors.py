@@ -1,0 +1,208 @@
+"""What a person did wrong is one line on stderr and exit code 2: nothing on stdout, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.hub import tiny
+
+from parco.cli import main
+
+Edit = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.folder(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARCO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that these arguments are refused with."""
+    capfd.readouterr()
+    status = main(arguments)
+    said = capfd.readouterr()
+    assert (status, said.out) == (2, ""), said
+    lines = [line for line in said.err.splitlines() if line.startswith("parco: ")]
+    assert len(lines) == 1
+    assert said.err.splitlines()[-1] == lines[0]
+    assert "Traceback" not in said.err
+    return lines[0]
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def not_a_number(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def infinite(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 1] = -torch.inf
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncated(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, os.SEEK_END) - 1000)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (shutil.rmtree, "no folder"),
+        (no_config, "is not a model: it has no config.json"),
+        (no_tokenizer, "has no tokenizer"),
+        (not_a_number, "'model.layers.1.mlp.up_proj.weight'"),
+        (infinite, "'model.layers.0.self_attn.q_proj.weight'"),
+        (truncated, "is truncated"),
+    ],
+    ids=["missing folder", "not a model", "no tokenizer", "NaN", "inf", "truncated"],
+)
+@pytest.mark.parametrize(
+    "command", [("fit",), ("eval",), ("generate", "def"), ("explain",)], ids=lambda command: command[0]
+)
+def test_a_model_that_cannot_be_read(
+    copy: Path, capfd: pytest.CaptureFixture[str], command: tuple[str, ...], spoil: Edit, said: str
+):
+    spoil(copy)
+    name, *rest = command
+    line = refused(capfd, name, str(copy), *rest)
+    assert said in line
+    assert str(copy) in line
+
+
+def test_a_model_without_linear_layers(copy: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Transformers has no causal model without one, so a model is made to look so."""
+    from parco.nn import blocks
+
+    monkeypatch.setattr(blocks, "linears", lambda model: {})
+    assert "without linear layers" in refused(capfd, "fit", str(copy))
+
+
+def test_a_text_shorter_than_one_window(copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    text = tmp_path / "short.txt"
+    text.write_text("def fit():\n")
+    for command in ("fit", "eval"):
+        line = refused(capfd, command, str(copy), "--data", str(text))
+        assert "shorter than one window" in line
+        assert "one window is 64" in line
+
+
+def test_a_text_that_is_not_there(copy: Path, capfd: pytest.CaptureFixture[str]):
+    for command in ("fit", "eval"):
+        assert "absent.txt" in refused(capfd, command, str(copy), "--data", "absent.txt")
+
+
+def test_an_unknown_method_names_the_known_ones(copy: Path, capfd: pytest.CaptureFixture[str]):
+    line = refused(capfd, "fit", str(copy), "--methods", "int4:32,zip")
+    assert "'zip'" in line
+    assert "factor(" in line
+    assert "int" in line.partition("'zip'")[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("--size", "0.3", "--speed", "2"), ("size", "speed")),
+        (("--size", "0"), ("size", "0")),
+        (("--size", "1.5"), ("size", "1.5")),
+        (("--size", "nan"), ("size", "nan")),
+        (("--speed", "-1"), ("speed", "-1")),
+        (("--loss", "-0.5"), ("loss", "-0.5")),
+        (("--heal", "-3"), ("heal", "-3")),
+        (("--size", "much"), ("--size",)),
+        (("--sise", "0.3"), ("--sise", "--size")),
+        (("one", "two"), ("two",)),
+    ],
+)
+def test_options_that_make_no_sense(
+    copy: Path, capfd: pytest.CaptureFixture[str], options: tuple[str, ...], parts: tuple[str, ...]
+):
+    line = refused(capfd, "fit", str(copy), *options)
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize(("option", "value"), [("--tokens", "0"), ("--temperature", "-1"), ("--temperature", "nan")])
+def test_generate_refuses_values_that_make_no_sense(
+    copy: Path, capfd: pytest.CaptureFixture[str], option: str, value: str
+):
+    line = refused(capfd, "generate", str(copy), "def", option, value)
+    assert option in line
+    assert value in line
+
+
+def test_an_unreachable_size_names_the_best_reachable(copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(tiny.SENTENCES * 40))
+    line = refused(
+        capfd, "fit", str(copy), "--data", str(text), "--size", "0.001", "--heal", "0", "--out", str(tmp_path / "out")
+    )
+    assert "0.001" in line
+    assert "reach" in line
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_an_unknown_layer_names_known_ones(copy: Path, capfd: pytest.CaptureFixture[str]):
+    line = refused(capfd, "explain", str(copy), "--layer", "no.such.layer")
+    assert "no.such.layer" in line
+    assert "mlp.down_proj" in line
+
+
+def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "parco.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | environment,
+    )
+
+
+def test_an_instruction_set_that_is_not_there():
+    known = process("machine", "--json")
+    assert known.returncode == 0, known.stderr
+    missing = sorted({"generic", "avx2", "avx512", "amx"} - set(json.loads(known.stdout)["isas"])) or ["sse9"]
+    done = process("machine", PARCO_ISA=missing[0])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert repr(missing[0]) in done.stderr
+    assert "usable here: generic" in done.stderr
+
+
+def test_the_exit_code_reaches_the_shell_and_debug_shows_where():
+    plain = process("fit", "/nowhere/at/all")
+    assert (plain.returncode, plain.stdout, len(plain.stderr.splitlines())) == (2, "", 1)
+    shown = process("fit", "/nowhere/at/all", "--debug")
+    assert shown.returncode == 1
+    assert "Traceback" in shown.stderr
+    assert "FileNotFoundError" in shown.stderr
