@@ -40,7 +40,7 @@ sanitize: $(VENV)/ready
 	ctest --test-dir build/sanitize --output-on-failure
 
 docs: build $(VENV)/ready-docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: build
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
