@@ -1,4 +1,4 @@
-"""`register` takes effect whenever Transformers is imported, before or after, and costs nothing while it is not."""
+"""`register` takes effect whenever Transformers is imported, before parco or after, and costs nothing while it is not."""
 
 from __future__ import annotations
 
@@ -11,12 +11,23 @@ import pytest
 from parco import hub
 from tests.hub import tiny
 
-PROGRAMS = {
-    "before Transformers": "import parco; import transformers",
-    "after Transformers": "import transformers; import parco",
-    "after its quantizers": "import transformers.quantizers.auto; import parco",
-    "twice": "import parco; parco.hub.register(); import transformers; parco.hub.register()",
-}
+HOOKED = """
+import sys, parco
+assert "transformers" not in sys.modules
+assert any(type(finder).__module__ == "parco.hub.registration" for finder in sys.meta_path)
+parco.hub.register()
+import transformers
+assert "transformers.quantizers.auto" not in sys.modules
+import transformers.quantizers.auto as auto
+assert "parco" in auto.AUTO_QUANTIZER_MAPPING and "parco" in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+assert not any(type(finder).__module__ == "parco.hub.registration" for finder in sys.meta_path)
+assert auto.__spec__.loader is auto.__loader__ and type(auto.__loader__).__name__ == "SourceFileLoader"
+"""
+LATE = """
+import transformers.quantizers.auto
+import parco
+parco.hub.register()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -24,29 +35,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hub.save(tiny.store(tiny.model("qwen2")), tiny.tokenizer(), tmp_path_factory.mktemp("fitted") / "out")
 
 
-def run(program: str) -> str:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("order", [HOOKED, LATE], ids=["parco first", "Transformers first"])
+def test_import_parco_is_all_that_it_takes(order: str, folder: Path) -> None:
+    load = f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    program = f"{order}\nprint(type({load}.lm_head.weight).__name__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1]
-
-
-@pytest.mark.parametrize("order", PROGRAMS)
-def test_from_pretrained_after_import_parco(order: str, folder: Path) -> None:
-    load = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-    assert run(f"{PROGRAMS[order]}\n{load}\nprint(type(model.lm_head.weight).__name__)") == "StoredWeight"
-
-
-def test_import_parco_imports_no_transformers() -> None:
-    assert run("import sys, parco; print('transformers' in sys.modules, hasattr(parco, 'hub'))") == "False True"
-
-
-def test_the_import_hook_leaves_when_it_has_done_its_work() -> None:
-    program = """
-import sys, parco
-assert any(type(finder).__module__ == "parco.hub.registration" for finder in sys.meta_path)
-import transformers.quantizers.auto as auto
-assert "parco" in auto.AUTO_QUANTIZER_MAPPING and "parco" in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
-assert not any(type(finder).__module__ == "parco.hub.registration" for finder in sys.meta_path)
-print(auto.__spec__.loader is auto.__loader__, type(auto.__loader__).__name__)
-"""
-    assert run(program) == "True SourceFileLoader"
+    assert done.stdout.split() == ["StoredWeight"]

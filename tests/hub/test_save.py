@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import resource
 import signal
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from parco import hub
 from parco.hub.tensors import HINT
 from tests.hub import tiny
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -121,54 +121,49 @@ def test_a_disk_that_is_too_small_is_known_beforehand(fitted: Any, tmp_path: Pat
     assert os.listdir(tmp_path) == []
 
 
-LIMITED = """
-import resource, sys
-from pathlib import Path
-sys.path.insert(0, {repository!r})
-from parco import hub
-from tests.hub import tiny
-made = tiny.store(tiny.model("qwen2"))
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    hub.save(made, tiny.tokenizer(), {target!r})
-except OSError as error:
-    print(f"caught {{error}}")
-"""
+def in_a_child(task: Callable[[], Any]) -> int:
+    """Runs `task` in a forked process, so that it may be limited or killed; the status as `os.waitpid` gives it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            task()
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
 
 
 def test_a_write_that_fails_half_way_leaves_nothing(fitted: Any, tmp_path: Path) -> None:
     """The kernel refuses to let any file grow beyond 20 kB, which is where a full disk would refuse."""
     before = digests(hub.save(tiny.model("llama"), tiny.tokenizer(), tmp_path / "out"))
-    program = LIMITED.format(repository=str(REPOSITORY), target=str(tmp_path / "out"))
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    lines = [line for line in run.stdout.splitlines() if line.startswith("caught ")]
-    assert len(lines) == 1, run.stderr
-    assert "nothing was saved" in lines[0]
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        with pytest.raises(OSError, match=r"^\[Errno \d+\] nothing was saved: .*out'$"):
+            hub.save(fitted, tiny.tokenizer(), tmp_path / "out")
+        os._exit(7)
+
+    assert os.waitstatus_to_exitcode(in_a_child(limited)) == 7
     assert os.listdir(tmp_path) == ["out"]
     assert digests(tmp_path / "out") == before
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {repository!r})
-from parco import hub
-from parco.hub import save as module
-from tests.hub import tiny
-import parco.hub.save
-made = tiny.store(tiny.model("qwen2"))
-target = sys.modules["parco.hub.save"]
-def die(*arguments):
-    os.kill(os.getpid(), signal.SIGKILL)
-setattr(target, {moment!r}, die)
-hub.save(made, tiny.tokenizer(), {folder!r})
-"""
+def test_a_full_disk_is_called_that(fitted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(sys.modules["parco.hub.save"], "save_file", full)
+    with pytest.raises(OSError, match="the disk is full") as caught:
+        hub.save(fitted, tiny.tokenizer(), tmp_path / "out")
+    assert caught.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("moment", ["_flush", "_put_in_place"])
-def test_killed_while_saving(fitted: Any, moment: str, tmp_path: Path) -> None:
-    program = KILLED.format(repository=str(REPOSITORY), moment=moment, folder=str(tmp_path / "out"))
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120)
-    assert run.returncode == -signal.SIGKILL, run.stderr
+def test_killed_while_saving(fitted: Any, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["parco.hub.save"], moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        status = in_a_child(lambda: hub.save(fitted, tiny.tokenizer(), tmp_path / "out"))
+    assert os.WTERMSIG(status) == signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert len(os.listdir(tmp_path)) == 1
     hub.save(fitted, tiny.tokenizer(), tmp_path / "out")
