@@ -170,7 +170,7 @@ def _encode_codes(matrix: Tensor, format: Format, scales: dict[str, Tensor], rou
 
 
 def _rescaling(format: Format, scales: dict[str, Tensor]) -> Callable[[Tensor, slice], Tensor] | None:
-    """What brings tiles under the scales of `part` to the element's range (0 under a scale of 0); None for unscaled formats."""
+    """Brings tiles under the scales of `part` into the element's range (0 under a scale of 0); None if unscaled."""
     reciprocals = scale_reciprocals(format, scales)
     if reciprocals is not None:
         return lambda tiles, part: tiles * spread(reciprocals[part])

@@ -26,12 +26,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         for index, part in enumerate(parts[1:], start=1):
             packed |= part << (index * bits)
         return packed
-    parts = _pad(codes, GROUP).unbind(-1)
-    words = parts[0].to(torch.int64)
-    for index, part in enumerate(parts[1:], start=1):
-        words |= part.to(torch.int64) << (index * bits)
-    stream = words.view(torch.uint8).reshape(rows, -1, 8)[..., :bits]
-    return stream.reshape(rows, -1)[:, :nbytes].contiguous()
+    groups = _pad(codes, GROUP)
+    words = torch.zeros(rows, groups.shape[1], 1, dtype=torch.int64, device=codes.device)
+    for index in range(GROUP):
+        words |= groups[..., index : index + 1].to(torch.int64) << (index * bits)
+    stream = words.view(torch.uint8)[..., :bits]
+    return stream.reshape(rows, groups.shape[1] * bits)[:, :nbytes].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:

@@ -99,11 +99,19 @@ def block_absmean(x: Tensor, block: Block) -> Tensor:
         terms = tiles.abs().clamp(max=limit).to(torch.float64).transpose(1, 2).flatten(2)
         return pairwise_sum(terms)
 
-    total = _reduce(x, block, magnitudes, torch.add)
+    total = _reduce(x, block, magnitudes, torch.add).to(torch.float64)
     rows, columns = x.shape
-    heights = tile(torch.ones(rows, 1, device=x.device), Block(block.rows, None)).sum(dim=(1, 3))
-    widths = tile(torch.ones(1, columns, device=x.device), Block(None, block.columns)).sum(dim=(1, 3))
-    return (total / (heights * widths).clamp(min=1).to(torch.float64)).to(torch.float32)
+    heights = _extents(rows, block.rows, x.device)
+    widths = _extents(columns, block.columns, x.device)
+    return (total / (heights[:, None] * widths)).to(torch.float32)
+
+
+def _extents(length: int, extent: int | None, device: torch.device) -> Tensor:
+    """How many rows (or columns) each block has, fp64; an empty block counts as one, so that its mean is 0."""
+    if extent is None:
+        return torch.full((1,), max(length, 1), dtype=torch.float64, device=device)
+    starts = torch.arange(0, length, extent, device=device)
+    return (length - starts).clamp(max=extent).to(torch.float64)
 
 
 def pairwise_sum(terms: Tensor) -> Tensor:
