@@ -19,7 +19,7 @@ from parco.weights import Weight
 
 Make = Callable[[tuple[int, int]], Weight]
 
-SHAPES = [(24, 80), (33, 50), (1, 17), (130, 129)]
+SHAPES = [(33, 50), (1, 17), (130, 129)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
