@@ -2,8 +2,8 @@
 
 A kernel is timed as a model uses it: one activation row (decode) or a prompt of them (prefill), and weights that are not
 in a core's cache because the rest of the model has passed through it since (copies are rotated until they exceed the
-caches, or the whole model where that is smaller). All kinds of one shape are timed in interleaved rounds and the median
-counts, so that a neighbour's burst of work does not decide between them. What remains of a measured step of the original
+caches, or the whole model where that is smaller). All kinds of one shape are timed in interleaved rounds and the lower
+quartile counts, so that a neighbour's burst of work does not decide between them. What remains of a measured step of the original
 when its matrices' kernels are taken away is the remainder, which no choice changes.
 
 Results live in the user's cache folder, keyed by CPU, instruction set, threads and parco version: a command that is repeated
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
@@ -29,8 +28,8 @@ from parco.fitting.stages import Progress, digest, write_json
 from parco.weights import Weight
 
 FOOTPRINT_LIMIT = 512 << 20
-DECODE_ROUNDS = 7
-PREFILL_ROUNDS = 3
+DECODE_ROUNDS = 9
+PREFILL_ROUNDS = 5
 COPIES_LIMIT = 64
 
 
@@ -102,7 +101,7 @@ def measure_kernels(
 def _time_shape(
     shape: tuple[int, int], kinds: Mapping[str, Weight | None], rows: int, dtype: torch.dtype, footprint: int
 ) -> dict[str, float]:
-    """Median seconds of one product of each kind, rounds interleaved."""
+    """Seconds of one product of each kind, rounds interleaved."""
     x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
     runs = {key: _runner(shape, spec, x, footprint) for key, spec in kinds.items()}
     calls = {}
@@ -114,7 +113,12 @@ def _time_shape(
     for _ in range(DECODE_ROUNDS if rows == 1 else PREFILL_ROUNDS):
         for key, run in runs.items():
             seen[key].append(_seconds(run, calls[key]))
-    return {key: statistics.median(values) for key, values in seen.items()}
+    return {key: lower_quartile(values) for key, values in seen.items()}
+
+
+def lower_quartile(values: Sequence[float]) -> float:
+    """The value below which a quarter of the measurements lie. Other work on the machine only ever adds time."""
+    return sorted(values)[len(values) // 4]
 
 
 def _seconds(run: Callable[[], object], calls: int) -> float:
@@ -165,7 +169,7 @@ STEPS = 24
 
 
 def decode_seconds(model: nn.Module, steps: int = STEPS) -> float:
-    """Median seconds of one greedy decoding step through Transformers, batch 1, after a prompt of PROMPT tokens."""
+    """Seconds (lower quartile) of one greedy decoding step through Transformers, batch 1, after a prompt of PROMPT tokens."""
     times: list[float] = []
     with torch.inference_mode():
         out: Any = model(input_ids=_prompt(model, PROMPT), use_cache=True)
@@ -174,7 +178,7 @@ def decode_seconds(model: nn.Module, steps: int = STEPS) -> float:
             began = time.perf_counter()
             out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
             times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return lower_quartile(times)
 
 
 def prefill_seconds(model: nn.Module, tokens: int) -> float:
@@ -193,7 +197,7 @@ def _prompt(model: Any, tokens: int) -> Tensor:
 
 
 def interleaved(models: Mapping[str, nn.Module], prefill_tokens: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """(decode seconds per token, prefill seconds per prompt) of each model: medians over rounds in which they take turns."""
+    """(decode seconds per token, prefill seconds per prompt) of each model over rounds in which they take turns."""
     for model in models.values():
         decode_seconds(model, 4)
         prefill_seconds(model, prefill_tokens)
@@ -204,4 +208,4 @@ def interleaved(models: Mapping[str, nn.Module], prefill_tokens: int, rounds: in
         for name, model in order:
             decode[name].append(decode_seconds(model))
             prefill[name].append(prefill_seconds(model, prefill_tokens))
-    return {name: (statistics.median(decode[name]), statistics.median(prefill[name])) for name in models}
+    return {name: (lower_quartile(decode[name]), lower_quartile(prefill[name])) for name in models}

@@ -302,6 +302,8 @@ class Fit:
         frontier = solve.frontier(options, fixed, goal, FRONTIER)
         self.progress.advance()
         plans = self.search(options, fixed, goal)
+        if goal.kind != "speed" and all(plan.decode > goal.original_decode for plan in plans):
+            self.warnings.append("every plan within the budget is predicted to decode slower than the original on this machine")
         chosen = self.finish(self.choose(plans, goal))
         if goal.kind == "loss":
             chosen = self._honour(chosen, plans, options, fixed, goal)

@@ -56,7 +56,7 @@ def solve(
     constraints = [LinearConstraint(member, 1, 1)]
     for name in QUANTITIES:
         limit = getattr(limits, name)
-        if limit is not None:
+        if limit is not None and limit < float("inf"):
             # HiGHS lets a row exceed its limit by 1e-6: bytes are a promise, so theirs is drawn in by that much.
             slack = -2e-6 if name == "bytes" else 1e-9
             room = (limit - getattr(fixed, name, 0.0)) / scales[name] + slack
@@ -66,11 +66,16 @@ def solve(
         same = np.array([float(chosen.get(groups[index]) == option.method) for index, option in options])
         constraints.append(LinearConstraint(same[None], -np.inf, len(groups) - min(distance, len(groups))))
     answer = milp(  # pyright: ignore[reportUnknownVariableType]
-        objective * 1e4,  # HiGHS also stops at an absolute gap of 1e-6, which must be small beside the objective integrality=np.ones(columns), bounds=Bounds(0, 1), constraints=constraints, options={"mip_rel_gap": GAP}
+        objective * 1e4,  # HiGHS also stops at an absolute gap of 1e-6, which must be small beside the objective
+        integrality=np.ones(columns),
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": GAP},
     )
     if answer.x is None:  # pyright: ignore[reportUnknownMemberType]
         return None
     picked = np.flatnonzero(np.asarray(answer.x) > 0.5)  # pyright: ignore[reportUnknownMemberType,reportUnknownArgumentType]
+    assert len(picked) == len(groups), "the solver's answer is not one option per group"
     return assemble([(groups[options[i][0]], options[i][1]) for i in picked], fixed)
 
 
@@ -92,12 +97,12 @@ class Goal:
     original_decode: float
     original_prefill: float
 
-    def limits(self, loss: float | None = None) -> Limits:
-        """Limits of the goal: never slower than the original in decode, prefill at least 0.9 of its speed.
+    def limits(self, loss: float | None = None, slack: float = 1.0) -> Limits:
+        """Limits of the goal: never slower than the original in decode, prefill at least 0.9 of its speed, both times `slack`.
 
         `loss`: the predicted loss to allow in place of the goal's own value (the pipeline calibrates it by measurements).
         """
-        limits = Limits(decode=self.original_decode, prefill=self.original_prefill / 0.9)
+        limits = Limits(decode=self.original_decode * slack, prefill=self.original_prefill / 0.9 * slack)
         if self.kind == "size":
             return replace(limits, bytes=self.value * self.checkpoint_bytes)
         if self.kind == "speed":
@@ -112,43 +117,46 @@ class Goal:
         return {"loss": 1.0, "bytes": 1e-5}
 
 
+SLACKS = (1.0, 1.05, 1.1, 1.2, 1.4, 2.0, float("inf"))
+"""How much slower than the original a plan may be, tried in turn: what was asked for comes before what was not."""
+
+
 def best(table: Table, fixed: Fixed, goal: Goal, count: int = 3, loss: float | None = None) -> list[Plan]:
     """The best `count` plans for the goal, the first the optimum, each differing from those before in a tenth of the groups.
 
-    Fewer when there are no more. Raises ValueError naming the best reachable value when no plan meets the goal.
+    Fewer when there are no more. When every plan that meets the goal is slower than the original, the least slowdown of SLACKS
+    that has a plan is allowed. Raises ValueError naming the best reachable value when no plan meets the goal at all.
     """
-    limits = goal.limits(loss)
     distance = max(1, len(table) // 10)
     plans: list[Plan] = []
-    while len(plans) < count:
-        plan = solve(table, fixed, limits, goal.weights, plans, distance)
-        if plan is None:
-            break
-        plans.append(plan)
-    if not plans:
-        raise ValueError(unreachable(table, fixed, goal))
-    return plans
+    for slack in SLACKS:
+        limits = goal.limits(loss, slack)
+        while len(plans) < count:
+            plan = solve(table, fixed, limits, goal.weights, plans, distance)
+            if plan is None:
+                break
+            plans.append(plan)
+        if plans:
+            return plans
+    raise ValueError(unreachable(table, fixed, goal))
 
 
 def unreachable(table: Table, fixed: Fixed, goal: Goal) -> str:
     """The message for a goal that no plan meets, naming the best that is reachable."""
-    loose = Limits(decode=goal.original_decode, prefill=goal.original_prefill / 0.9)
+    wanted = f"--{goal.kind} {goal.value:g} cannot be reached"
     if goal.kind == "size":
-        plan = solve(table, fixed, loose, {"bytes": 1.0})
-        if plan is None:
-            return f"--size {goal.value:g} cannot be reached: every plan is slower than the original on this machine"
+        plan = solve(table, fixed, Limits(), {"bytes": 1.0})
+        assert plan is not None
         reached = -(-plan.bytes * 1000 // goal.checkpoint_bytes) / 1000
-        return f"--size {goal.value:g} cannot be reached: the smallest plan takes {reached:g} of the bf16 checkpoint's bytes"
+        return f"{wanted}: the smallest plan takes {reached:g} of the bf16 checkpoint's bytes"
     if goal.kind == "speed":
-        plan = solve(table, fixed, Limits(prefill=loose.prefill), {"decode": 1.0})
-        if plan is None:
-            return f"--speed {goal.value:g} cannot be reached: every plan has a slower prefill than the original"
+        plan = solve(table, fixed, Limits(), {"decode": 1.0})
+        assert plan is not None
         fastest = int(goal.original_decode / plan.decode * 100) / 100
-        return f"--speed {goal.value:g} cannot be reached: the fastest plan is predicted to decode {fastest:g} times as fast"
-    plan = solve(table, fixed, loose, {"loss": 1.0})
-    if plan is None:
-        return f"--loss {goal.value:g} cannot be reached: every plan is slower than the original on this machine"
-    return f"--loss {goal.value:g} cannot be reached: the best plan is predicted to cost {plan.loss:.4g} nats per token"
+        return f"{wanted}: the fastest plan is predicted to decode {fastest:g} times as fast as the original"
+    plan = solve(table, fixed, Limits(), {"loss": 1.0})
+    assert plan is not None
+    return f"{wanted}: the best plan is predicted to cost {plan.loss:.4g} nats per token"
 
 
 def frontier(table: Table, fixed: Fixed, goal: Goal, sizes: Sequence[float]) -> list[tuple[str, Plan]]:
@@ -156,8 +164,9 @@ def frontier(table: Table, fixed: Fixed, goal: Goal, sizes: Sequence[float]) -> 
     found: list[tuple[str, Plan]] = []
     seen: set[str] = set()
     for size in sizes:
-        limits = Limits(size * goal.checkpoint_bytes, None, goal.original_decode, goal.original_prefill / 0.9)
-        plan = solve(table, fixed, limits, {"loss": 1.0, "bytes": 1e-5})
+        sized = replace(goal, kind="size", value=size)
+        attempts = (solve(table, fixed, sized.limits(slack=slack), sized.weights) for slack in SLACKS)
+        plan = next((plan for plan in attempts if plan is not None), None)
         if plan is not None and plan.name not in seen:
             seen.add(plan.name)
             found.append((f"size {size:g}", plan))
