@@ -16,7 +16,8 @@ def low_rank(shape, form):
 
 
 QUANTIZED = [
-    "int8:row", "int8:128", "int8:tensor", "int7:64:fp32", "int4:32", "int4:row", "int4:32:asym", "int3:64",
+    "int8:row", "int8:128", "int8:tensor", "int4:tensor:asym", "int7:64:fp32",
+    "int4:32", "int4:row", "int4:32:asym", "int3:64",
     "int2:16:fp16",
     "nf4:64", "ternary", "ternary:32", "fp8_e4m3:row", "fp8_e5m2:1x128", "fp8_e4m3:128x128", "mxfp8_e4m3",
     "mxfp6_e2m3", "mxfp4:floor", "nvfp4",

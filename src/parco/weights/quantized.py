@@ -1,6 +1,6 @@
 """A matrix stored in few bits, with scales: every Format that is not dense.
 
-Integers with groups along a row, or one scale per row, run on the compiled kernels of `parco.kernels.linear`. Every
+Integers scaled by groups along a row, by row, or as a whole run on the compiled kernels of `parco.kernels.linear`. Every
 other format runs by definition: decode, then multiply. Which one a Weight takes is decided from its format when it is
 made, never per call.
 """
@@ -12,7 +12,7 @@ from typing import final
 
 import torch
 
-from parco.formats import TERNARY, Format, Integer, TensorSpec
+from parco.formats import TENSOR, TERNARY, Format, Integer, TensorSpec
 from parco.kernels.cast import Rounding, decode_tensors, encode
 from parco.kernels.linear import embedding_int, linear_int
 from parco.weights.weight import Weight, check_shape, product_tolerance
@@ -92,7 +92,8 @@ class Quantized(Weight):
         return self.dense(*tensors).abs()
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        # Three roundings: of the decoded weight, of the input where a kernel splits it into words, and of the result.
+        # Three roundings: of the decoded weight, of the result, and of the input, which the integer kernels write in words
+        # relative to its block's largest magnitude (2⁻¹⁵ of it for bf16 and fp16, 2⁻²⁹ for fp32).
         return product_tolerance(self.shape[1], 3, dtype)
 
     def _named(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
@@ -100,9 +101,10 @@ class Quantized(Weight):
 
 
 def _integer_arguments(form: Format, columns: int) -> tuple[int, int, int] | None:
-    """(bits, group, columns) of the integer kernels where they cover `form`: integers scaled along a row. None
-    elsewhere.
+    """(bits, group, columns) of the integer kernels where they cover `form`: integers scaled along a row, or symmetric
+    ones under one scale for all. None elsewhere.
     """
-    if not isinstance(form.element, Integer) or form.element == TERNARY or form.block.rows != 1:
+    covered = form.block.rows == 1 or (form.block == TENSOR and not form.is_asymmetric)
+    if not isinstance(form.element, Integer) or form.element == TERNARY or not covered:
         return None
     return form.bits, min(form.block.columns or columns, columns), columns
