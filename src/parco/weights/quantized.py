@@ -1,8 +1,8 @@
 """A matrix stored in few bits, with scales: every Format that is not dense.
 
-Integers scaled by groups along a row, by row, or as a whole run on the compiled kernels of `parco.kernels.linear`. Every
-other format runs by definition: decode, then multiply. Which one a Weight takes is decided from its format when it is
-made, never per call.
+Integers scaled by groups along a row, by row, or as a whole run on the compiled kernels of `parco.kernels.linear`.
+Every other format runs by definition: decode, then multiply. Which one a Weight takes is decided from its format when
+it is made, never per call.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class Quantized(Weight):
         return self.dense(*tensors).abs()
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        # Three roundings: of the decoded weight, of the result, and of the input, which the integer kernels write in words
-        # relative to its block's largest magnitude (2⁻¹⁵ of it for bf16 and fp16, 2⁻²⁹ for fp32).
+        # Three roundings: of the decoded weight, of the result, and of the input, which the integer kernels write in
+        # words relative to its block's largest magnitude (2⁻¹⁵ of it for bf16 and fp16, 2⁻²⁹ for fp32).
         return product_tolerance(self.shape[1], 3, dtype)
 
     def _named(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
