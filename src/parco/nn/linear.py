@@ -56,7 +56,9 @@ class Embedding(torch.nn.Module):
         self.scale = scale
         self.weight = weight
         if scale is not None:
-            self._rounded_scale = {dtype: torch.tensor(scale, dtype=dtype, device="cpu").item() for dtype in _COMPUTE_DTYPES}
+            self._rounded_scale = {
+                dtype: torch.tensor(scale, dtype=dtype, device="cpu").item() for dtype in _COMPUTE_DTYPES
+            }
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """indices, integers [...]; returns [..., embedding_dim]."""
