@@ -98,7 +98,8 @@ def convert_(model: torch.nn.Module, method: Method | str, filter_fn: Filter | N
     rows: list[Converted] = []
     done: set[str] = set()
     for name, found in sites.items():
-        if name in done or not accepts(found.module, name):
+        # Asked anew: the first expert of a block to be converted replaced the module that owns the others.
+        if name in done or not accepts(site(model, name).module, name):
             continue
         done.update((name,) if found.kind == "expert" else tied(model, name))
         rows.append(_convert(model, name, chosen))

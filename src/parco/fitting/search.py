@@ -2,8 +2,9 @@
 
 The largest magnitude of a group need not land on the largest code. Clipping it a little makes all other steps finer,
 and an even number of codes has one more on the negative side: with a scale of the extreme's opposite sign that code
-serves the extreme, whatever its sign. At 4 bits the search removes about a fifth of absmax's squared error, at 2 bits
-two thirds. So scales may be negative; (u − z)·scale is the value either way.
+serves the extreme, whatever its sign. On normal numbers in groups of 32 the search removes 30% of absmax scaling's
+squared error at 4 bits, half at 3 and three quarters at 2. So scales may be negative; (u − z)·scale is the value either
+way.
 
 Blocks are held transposed, [groups, columns of a group, rows]: the reduction then runs over whole vectors of rows, and
 the column-by-column solver (gptq.py) shares the code. Candidates are judged after rounding to the stored dtype.

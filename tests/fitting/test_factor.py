@@ -1,0 +1,132 @@
+"""Low-rank factors: the optimum, and that it is the optimum of the outputs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from parco.fitting import factor
+from parco.fitting.factor import basis, factorize, rank_for, refit_left
+from parco.fitting.statistics import Statistics, row_error
+
+SHAPES = [(40, 96), (96, 40), (64, 64)]
+
+
+def inputs_of(columns: int, tokens: int = 1500) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    return torch.randn(tokens, columns, generator=generator) @ mix * torch.logspace(1, -1, columns)
+
+
+def weights(shape: tuple[int, int]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02
+
+
+def total(delta: Tensor, statistics: Statistics) -> float:
+    return float(row_error(delta, statistics.gram, 1).double().sum())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_activation_aware_factors_are_the_optimum(shape: tuple[int, int]) -> None:
+    weight, statistics, rank = weights(shape), Statistics.of(inputs_of(shape[1])), 12
+    left, right = factorize(weight, rank, statistics)
+    root = torch.linalg.cholesky(statistics.gram.double())
+    singular = torch.linalg.svdvals(weight.double() @ root)
+    optimum = float(singular[rank:].square().sum())
+    assert total(weight - left @ right, statistics) == pytest.approx(optimum, rel=1e-3)
+    assert left.shape == (shape[0], rank)
+    torch.testing.assert_close(left.T @ left, torch.eye(rank), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_energies_are_what_each_direction_costs(shape: tuple[int, int]) -> None:
+    weight, statistics = weights(shape), Statistics.of(inputs_of(shape[1]))
+    found = basis(weight, statistics)
+    for rank in (5, 20):
+        left, right = found.factors(rank)
+        assert total(weight - left @ right, statistics) == pytest.approx(float(found.energies[rank:].sum()), rel=1e-2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_statistics_it_is_the_truncated_svd(shape: tuple[int, int]) -> None:
+    weight = weights(shape)
+    left, right = factorize(weight, 10)
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    torch.testing.assert_close(left @ right, (u[:, :10] * s[:10]) @ v[:10], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_activation_aware_is_no_worse_than_plain(shape: tuple[int, int]) -> None:
+    weight, statistics = weights(shape), Statistics.of(inputs_of(shape[1]))
+    aware, plain = factorize(weight, 16, statistics), factorize(weight, 16)
+    assert total(weight - aware[0] @ aware[1], statistics) < 0.7 * total(weight - plain[0] @ plain[1], statistics)
+
+
+def test_shifted_inputs_reach_the_optimum_of_the_original_outputs() -> None:
+    original = inputs_of(48, 3000)
+    shifted = original + 0.2 * original.std(0) * torch.randn(original.shape, generator=torch.Generator().manual_seed(3))
+    weight, rank = weights((32, 48)), 8
+    statistics = Statistics.of(shifted, original)
+    left, right = factorize(weight, rank, statistics)
+    achieved = (shifted @ (left @ right).T - original @ weight.T).square().sum()
+    root = torch.linalg.cholesky(statistics.gram.double())
+    assert statistics.cross is not None
+    whole = torch.linalg.solve_triangular(root, (weight @ statistics.cross).double().T, upper=False).T
+    u, s, v = torch.linalg.svd(whole, full_matrices=False)
+    best = torch.linalg.solve_triangular(root.T, ((u[:, :rank] * s[:rank]) @ v[:rank]).T, upper=True).T.float()
+    optimum = (shifted @ best.T - original @ weight.T).square().sum()
+    # The target is damped by 1% of the gram's mean diagonal, the formula of SVD-LLM is not.
+    assert float(achieved) == pytest.approx(float(optimum), rel=0.05)
+
+
+def test_ranks_of_one_matrix_share_the_eigenvectors_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    solve = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(1) or solve(matrix))
+    weight, statistics = weights((40, 64)), Statistics.of(inputs_of(64))
+    first = factorize(weight, 8, statistics)
+    second = factorize(weight, 16, statistics)
+    assert len(calls) == 1
+    torch.testing.assert_close(first[0], second[0][:, :8])
+    weight.mul_(2.0)
+    changed = factorize(weight, 8, statistics)
+    assert len(calls) == 2
+    torch.testing.assert_close(changed[1], 2.0 * first[1], rtol=1e-4, atol=1e-5)
+    factorize(weight, 8)
+    assert len(calls) == 3, "other statistics, other directions"
+
+
+def test_small_ranks_of_large_matrices_are_near_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factor, "_EXACT_SIDE", 100)
+    weight, statistics = weights((160, 200)), Statistics.of(inputs_of(200))
+    left, right = factorize(weight, 16, statistics)
+    optimum = float(basis(weight, statistics).energies[16:].sum())
+    assert total(weight - left @ right, statistics) < 1.005 * optimum
+
+
+def test_left_is_refitted_to_the_right_that_is_stored() -> None:
+    weight, statistics = weights((40, 64)), Statistics.of(inputs_of(64))
+    left, right = factorize(weight, 12, statistics)
+    rounded = (right * 4).round() / 4 + 1e-3
+    refitted, inner = refit_left(weight, rounded, statistics)
+    assert total(weight - refitted @ rounded, statistics) < total(weight - left @ rounded, statistics)
+    torch.testing.assert_close(inner.gram, rounded @ statistics.gram @ rounded.T, rtol=1e-3, atol=1e-2)
+
+
+def test_rank_for_keeps_the_share_of_parameters() -> None:
+    assert rank_for(0.5, (2048, 2048)) == 512
+    assert rank_for(0.5, (2048, 5632)) == 752
+    assert rank_for(0.01, (256, 256)) == 16
+    assert rank_for(1.0, (8, 64)) == 8
+
+
+def test_errors_name_the_argument() -> None:
+    with pytest.raises(ValueError, match=r"rank must be in 1\.\.40"):
+        factorize(weights((40, 64)), 41)
+    with pytest.raises(ValueError, match="64 columns, the statistics have 32"):
+        factorize(weights((40, 64)), 4, Statistics.of(inputs_of(32)))
+
+
+def test_empty_statistics_fall_back_to_the_plain_svd() -> None:
+    weight = weights((40, 64))
+    empty = Statistics(torch.zeros(64, 64), 0)
+    torch.testing.assert_close(factorize(weight, 8, empty)[1], factorize(weight, 8)[1])
