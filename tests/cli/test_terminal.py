@@ -16,10 +16,12 @@ from parco.cli import fit, terminal
 
 @pytest.fixture
 def restored_logging() -> Generator[None]:
-    handlers = logging.getLogger().handlers
+    loggers = [logging.getLogger(name) for name in (None, "torch")]
+    kept = [(logger, logger.handlers, logger.propagate) for logger in loggers]
     yield
     logging.captureWarnings(False)
-    logging.getLogger().handlers = handlers
+    for logger, handlers, propagate in kept:
+        logger.handlers, logger.propagate = handlers, propagate
 
 
 def test_away_from_a_terminal_progress_is_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
@@ -48,9 +50,22 @@ def test_progress_lines_are_rare(capsys: pytest.CaptureFixture[str]):
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
+def test_a_job_that_is_refused_early_leaves_the_error_alone(capsys: pytest.CaptureFixture[str]):
+    def refused() -> None:
+        with terminal.progress() as progress:
+            progress.stage("load", total=1)
+            progress.advance()
+            raise ValueError("refused")
+
+    with pytest.raises(ValueError, match="refused"):
+        refused()
+    assert capsys.readouterr().err == ""
+
+
 def test_on_a_terminal_every_stage_has_a_bar_that_ends_full():
     bars = Bars(console=Console(file=io.StringIO(), force_terminal=True))
     drawn = terminal.Drawn(bars)
+    drawn.advance()
     drawn.stage("calibrate", total=10)
     drawn.advance(3)
     drawn.stage("solve")
@@ -61,21 +76,25 @@ def test_on_a_terminal_every_stage_has_a_bar_that_ends_full():
         ("solve", 1, True),
         ("heal", 0, False),
     ]
+    assert [task.fields["time"][-1:] for task in bars.tasks] == ["s", "s", ""]
 
 
 def test_warnings_go_to_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], restored_logging: None
 ):
     monkeypatch.setenv("PARCO_CACHE", str(tmp_path / "cache"))
-    terminal.quiet_libraries()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        logging.captureWarnings(True)
+        logging.captureWarnings(False)
+        terminal.quiet_libraries()
         warnings.warn("a library is unhappy", stacklevel=1)
+        logging.captureWarnings(False)
     logging.getLogger("somebody").warning("so is another")
+    logging.getLogger("torch.utils").warning("and a third")
     log = (tmp_path / "cache" / "log.txt").read_text()
     assert "a library is unhappy" in log
     assert "so is another" in log
+    assert log.count("and a third") == 1
     assert capfd.readouterr() == ("", "")
 
 

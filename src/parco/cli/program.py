@@ -17,6 +17,7 @@ from parco.cli import evaluate, explain, fit, generate, machine
 app = typer.Typer(
     name="parco",
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make a transformer smaller and faster on this machine, within a loss that you allow, and see what it cost.",

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from parco.report.units import duration
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from parco.fitting.stages import Progress
 
 SECONDS_BETWEEN_LINES = 20.0
+SECONDS_HELD_BACK = 10.0
+"""A job that is refused this early says so in one line, without a log of its first steps above it."""
 
 Debug = Annotated[bool, typer.Option("--debug", help="On an error show where it happened.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else on stdout.")]
@@ -58,8 +62,9 @@ def quiet_libraries() -> None:
         # A cache that cannot be written costs the log, not the job.
         handler = logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    root = logging.getLogger()
-    root.handlers = [handler]
+    for name in (None, "torch"):  # torch keeps a handler of its own that writes to stderr
+        logging.getLogger(name).handlers = [handler]
+    logging.getLogger("torch").propagate = False
 
 
 def read_text(path: Path) -> str:
@@ -75,20 +80,11 @@ def progress() -> Generator[Progress]:
     """A Progress that draws bars where stderr is a terminal and prints plain lines elsewhere."""
     if not sys.stderr.isatty():
         lines = Lines()
-        try:
-            yield lines
-        finally:
-            lines.close()
+        yield lines
+        lines.close()
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
     from rich.progress import Progress as Bars
 
     columns = (
@@ -96,39 +92,43 @@ def progress() -> Generator[Progress]:
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left", style="dim"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[time]}", markup=False),
     )
     with Bars(*columns, console=Console(stderr=True, markup=False, highlight=False, emoji=False)) as bars:
-        yield Drawn(bars)
+        drawn = Drawn(bars)
+        yield drawn
+        drawn.close()
 
 
 class Drawn:
-    """Progress on a terminal: a bar for every stage, the notes above them."""
+    """Progress on a terminal: a bar for every stage, with the time left while it runs and the time taken afterwards."""
 
     def __init__(self, bars: Bars) -> None:
         self._bars = bars
         self._task: TaskID | None = None
 
     def stage(self, name: str, total: int | None = None) -> None:
-        self._finish()
-        self._task = self._bars.add_task(name, total=total)
+        self.close()
+        self._task = self._bars.add_task(name, total=total, time="")
 
     def advance(self, n: int = 1) -> None:
-        if self._task is not None:
-            self._bars.advance(self._task, n)
+        if self._task is None:
+            return
+        self._bars.advance(self._task, n)
+        left = self._bars.tasks[self._task].time_remaining
+        if left:
+            self._bars.update(self._task, time=f"about {duration(left)} left")
 
     def note(self, text: str) -> None:
         self._bars.console.print(text, style="dim")
 
-    def _finish(self) -> None:
+    def close(self) -> None:
         """A stage ends when the next begins, whether or not it counted its last step."""
         if self._task is not None:
             task = self._bars.tasks[self._task]
-            self._bars.update(
-                self._task, total=task.total or task.completed or 1, completed=task.total or task.completed or 1
-            )
+            whole = task.total or task.completed or 1
+            self._bars.update(self._task, total=whole, completed=whole, time=duration(task.elapsed))
+            self._task = None
 
 
 class Lines:
@@ -138,10 +138,11 @@ class Lines:
         self._name = ""
         self._total: int | None = None
         self._done = 0
-        self._began = self._last = time.monotonic()
+        self._start = self._began = self._last = time.monotonic()
+        self._held: list[str] = []
 
     def stage(self, name: str, total: int | None = None) -> None:
-        self.close()
+        self._finish()
         self._name, self._total, self._done = name, total, 0
         self._began = self._last = time.monotonic()
         self._say(f"{name}: {total} steps" if total else name)
@@ -163,9 +164,19 @@ class Lines:
         self._say(text)
 
     def close(self) -> None:
+        """The job is done: say what was held back and how long the last stage took."""
+        self._finish()
+        self._start -= SECONDS_HELD_BACK
+        self._say()
+
+    def _finish(self) -> None:
         if self._name:
-            self._say(f"{self._name}: {time.monotonic() - self._began:.1f} s")
+            self._say(f"{self._name}: {duration(time.monotonic() - self._began)}")
         self._name = ""
 
-    def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+    def _say(self, *texts: str) -> None:
+        self._held += texts
+        if time.monotonic() - self._start >= SECONDS_HELD_BACK:
+            for text in self._held:
+                print(text, file=sys.stderr, flush=True)
+            self._held = []

@@ -12,8 +12,6 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from parco.report import chart, comparison, units
 
 if TYPE_CHECKING:
@@ -39,6 +37,8 @@ def write(result: Result, path: str | Path) -> Path:
 
 def render(result: Result) -> str:
     """The page as text. Everything that came from a model or a user is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("parco.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
