@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.hub import tiny
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from parco import hub
-from tests.hub import tiny
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,8 @@ def test_code_of_a_checkpoint_is_never_run(copy: Path) -> None:
 
 def test_quantized_by_another_library(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (copy / "config.json").write_text(json.dumps(config))
     assert "'gptq'" in refused(copy)
 
 
@@ -186,10 +187,11 @@ def test_a_shard_is_missing(tmp_path: Path) -> None:
     assert shard.name in refused(folder)
 
 
-@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (float("-inf"), "infinity")])
-def test_weights_that_are_not_finite(copy: Path, value: float, word: str) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_finite(copy: Path, value: str) -> None:
+    word = "NaN" if value == "nan" else "infinity"
     state = load_file(copy / "model.safetensors")
-    state["model.layers.1.mlp.up_proj.weight"][7, 11] = value
+    state["model.layers.1.mlp.up_proj.weight"][7, 11] = float(value)
     save_file(state, copy / "model.safetensors", metadata={"format": "pt"})
     text = refused(copy)
     assert f"'model.layers.1.mlp.up_proj.weight' of '{copy / 'model.safetensors'}' holds {word} at [7, 11]" in text

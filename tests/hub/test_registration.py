@@ -1,4 +1,5 @@
-"""`register` takes effect whenever Transformers is imported, before parco or after, and costs nothing while it is not."""
+"""`register` takes effect whenever Transformers is imported, before parco or after, and costs nothing while it is
+not."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.hub import tiny
 
 from parco import hub
-from tests.hub import tiny
 
 HOOKED = """
 import sys, parco

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
+from tests.hub import tiny
 
 from parco import hub
 from parco.hub.tensors import HINT
-from tests.hub import tiny
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_extra_files_have_plain_names_of_their_own(fitted: Any, name: str, tmp_p
     assert os.listdir(tmp_path) == []
 
 
-def test_a_disk_that_is_too_small_is_known_beforehand(fitted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_too_small_is_known_beforehand(fitted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(OSError, match="no room for the model") as caught:
         hub.save(fitted, tiny.tokenizer(), tmp_path / "out")

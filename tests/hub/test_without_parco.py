@@ -1,4 +1,5 @@
-"""A fitted folder is refused by Transformers alone, with a table that says what to do; it never comes up with random weights."""
+"""A fitted folder is refused by Transformers alone, with a table that says what to do; it never comes up with random
+weights."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.hub import tiny
 
 from parco import hub
-from tests.hub import tiny
 
 LOADER = """
 import json, sys, transformers
@@ -43,9 +44,8 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], s
     for case, (architecture, format, embeddings) in CASES.items():
         made = tiny.store(tiny.model(architecture), format, embeddings)
         folders[case] = hub.save(made, tiny.tokenizer(), root / case.replace(" ", "_"))
-    run = subprocess.run(
-        [sys.executable, "-c", LOADER, *map(str, folders.values())], capture_output=True, text=True, timeout=300, cwd=root
-    )
+    command = [sys.executable, "-c", LOADER, *map(str, folders.values())]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
     assert run.returncode == 0, run.stderr
     by_folder = json.loads(run.stdout.splitlines()[-1])
     return {case: by_folder[str(folder)] for case, folder in folders.items()}, run.stderr

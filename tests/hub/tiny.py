@@ -1,4 +1,5 @@
-"""Random models of every architecture that the hub is tested with, a few thousand numbers each, and a tokenizer to go with them."""
+"""Random models of every architecture that the hub is tested with, a few thousand numbers each, and a tokenizer to go
+with them."""
 
 from __future__ import annotations
 
@@ -13,16 +14,26 @@ from parco import nn
 from parco.weights import Quantized
 
 VOCABULARY = 301
-SENTENCES = ["def fit(model, size):", "    return model", "class Weight:", "import torch", "for name, value in pairs.items():"]
+SENTENCES = ["def fit(model, size):", "    return model", "class Weight:", "import torch", "for a, b in pairs.items():"]
 
 _COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3,
-    "intermediate_size": 50, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+    "vocab_size": VOCABULARY,
+    "hidden_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 50,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
 }
 _GROUPED = {"num_key_value_heads": 1, "head_dim": 12}
 _EXPERTS = {
     "hidden_size": 40,  # Transformers multiplies dense experts with a kernel that wants rows of 16 bytes
-    "num_experts_per_tok": 2, "tie_word_embeddings": False, **_GROUPED}
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+    **_GROUPED,
+}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {**_COMMON, **_GROUPED, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
     "mistral": {**_COMMON, **_GROUPED, "tie_word_embeddings": False, "sliding_window": 16},
@@ -38,7 +49,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi": {**_COMMON, "tie_word_embeddings": False},
     "phi3": {**_COMMON, "tie_word_embeddings": False},
     "mixtral": {**_COMMON, **_EXPERTS, "intermediate_size": 56, "num_local_experts": 4},
-    "qwen2_moe": {**_COMMON, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 30},
+    "qwen2_moe": {
+        **_COMMON, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 30,
+    },
     "qwen3_moe": {**_COMMON, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24},
 }  # fmt: skip
 

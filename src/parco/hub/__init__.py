@@ -1,4 +1,5 @@
-"""In and out: models and tokenizers from folders and from the Hugging Face hub, and fitted ones as folders that Transformers loads."""
+"""In and out: models and tokenizers from folders and from the Hugging Face hub, and fitted ones as folders that
+Transformers loads."""
 
 from parco.hub.load import Loaded, load
 from parco.hub.registration import register

@@ -1,9 +1,8 @@
 """What is checked in a model's folder before a byte of it is loaded.
 
-Transformers is lenient where a long job must not be: it builds a tokenizer out of nothing when the files are absent, only
-warns of weights that it did not find, and fails on a truncated file deep inside a thread. Each check here raises an
-error whose text is one line that names the path (or the tensor) and what would be right.
-"""
+Transformers is lenient where a long job must not be: it builds a tokenizer out of nothing when the files are absent,
+only warns of weights that it did not find, and fails on a truncated file deep inside a thread. Each check here raises
+an error whose text is one line that names the path (or the tensor) and what would be right."""
 
 from __future__ import annotations
 
@@ -28,12 +27,12 @@ FINGERPRINTED = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".
 def check_folder(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a model's folder.
 
-    Raises FileNotFoundError if there is no such folder, NotADirectoryError if it is a file, ValueError if it holds no readable
-    config.json, or one that asks for code of its own or is quantized by another library.
-    """
+    Raises FileNotFoundError if there is no such folder, NotADirectoryError if it is a file, ValueError if it holds no
+    readable config.json, or one that asks for code of its own or is quantized by another library."""
     if not folder.exists():
         raise FileNotFoundError(
-            f"no folder {str(folder)!r}: give the folder of a Transformers model, or owner/name for one of the Hugging Face hub"
+            f"no folder {str(folder)!r}: give the folder of a Transformers model, or owner/name for one of the"
+            " Hugging Face hub"
         )
     if not folder.is_dir():
         raise NotADirectoryError(f"{str(folder)!r} is a file: give the folder that holds the model's {CONFIG}")
@@ -48,13 +47,14 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
         if content["model_type"] not in CONFIG_MAPPING:
             raise ValueError(
-                f"{str(folder)!r} needs code of its own ({content['auto_map']['AutoModelForCausalLM']}), which parco never runs:"
-                " give a model whose architecture Transformers has"
+                f"{str(folder)!r} needs code of its own ({content['auto_map']['AutoModelForCausalLM']}), which parco"
+                " never runs: give a model whose architecture Transformers has"
             )
     quantized = content.get("quantization_config")
     if isinstance(quantized, dict) and quantized.get("quant_method") != "parco":
         raise ValueError(
-            f"{str(folder)!r} is already quantized by {quantized.get('quant_method')!r}: give the original model in bf16, fp16 or fp32"
+            f"{str(folder)!r} is already quantized by {quantized.get('quant_method')!r}: give the original model in"
+            " bf16, fp16 or fp32"
         )
     return content
 
@@ -63,12 +63,14 @@ def check_tokenizer(folder: Path) -> None:
     """Raises ValueError if the folder has no tokenizer file (Transformers would make an empty one)."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES) and not list(folder.glob("*.tiktoken")):
         raise ValueError(
-            f"{str(folder)!r} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there (save it with tokenizer.save_pretrained)"
+            f"{str(folder)!r} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there (save it with"
+            " tokenizer.save_pretrained)"
         )
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, in the order of their names, each known to exist and, where it is safetensors, to be whole.
+    """The files that hold the weights, in the order of their names, each known to exist and, where it is safetensors,
+    to be whole.
 
     Raises ValueError where there are none, one named by the index is absent, or one is truncated or not safetensors.
     """
@@ -78,7 +80,7 @@ def weight_files(folder: Path) -> list[Path]:
             absent = [name for name in names if not (folder / name).is_file()]
             if absent or not names:
                 missing = absent[0] if absent else "every shard"
-                raise ValueError(f"{str(folder)!r} lacks {missing}, which {index} names: copy or download the folder again")
+                raise ValueError(f"{str(folder)!r} lacks {missing}, which {index} names: copy or download it again")
             files = [folder / name for name in names]
             break
         if (folder / single).is_file():
@@ -98,21 +100,23 @@ def check_safetensors(file: Path) -> None:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, 100_000_000):
-            raise ValueError(f"{str(file)!r} is truncated or not safetensors ({size:,} bytes): copy or download it again")
+            raise ValueError(f"{str(file)!r} is truncated or not safetensors ({size:,} bytes): download it again")
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
             end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{str(file)!r} is not safetensors (its header does not parse): download it again") from error
+            raise ValueError(f"{str(file)!r} is not safetensors (no header in it): download it again") from error
     if size != 8 + length + end:
         state = "truncated" if size < 8 + length + end else "followed by foreign bytes"
         raise ValueError(
-            f"{str(file)!r} is {state}: its header promises {8 + length + end:,} bytes and it has {size:,}; copy or download it again"
+            f"{str(file)!r} is {state}: its header promises {8 + length + end:,} bytes and it has {size:,}; copy or"
+            " download it again"
         )
 
 
 def check_finite(files: list[Path]) -> None:
-    """Raises ValueError naming the first tensor that holds NaN or infinity; reads each safetensors file once, memory-mapped.
+    """Raises ValueError naming the first tensor that holds NaN or infinity; reads each safetensors file once,
+    memory-mapped.
 
     Files of another kind are checked after loading, by `check_finite_tensors`.
     """
@@ -128,15 +132,16 @@ def check_finite_tensors(tensors: Iterator[tuple[str, torch.Tensor]], place: str
         if found is not None:
             what, index = found
             raise ValueError(
-                f"tensor {name!r} of {place!r} holds {what} at {list(index)}: the checkpoint is damaged; give one with finite weights"
+                f"tensor {name!r} of {place!r} holds {what} at {list(index)}: the checkpoint is damaged; give one with"
+                " finite weights"
             )
 
 
 def first_nonfinite(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]] | None:
     """("NaN" or "infinity", its index) of the first non-finite element, or None; integers are always finite.
 
-    One pass of `aminmax` over pieces of 4 Mi elements (it propagates NaN and needs no temporary), so that memory stays small.
-    """
+    One pass of `aminmax` over pieces of 4 Mi elements (it propagates NaN and needs no temporary), so that memory
+    stays small."""
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.device.type == "meta":
         return None
     flat = tensor.reshape(-1)
@@ -156,9 +161,8 @@ def first_nonfinite(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]] | None:
 def fingerprint(folder: Path) -> str:
     """sha256 over the names, sizes and contents of the model's files, as 64 hexadecimal digits.
 
-    Only files that can belong to a model count (configuration, weights, tokenizer), so a report beside them does not change it;
-    nor does the folder's own name or place.
-    """
+    Only files that can belong to a model count (configuration, weights, tokenizer), so a report beside them does not
+    change it; nor does the folder's own name or place."""
     total = hashlib.sha256()
     for file in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in FINGERPRINTED):
         with file.open("rb") as stream:

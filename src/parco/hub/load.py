@@ -1,15 +1,15 @@
 """A model and its tokenizer, out of a folder or from the Hugging Face hub.
 
-Everything that can be known to be wrong is checked before the weights are loaded (see `checks`), because what a person gets
-otherwise is a traceback from a thread, or worse a model with a few random matrices. No network is touched for a folder.
-"""
+Everything that can be known to be wrong is checked before the weights are loaded (see `checks`), because what a
+person gets otherwise is a traceback from a thread, or worse a model with a few random matrices. No network is touched
+for a folder."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tikto
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode, its tokenizer, the folder they came from, and the folder's fingerprint (sha256, hexadecimal)."""
+    """A model in evaluation mode, its tokenizer, the folder they came from, and the folder's fingerprint (sha256,
+    hexadecimal)."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -38,19 +39,21 @@ class Loaded:
     fingerprint: str
 
 
-def load(name_or_path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, low_memory: bool = True) -> Loaded:
+def load(
+    name_or_path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, low_memory: bool = True
+) -> Loaded:
     """The model in a folder, dense or fitted by parco, or of a name `owner/name` on the Hugging Face hub.
 
-    dtype: a floating torch dtype or its name; None keeps the checkpoint's (bf16 stays bf16).
-    low_memory: weights stay memory-mapped in their file where their dtype is kept; False copies them into memory, so that the
-    file may change afterwards.
+    dtype: a floating torch dtype or its name; None keeps the checkpoint's (bf16 stays bf16). low_memory: weights stay
+    memory-mapped in their file where their dtype is kept; False copies them into memory, so that the file may change
+    afterwards.
 
     A text is taken for a hub name only if it has the form owner/name and no such path exists here; nothing else touches
     the network. Code that comes with a checkpoint is never run; a pickled one (.bin) is read with weights_only=True.
 
-    Raises FileNotFoundError, NotADirectoryError or ValueError with a text of one line: missing folder, not a model, no tokenizer, missing
-    or truncated weights, NaN or infinite weights (naming the tensor), an architecture without linear layers, an unknown dtype.
-    """
+    Raises FileNotFoundError, NotADirectoryError or ValueError with a text of one line: missing folder, not a model,
+    no tokenizer, missing or truncated weights, NaN or infinite weights (naming the tensor), an architecture without
+    linear layers, an unknown dtype."""
     wanted = _dtype(dtype)
     folder = _resolve(name_or_path)
     checks.check_folder(folder)
@@ -64,7 +67,8 @@ def load(name_or_path: str | os.PathLike[str], dtype: torch.dtype | str | None =
         checks.check_finite_tensors(iter(model.state_dict().items()), str(folder))
     if not linears(model):
         raise ValueError(
-            f"{str(folder)!r} is an architecture without linear layers ({type(model).__name__}): parco has nothing to make cheaper in it"
+            f"{str(folder)!r} is an architecture without linear layers ({type(model).__name__}): parco has nothing to"
+            " make cheaper in it"
         )
     if not low_memory:
         _own(model)
@@ -111,8 +115,8 @@ def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
-            f"{str(folder)!r} lacks {len(missing)} of the tensors that {type(model).__name__} needs, {missing[0]!r} first: "
-            "copy or download it again"
+            f"{str(folder)!r} lacks {len(missing)} of the tensors that {type(model).__name__} needs, {missing[0]!r}"
+            " first: copy or download it again"
         )
     return model.eval()
 
@@ -135,11 +139,11 @@ def _own(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _quietly(folder: Path) -> Iterator[None]:
+def _quietly(folder: Path) -> Generator[None]:
     """Turns what Transformers, safetensors and pickle raise into a ValueError of one line that names the folder.
 
-    Their progress bars and the table that they print before raising are left out: the caller has its own, and the error names the tensor.
-    """
+    Their progress bars and the table that they print before raising are left out: the caller has its own, and the
+    error names the tensor."""
     from transformers.utils import logging as transformers_logging
 
     log = logging.getLogger("transformers.modeling_utils")
@@ -150,7 +154,8 @@ def _quietly(folder: Path) -> Iterator[None]:
         yield
     except UnpicklingError as error:
         raise ValueError(
-            f"{str(folder)!r} has pickled weights that hold more than tensors, which parco never runs: give it as safetensors"
+            f"{str(folder)!r} has pickled weights that hold more than tensors, which parco never runs: give it as"
+            " safetensors"
         ) from error
     except (ValueError, RuntimeError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
         if isinstance(error, ValueError) and str(error).startswith(repr(str(folder))):

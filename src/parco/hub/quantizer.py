@@ -1,9 +1,12 @@
 """The quantizer and its configuration that Transformers calls for `"quant_method": "parco"`.
 
-`from_pretrained` builds the model on the meta device; here each module that the configuration names is replaced by one that holds an
-empty `StoredWeight` of the named spec, and Transformers then loads the tensors by their names. Importing this module imports
-Transformers' quantizers, so only `registration` and functions that have a model in hand do.
-"""
+`from_pretrained` builds the model on the meta device; here each module that the configuration names is replaced by
+one that holds an empty `StoredWeight` of the named spec, and Transformers then loads the tensors by their names.
+Importing this module imports Transformers' quantizers, so only `registration` and functions that have a model in hand
+do."""
+
+# Transformers' own extension points are names with an underscore, and methods whose base returns None.
+# pyright: reportPrivateUsage=false, reportIncompatibleMethodOverride=false
 
 from __future__ import annotations
 
@@ -71,7 +74,8 @@ class ParcoConfig(QuantizationConfigMixin):
                 found[name] = weights.parse(text)
             except ValueError as error:
                 raise ValueError(
-                    f"weight of {name!r}, saved by parco {self.version}, is not known to parco {_this_version()}: {error}"
+                    f"weight of {name!r}, saved by parco {self.version}, is not known to parco {_this_version()}:"
+                    f" {error}"
                 ) from error
         return found
 
@@ -85,7 +89,8 @@ class ParcoQuantizer(HfQuantizer):
     def __init__(self, quantization_config: ParcoConfig, pre_quantized: bool = True) -> None:
         if not pre_quantized:
             raise ValueError(
-                "from_pretrained does not quantize with parco: load the dense model, then call parco.convert_(model, method) or parco.fit"
+                "from_pretrained does not quantize with parco: load the dense model, then call parco.convert_(model,"
+                " method) or parco.fit"
             )
         super().__init__(quantization_config, pre_quantized=pre_quantized)
         self._loaded_names: set[str] = set()
@@ -103,7 +108,8 @@ class ParcoQuantizer(HfQuantizer):
         names = {name: tensors.resolve(model, name) for name in config.weights | config.tied}
         tied = {here: names[owner] for name, owner in config.tied.items() if (here := names[name])}
         tensors.keep_ties(model, [here for here in names.values() if here], {k: v for k, v in tied.items() if v})
-        with torch.device("cpu"):  # inside from_pretrained every new tensor is on the meta device, constants of a module too
+        # Inside from_pretrained every new tensor is on the meta device, even a constant that a module computes.
+        with torch.device("cpu"):
             for name, spec in config.specs().items():
                 here = names[name]
                 if here is not None:
@@ -134,14 +140,17 @@ class ParcoQuantizer(HfQuantizer):
             if parameter.data_ptr() % _ALIGNMENT:
                 parameter.data = parameter.data.clone()
         if missing:
-            raise ValueError(f"the checkpoint lacks {len(missing)} tensors of stored weights, {missing[0]!r} first: download or save it again")
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} tensors of stored weights, {missing[0]!r} first: download or save"
+                " it again"
+            )
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """For `save_pretrained`: the tensors with the clashing names, and the configuration as the model is now."""
         self.quantization_config = ParcoConfig.of(model)
         model.config.quantization_config = self.quantization_config
-        model._weight_conversions = []
+        vars(model)["_weight_conversions"] = []
         return tensors.tensors_to_save(model), {}
 
     def is_serializable(self) -> bool:

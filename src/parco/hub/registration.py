@@ -1,9 +1,9 @@
 """Makes Transformers' `from_pretrained` understand folders that parco saved, from `import parco` on.
 
-Transformers keeps quantizers in two dictionaries of `transformers.quantizers.auto`, and importing that module takes seconds
-(it pulls the modelling code, and torchao where that is installed). So if it is not loaded yet, a finder at the front of `sys.meta_path`
-waits for its import, lets the usual finders and loader do it, registers, and removes itself. `import parco` alone thus costs nothing.
-"""
+Transformers keeps quantizers in two dictionaries of `transformers.quantizers.auto`, and importing that module takes
+seconds (it pulls the modelling code, and torchao where that is installed). So if it is not loaded yet, a finder at
+the front of `sys.meta_path` waits for its import, lets the usual finders and loader do it, registers, and removes
+itself. `import parco` alone thus costs nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ AWAITED = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Registers the quantization method "parco" with Transformers, now if it is loaded and else when it will be. Idempotent."""
+    """Registers the quantization method "parco" with Transformers, now if it is loaded and else when it will be.
+    Idempotent."""
     auto = sys.modules.get(AWAITED)
     if auto is not None and not _initializing(auto):
         _register_with(auto)

@@ -1,9 +1,8 @@
 """Writes a fitted model as a folder that Transformers loads after `import parco`: whole, or not at all.
 
-Everything is written into a hidden folder beside the target and flushed to the disk; only then does a rename put it in place. A
-process that dies half way leaves the target as it was, and the next save removes what it left. The files are a function of
-the model alone: no dates, no names of the machine, tensors in a fixed order.
-"""
+Everything is written into a hidden folder beside the target and flushed to the disk; only then does a rename put it
+in place. A process that dies half way leaves the target as it was, and the next save removes what it left. The files
+are a function of the model alone: no dates, no names of the machine, tensors in a fixed order."""
 
 from __future__ import annotations
 
@@ -39,14 +38,15 @@ def save(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Saves model, tokenizer, generation settings, `plan` (as plan.json) and `extra` files; returns the folder, which is whole or absent.
+    """Saves model, tokenizer, generation settings, `plan` (as plan.json) and `extra` files; returns the folder, which
+    is whole or absent.
 
-    extra: file name -> text, bytes, or the path of a file to copy. Weights above `shard_bytes` are split into shards with an index.
-    A folder that parco saved is replaced, all of it, once the new one is whole; of any other only an empty one is.
+    extra: file name -> text, bytes, or the path of a file to copy. Weights above `shard_bytes` are split into shards
+    with an index. A folder that parco saved is replaced, all of it, once the new one is whole; of any other only an
+    empty one is.
 
-    Raises FileExistsError if the folder holds something else, ValueError for an extra name that is not a plain file name or is taken,
-    and OSError where the disk is full or cannot be written: then nothing is left behind.
-    """
+    Raises FileExistsError if the folder holds something else, ValueError for an extra name that is not a plain file
+    name or is taken, and OSError where the disk is full or cannot be written: then nothing is left behind."""
     target = Path(folder).expanduser().resolve()
     refuse_foreign(target)
     content = tensors.tensors_to_save(model)
@@ -69,7 +69,8 @@ def save(
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Lets a model converted in memory save itself: `model.save_pretrained(folder)` then writes what `save` would; returns the model.
+    """Lets a model converted in memory save itself: `model.save_pretrained(folder)` then writes what `save` would;
+    returns the model.
 
     Without this Transformers writes the new tensors under a configuration that does not speak of them.
     """
@@ -77,7 +78,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
 
     config = ParcoConfig.of(model)
     model.config.quantization_config = config
-    model.hf_quantizer = ParcoQuantizer(config)
+    vars(model)["hf_quantizer"] = ParcoQuantizer(config)
     return model
 
 
@@ -94,7 +95,7 @@ def refuse_foreign(target: Path) -> None:
         config = json.loads((target / "config.json").read_text(encoding="utf-8"))
         if config.get("quantization_config", {}).get("quant_method") == "parco":
             return
-    raise FileExistsError(f"{str(target)!r} holds files that parco did not save, and saving would replace them: {remedy}")
+    raise FileExistsError(f"{str(target)!r} holds files that parco did not save and would replace: {remedy}")
 
 
 def _write_weights(folder: Path, content: dict[str, torch.Tensor], shard_bytes: int) -> None:
@@ -126,13 +127,14 @@ def _write_settings(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedT
     config.dtype = tensors.compute_dtype(model)
     config.quantization_config = ParcoConfig.of(model)
     config.save_pretrained(folder)
-    if model.can_generate() and model.generation_config is not None:
+    if model.can_generate():
         model.generation_config.save_pretrained(folder)
     _settled(tokenizer).save_pretrained(folder)
 
 
 def _settled(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy without what past calls left in it (padding, truncation) and without the options that it was loaded with."""
+    """A copy without what past calls left in it (padding, truncation) and without the options that it was loaded
+    with."""
     settled = copy.deepcopy(tokenizer)
     for option in ("is_local", "local_files_only", "trust_remote_code"):
         settled.init_kwargs.pop(option, None)
@@ -189,7 +191,8 @@ def _put_in_place(temporary: Path, target: Path) -> None:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Removes what saves of this target left that were killed (their process is gone); a former target comes back if it is the only one."""
+    """Removes what saves of this target left that were killed (their process is gone); a former target comes back if
+    it is the only one."""
     for path in sorted(target.parent.glob(f".{target.name}.parco-*")):
         owner = path.name.removeprefix(f".{target.name}.parco-").removesuffix("-former")
         if not owner.isdigit() or (int(owner) != os.getpid() and Path(f"/proc/{owner}").exists()):
@@ -203,9 +206,8 @@ def _remove_abandoned(target: Path) -> None:
 def _refuse_if_full(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < needed:
-        raise OSError(
-            errno.ENOSPC, f"no room for the model: it needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free", str(target)
-        )
+        text = f"no room for the model: it needs {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
+        raise OSError(errno.ENOSPC, text, str(target))
 
 
 def _explain(error: OSError | SafetensorError, target: Path) -> NoReturn:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 
 class Texts(NamedTuple):
-    """Python sources of the standard library: `heldout` was never trained on, `calibration` is part of the training text."""
+    """Python sources of the standard library: `heldout` was never trained on, `calibration` is part of the training
+    text."""
 
     heldout: str
     calibration: str

@@ -1,11 +1,11 @@
 """The names under which a fitted model's tensors are saved, and what in memory they belong to.
 
-A module's matrix W that Transformers knows as the parameter `m.weight` becomes the tensors of a Weight: `m.weight.codes`,
-`m.weight.scale` and so on. Transformers without parco would find `m.weight` missing, warn, and go on with random numbers. So each
-file also holds a tensor named `m.weight`: one dimension of bytes, the text of the spec. Its shape clashes with the matrix's, which
-Transformers refuses to load. With parco the name belongs to no parameter and is ignored. One more tensor has a name that says what to do,
-and stands in the table that Transformers prints before it refuses.
-"""
+A module's matrix W that Transformers knows as the parameter `m.weight` becomes the tensors of a Weight:
+`m.weight.codes`, `m.weight.scale` and so on. Transformers without parco would find `m.weight` missing, warn, and go
+on with random numbers. So each file also holds a tensor named `m.weight`: one dimension of bytes, the text of the
+spec. Its shape clashes with the matrix's, which Transformers refuses to load. With parco the name belongs to no
+parameter and is ignored. One more tensor has a name that says what to do, and stands in the table that Transformers
+prints before it refuses."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ _STORED_EXPERT = re.compile(r"(.+)\.(\d+)")
 
 @dataclass(frozen=True)
 class Description:
-    """weights: module name -> spec, in the order of the model's modules; tied: module name -> the name in `weights` that it shares."""
+    """weights: module name -> spec, in the order of the model's modules; tied: module name -> the name in `weights`
+    that it shares."""
 
     weights: dict[str, Weight]
     tied: dict[str, str]
 
 
 def describe(model: torch.nn.Module) -> Description:
-    """Every stored weight of `model` under the name that `nn.replace_` takes (`a.b.q_proj`, `a.b.experts.down_proj[3]`)."""
+    """Every stored weight of `model` under the name that `nn.replace_` takes (`a.b.q_proj`,
+    `a.b.experts.down_proj[3]`)."""
     weights: dict[str, Weight] = {}
     tied: dict[str, str] = {}
     owners: dict[int, str] = {}
@@ -51,7 +53,8 @@ def describe(model: torch.nn.Module) -> Description:
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype that the model computes in: of the first floating parameter that no stored weight owns, else the configuration's."""
+    """The dtype that the model computes in: of the first floating parameter that no stored weight owns, else the
+    configuration's."""
     inside = {id(parameter) for _, module in _stored(model) for parameter in module.parameters()}
     for parameter in model.parameters():
         if parameter.is_floating_point() and id(parameter) not in inside:
@@ -61,20 +64,21 @@ def compute_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 def tensors_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Name -> tensor for the file: the state without tied copies, the clashing names, and the hint; in the order of the names.
+    """Name -> tensor for the file: the state without tied copies, the clashing names, and the hint; in the order of
+    the names.
 
     Raises ValueError if a tensor lies on the meta device (offloaded): there is nothing to write.
     """
     description = describe(model)
-    targets = set(getattr(model, "all_tied_weights_keys", None) or {})
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    targets: set[str] = set(getattr(model, "all_tied_weights_keys", None) or {})
+    ignored: set[str] = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     state = {name: value for name, value in model.state_dict().items() if name not in ignored}
     found: dict[str, torch.Tensor] = {}
     seen: dict[tuple[int, tuple[int, ...], int], str] = {}
     for name in sorted(state, key=lambda name: (name in targets, name)):
         value = state[name]
         if value.device.type == "meta":
-            raise ValueError(f"tensor {name!r} is on the meta device: load the model without offloading before saving it")
+            raise ValueError(f"tensor {name!r} is on the meta device: load the model without offloading to save it")
         identity = (value.data_ptr(), tuple(value.shape), value.storage_offset())
         if value.numel() and identity in seen:
             continue
@@ -100,7 +104,8 @@ def clashing_names(weights: dict[str, str]) -> dict[str, str]:
 
 
 def resolve(model: PreTrainedModel, name: str) -> str | None:
-    """`name` as `model` has it: itself, or without or with the prefix of the base model, or None if the model has no such module."""
+    """`name` as `model` has it: itself, or without or with the prefix of the base model, or None if the model has no
+    such module."""
     prefix = f"{model.base_model_prefix}."
     for candidate in (name, name.removeprefix(prefix), prefix + name):
         expert = _EXPERT.fullmatch(candidate)
@@ -123,17 +128,19 @@ def stored_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Pa
 def keep_ties(model: PreTrainedModel, weights: Iterable[str], tied: dict[str, str]) -> None:
     """Drops from Transformers' records each pair of parameters that the architecture ties and the saved model does not.
 
-    Such a pair has a stored weight on a side and no entry in `tied` (a checkpoint may hold an embedding and a head that differ although
-    its configuration says that they are one). `nn.replace_` and loading then leave the two apart.
-    """
-    names = set(weights)
-    for keys in (model.all_tied_weights_keys, model._tied_weights_keys):
-        for target, source in list((keys or {}).items()):
-            pair = (target.removesuffix(".weight"), source.removesuffix(".weight"))
-            is_stored = any(name in names or name in tied for name in pair)
-            if is_stored and tied.get(pair[0]) != pair[1] and tied.get(pair[1]) != pair[0]:
-                model.all_tied_weights_keys.pop(target, None)
-                model._tied_weights_keys = {key: value for key, value in (model._tied_weights_keys or {}).items() if key != target}
+    Such a pair has a stored weight on a side and no entry in `tied` (a checkpoint may hold an embedding and a head
+    that differ although its configuration says that they are one). `nn.replace_` and loading then leave the two
+    apart."""
+    names = {*weights, *tied}
+
+    def kept(target: str, source: str) -> bool:
+        first, second = target.removesuffix(".weight"), source.removesuffix(".weight")
+        is_stored = first in names or second in names
+        return not is_stored or tied.get(first) == second or tied.get(second) == first
+
+    for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
+        pairs: dict[str, str] = getattr(model, attribute, None) or {}
+        setattr(model, attribute, {target: source for target, source in pairs.items() if kept(target, source)})
 
 
 def _stored(model: torch.nn.Module) -> Iterator[tuple[str, StoredWeight]]:
