@@ -33,7 +33,15 @@ def result() -> Result:
         threads=2,
         target={"kind": "size", "value": 0.35, "reached": 0.3481, "met": True},
         plan={"schema": 1},
-        data={"source": "embedded", "window": 512, "held_out_windows": 64, "sha256": "9b0d"},
+        data={
+            "source": "the texts that come with parco",
+            "sha256": "9b0d",
+            "window": 512,
+            "calibration_windows": 240,
+            "check_windows": 16,
+            "held_out_windows": 64,
+            "generated_windows": 4,
+        },
         prefill_tokens=512,
         original=_column("original", 1.0, 1.5012, 0.0, 1.0, 190.0, 4100.0),
         fitted=_column("fitted", 0.3481, 1.5187, 0.0141, 0.962, 251.0, 4230.0),
@@ -68,7 +76,8 @@ def result() -> Result:
         versions={"torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.2"},
         stages=[
             {"stage": "calibrate", "seconds": 41.0, "resumed": True},
-            {"stage": "measure", "seconds": 95.2, "resumed": False},
+            {"stage": "apply", "seconds": 55.2, "resumed": False},
+            {"stage": "apply", "seconds": 44.8, "resumed": False},
         ],
         warnings=["Calibrated on parco's own text: MODEL came without --data."],
     )

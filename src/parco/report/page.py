@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-import json
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from parco.report import chart, comparison, units
 
 if TYPE_CHECKING:
-    from parco.fitting.result import Alternative, GroupRow, Result
+    from parco.fitting.result import Alternative, GroupRow, Result, StageTime
 
 BLOCK = re.compile(r"^(?P<before>.*?)\b(?P<block>\d+)\b\.?(?P<after>.*)$")
 
@@ -85,7 +84,7 @@ def _plans_note(result: Result) -> str:
     return (
         f"{len(result['frontier'])} plans were solved for{healing}. Lower and further left is better. "
         "KL of the plans is on the windows kept for checking, of the uniform choices on held-out text. "
-        "Point at a mark to read its plan."
+        "The chosen plan has a ring on both. Point at a mark to read its plan."
     )
 
 
@@ -119,10 +118,10 @@ def _layer(row: GroupRow) -> dict[str, Any]:
         "kernel": row["kernel"],
         "bytes": units.size(row["bytes"]),
         "kept": units.percent(row["bytes"] / row["original_bytes"]),
-        "decode": units.duration(row["decode_seconds"]),
-        "decode_before": units.duration(row["original_decode_seconds"]),
-        "prefill": units.duration(row["prefill_seconds"]),
-        "prefill_before": units.duration(row["original_prefill_seconds"]),
+        "times": [
+            (units.duration(row["decode_seconds"]), units.duration(row["original_decode_seconds"])),
+            (units.duration(row["prefill_seconds"]), units.duration(row["original_prefill_seconds"])),
+        ],
         "loss": units.rise(row["predicted_loss"]),
         "error": "not measured" if error is None else f"{100 * error:.2g}%",
         "why": f"{len(row['passed'])} passed over",
@@ -164,22 +163,47 @@ def _overview(groups: list[GroupRow]) -> dict[str, Any]:
 
 
 def _origin(result: Result) -> list[tuple[str, str]]:
-    machine, target = result["machine"], result["target"]
-    stages = "; ".join(
-        f"{stage['stage']} {units.duration(stage['seconds'])}{' (from before)' if stage['resumed'] else ''}"
-        for stage in result["stages"]
-    )
-    return [
+    target, heal = result["target"], result["heal"]
+    rows = [
         ("Model", f"{result['model']} ({result['architecture']}, {result['parameters']:,} parameters)"),
-        ("Fingerprint", result["fingerprint"]),
+        ("Fingerprint", result["fingerprint"][:16]),
         ("Asked for", f"{target['kind']} {target['value']:g}"),
-        ("Text", _listing(result["data"])),
-        ("Machine", _machine(machine)),
+        ("Text", _text(result["data"])),
+    ]
+    if heal is not None:
+        change = f"KL on the check windows {units.nats(heal['kl_before'])} → {units.nats(heal['kl_after'])}"
+        rows.append(("Healing", f"{heal['steps']} steps of {heal['tokens_per_step']:,} tokens, {change}"))
+    return [
+        *rows,
+        ("Machine", _machine(result["machine"])),
         ("Threads", str(result["threads"])),
         ("Seed", str(result["seed"])),
-        ("Versions", _listing({"parco": result["parco"], **result["versions"]})),
-        ("Time spent", stages),
+        (
+            "Versions",
+            ", ".join(
+                f"{name} {version}" for name, version in ({"parco": result["parco"]} | result["versions"]).items()
+            ),
+        ),
+        ("Time spent", _time_spent(result["stages"])),
     ]
+
+
+def _text(data: Mapping[str, Any]) -> str:
+    generated = f", {data['generated_windows']} of them written by the model" if data.get("generated_windows") else ""
+    return (
+        f"{data['source']}: {data['calibration_windows']} windows of {data['window']} tokens to calibrate{generated}, "
+        f"{data['check_windows']} to check, {data['held_out_windows']} held out; sha256 {data['sha256'][:16]}"
+    )
+
+
+def _time_spent(stages: list[StageTime]) -> str:
+    """Seconds by name of stage, a stage that ran several times once, in the order in which they first ran."""
+    spent: dict[str, float] = {}
+    for stage in stages:
+        spent[stage["stage"]] = spent.get(stage["stage"], 0.0) + stage["seconds"]
+    kept = list(dict.fromkeys(stage["stage"] for stage in stages if stage["resumed"]))
+    earlier = f"; of an earlier run: {', '.join(kept)}" if kept else ""
+    return ", ".join(f"{name} {units.duration(seconds)}" for name, seconds in spent.items()) + earlier
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
@@ -191,14 +215,6 @@ def _machine(machine: Mapping[str, Any]) -> str:
     if machine.get("memory"):
         parts.append(f"{units.size(machine['memory'])} memory")
     return ", ".join([*parts, *machine.get("gpus", ())])
-
-
-def _listing(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in values.items())
-
-
-def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _usage(result: Result) -> str:
