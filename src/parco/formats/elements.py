@@ -10,7 +10,6 @@ ternary; QLoRA (arXiv 2305.14314) for NF4.
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
@@ -75,10 +74,9 @@ class Float:
 
     def values(self) -> tuple[float, ...]:
         """The number of each code, in the order of codes: `2**bits` entries. For elements of at most 8 bits."""
-        return _float_values(self)
+        return _VALUES[self] if self in _VALUES else _float_values(self)
 
 
-@cache
 def _float_values(element: Float) -> tuple[float, ...]:
     assert element.bits <= 8, f"a table of {element.name} would have 2**{element.bits} entries"
     infinity = element.max_code + 1 if element.special == "ieee" else None
@@ -190,6 +188,8 @@ NF4 = Table(
 
 DENSE_DTYPES: dict[Float, torch.dtype] = {FP32: torch.float32, BF16: torch.bfloat16, FP16: torch.float16}
 """Elements that torch stores natively: matrices of them are plain tensors of `values`."""
+
+_VALUES = {element: _float_values(element) for element in (E4M3, E5M2, E3M2, E2M3, E2M1)}
 
 ELEMENTS: dict[str, Element] = {
     element.name: element

@@ -19,7 +19,7 @@ from parco.formats.scales import (
     ScaleRange,
     Unscaled,
 )
-from parco.formats.text import parse_parts, print_parts
+from parco.formats.text import parse_parts, print_parts, unknown
 
 
 class TensorSpec(NamedTuple):
@@ -55,7 +55,11 @@ class Format:
     @classmethod
     def parse(cls, text: str) -> Self:
         """The format that `text` names (`"int4:32"`, `"mxfp4"`); ValueError names the known ones."""
-        return cls(*parse_parts(text))
+        parts = parse_parts(text)
+        reason = _refusal(*parts)
+        if reason:
+            raise unknown(text, reason)
+        return cls(*parts)
 
     def __str__(self) -> str:
         return print_parts(self.element, self.block, self.scale)

@@ -125,7 +125,12 @@ def parse_parts(text: str) -> Parts:
     try:
         return _parse(text.strip())
     except ValueError as error:
-        raise ValueError(f"unknown format {text!r}: {error}. Known: {EXAMPLES}") from None
+        raise unknown(text, str(error)) from None
+
+
+def unknown(text: str, reason: str) -> ValueError:
+    """The error that says why `text` names no format and what does."""
+    return ValueError(f"unknown format {text!r}: {reason}. Known: {EXAMPLES}")
 
 
 def _parse(text: str) -> Parts:
@@ -173,7 +178,7 @@ def _parse_scaled(element: Element, block: Block, options: list[str]) -> Parts:
         dtype, options = _DTYPES[options[0]], options[1:]
     _refuse_rest(element.name, options)
     if kind == "asym":
-        if not isinstance(element, Integer):
+        if not isinstance(element, Integer) or element == TERNARY:
             raise ValueError(f"{element.name} cannot be asymmetric, only integers can")
         return element, block, ScaleRange(dtype)
     if element == TERNARY:

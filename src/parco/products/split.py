@@ -1,4 +1,4 @@
-"""Products of bf16 words (NUMERICS.md 6).
+"""Products of bf16 words.
 
 Rows of A and columns of B are first scaled by powers of two to a greatest magnitude in [1/2, 1), so that low words do
 not underflow where a multiplier treats subnormal numbers as zero, and unscaled afterwards; both are exact.

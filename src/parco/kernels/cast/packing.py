@@ -43,7 +43,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     mask = (1 << bits) - 1
     if 8 % bits == 0:
         parts = [(packed >> shift) & mask for shift in range(0, 8, bits)]
-        return torch.stack(parts, dim=-1).reshape(rows, -1)[:, :columns]
+        return torch.stack(parts, dim=-1).reshape(rows, packed.shape[1] * len(parts))[:, :columns]
     groups = -(-columns // GROUP)
     stream = packed.new_zeros(rows, groups * bits)
     stream[:, : packed.shape[1]] = packed
@@ -53,7 +53,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     codes = packed.new_empty(rows, groups, GROUP)
     for index in range(GROUP):
         codes[..., index] = (words >> (index * bits)) & mask
-    return codes.reshape(rows, -1)[:, :columns]
+    return codes.reshape(rows, groups * GROUP)[:, :columns]
 
 
 def _pad(codes: Tensor, multiple: int) -> Tensor:
