@@ -137,6 +137,23 @@ def test_only_an_owner_and_a_name_are_looked_up_on_the_hub(tmp_path: Path, monke
     assert asked == ["owner/name"]
 
 
+def test_a_name_on_the_hub_loads_its_local_copy(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(copy)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    assert hub.load("owner/name").path == copy
+    assert [any(pattern.endswith(".bin") for pattern in patterns) for patterns in asked] == [False]
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    hub.load("owner/name")
+    assert [any(pattern.endswith(".bin") for pattern in patterns) for patterns in asked] == [False, False, True]
+
+
 def test_not_a_model(tmp_path: Path, copy: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "config.json" in refused(tmp_path / "empty")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -122,7 +123,7 @@ def check_finite(files: list[Path]) -> None:
     """
     for file in files:
         if file.suffix == ".safetensors":
-            check_finite_tensors(_tensors(file), str(file))
+            _check_finite_file(*_state(file))
 
 
 def check_finite_tensors(tensors: Iterator[tuple[str, torch.Tensor]], place: str) -> None:
@@ -165,10 +166,25 @@ def fingerprint(folder: Path) -> str:
     change it; nor does the folder's own name or place."""
     total = hashlib.sha256()
     for file in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in FINGERPRINTED):
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256")
-        total.update(f"{file.name}\0{file.stat().st_size}\0".encode() + content.digest())
+        total.update(f"{file.name}\0{file.stat().st_size}\0".encode() + _digest(*_state(file)))
     return total.hexdigest()
+
+
+def _state(file: Path) -> tuple[Path, int, int]:
+    """What tells one content of a file from another: a fit loads a folder many times and looks through it once."""
+    found = file.stat()
+    return file, found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=256)
+def _digest(file: Path, size: int, changed: int) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+@lru_cache(maxsize=256)
+def _check_finite_file(file: Path, size: int, changed: int) -> None:
+    check_finite_tensors(_tensors(file), str(file))
 
 
 def read_json(file: Path) -> dict[str, Any]:

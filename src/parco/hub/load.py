@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_PICKLED_FILES = ["pytorch_model*.bin"]
+_OTHER_FILES = ["*/*", "consolidated*"]  # the same weights again, in other libraries' formats
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,10 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=_HUB_FILES))
+        found = Path(snapshot_download(text, allow_patterns=_HUB_FILES, ignore_patterns=_OTHER_FILES))
+        if not list(found.glob("*.safetensors")):
+            snapshot_download(text, allow_patterns=_PICKLED_FILES, ignore_patterns=_OTHER_FILES)
+        return found
     except Exception as error:  # the hub client raises dozens of kinds, of its own and of its HTTP library
         reason = _first_line(error)
         raise FileNotFoundError(
