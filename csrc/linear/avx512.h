@@ -38,30 +38,29 @@ inline void store_floats(void* to, Type type, std::int64_t index, int count, __m
   _mm256_mask_storeu_epi16(static_cast<char*>(to) + 2 * index, mask, halves);
 }
 
-// 16 rows of 16 dwords become 16 columns.
-inline void transpose(__m512i* r) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 8; i++) {
-    a[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    a[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+// 16 rows of 16 dwords become 16 columns: dword i of every row goes to to[i], a vector with a lane for each row. `row(i)` gives row i.
+// Four rows at a time, so that everything stays in registers.
+template <class Row>
+inline void transpose(const Row& row, __m512i* to) {
+  __m512i quarter[4][4];  // [rows 4q to 4q + 3][dword modulo 4]
+  for (int q = 0; q < 4; q++) {
+    const __m512i r0 = row(4 * q), r1 = row(4 * q + 1), r2 = row(4 * q + 2), r3 = row(4 * q + 3);
+    const __m512i a = _mm512_unpacklo_epi32(r0, r1), b = _mm512_unpackhi_epi32(r0, r1);
+    const __m512i c = _mm512_unpacklo_epi32(r2, r3), d = _mm512_unpackhi_epi32(r2, r3);
+    quarter[q][0] = _mm512_unpacklo_epi64(a, c);
+    quarter[q][1] = _mm512_unpackhi_epi64(a, c);
+    quarter[q][2] = _mm512_unpacklo_epi64(b, d);
+    quarter[q][3] = _mm512_unpackhi_epi64(b, d);
   }
   for (int i = 0; i < 4; i++) {
-    b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-    b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-    b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-  }
-  for (int i = 0; i < 4; i++) {
-    a[i] = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88);
-    a[4 + i] = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
-    a[8 + i] = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
-    a[12 + i] = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    r[i] = _mm512_shuffle_i32x4(a[i], a[8 + i], 0x88);
-    r[8 + i] = _mm512_shuffle_i32x4(a[i], a[8 + i], 0xdd);
-    r[4 + i] = _mm512_shuffle_i32x4(a[4 + i], a[12 + i], 0x88);
-    r[12 + i] = _mm512_shuffle_i32x4(a[4 + i], a[12 + i], 0xdd);
+    const __m512i a = _mm512_shuffle_i32x4(quarter[0][i], quarter[1][i], 0x88);
+    const __m512i b = _mm512_shuffle_i32x4(quarter[2][i], quarter[3][i], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(quarter[0][i], quarter[1][i], 0xdd);
+    const __m512i d = _mm512_shuffle_i32x4(quarter[2][i], quarter[3][i], 0xdd);
+    _mm512_store_si512(to + i, _mm512_shuffle_i32x4(a, b, 0x88));
+    _mm512_store_si512(to + 8 + i, _mm512_shuffle_i32x4(a, b, 0xdd));
+    _mm512_store_si512(to + 4 + i, _mm512_shuffle_i32x4(c, d, 0x88));
+    _mm512_store_si512(to + 12 + i, _mm512_shuffle_i32x4(c, d, 0xdd));
   }
 }
 

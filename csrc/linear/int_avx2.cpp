@@ -53,6 +53,25 @@ struct Avx2 {
     return shift ? _mm256_srli_epi16(dword, 8) : _mm256_and_si256(dword, _mm256_set1_epi16(255));
   }
 
+  // One block of `all` rows of words against its dwords of codes.
+  template <bool nibbles, int all>
+  static void block_sums(const I* codes, std::int32_t dwords, const char* const* x, I* sum) {
+    constexpr int shifts = nibbles ? 4 : 2;
+    I other[all];
+    for (int r = 0; r < all; r++) other[r] = set(0);
+    for (std::int32_t d = 0; d < dwords; d++) {
+      const I dword = load(codes + d);
+      for (int s = 0; s < shifts; s++) {
+        const I pair = pairs<nibbles>(dword, s);
+        for (int r = 0; r < all; r++) {
+          I& to = s & 1 ? other[r] : sum[r];
+          to = dot(to, pair, broadcast(x[r] + 4 * (shifts * d + s)));
+        }
+      }
+    }
+    for (int r = 0; r < all; r++) sum[r] = add(sum[r], other[r]);
+  }
+
   // Codes of `bits` bits from rows of weights: 32 bytes of nibbles (up to 4 bits) or of bytes a row, transposed.
   struct Reader {
     int bits;

@@ -22,6 +22,47 @@ struct Avx512 {
     return _mm512_set1_epi32(pair);
   }
   static I dot(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
+  // One block of `all` rows of words against its dwords of codes. Bytes of codes meet bytes of words, and high sums weigh 256: half
+  // the unpacking of 16-bit products.
+  template <bool nibbles, int all>
+  static void block_sums(const I* codes, std::int32_t dwords, const char* const* x, I* sum) {
+    if (dwords == 4) return block_sums<nibbles, all, 4>(codes, dwords, x, sum);
+    if (dwords == 32) return block_sums<nibbles, all, 32>(codes, dwords, x, sum);
+    block_sums<nibbles, all, 0>(codes, dwords, x, sum);
+  }
+  template <bool nibbles, int all, int fixed>
+  static void block_sums(const I* codes, std::int32_t dwords, const char* const* x, I* sum) {
+    I high[all][2], low[all][2];
+    for (int r = 0; r < all; r++) high[r][0] = high[r][1] = low[r][1] = set(0), low[r][0] = sum[r];
+    // Two chains of sums hide the latency of long blocks; short ones overlap with the next block instead.
+    constexpr int other = fixed == 4 ? 0 : 1;
+    const I mask = _mm512_set1_epi8(15);
+    const std::int32_t count = fixed ? fixed : dwords;
+#pragma GCC unroll 4
+    for (std::int32_t d = 0; d < count; d++) {
+      const I dword = load(codes + d);
+      if constexpr (nibbles) {
+        const I even = _mm512_and_si512(dword, mask), odd = _mm512_and_si512(_mm512_srli_epi16(dword, 4), mask);
+        for (int r = 0; r < all; r++) {
+          high[r][0] = _mm512_dpbusd_epi32(high[r][0], even, broadcast(x[r] + 16 * d));
+          low[r][0] = _mm512_dpbusd_epi32(low[r][0], even, broadcast(x[r] + 16 * d + 4));
+          high[r][other] = _mm512_dpbusd_epi32(high[r][other], odd, broadcast(x[r] + 16 * d + 8));
+          low[r][other] = _mm512_dpbusd_epi32(low[r][other], odd, broadcast(x[r] + 16 * d + 12));
+        }
+      } else {
+        for (int r = 0; r < all; r++) {
+          high[r][d & 1] = _mm512_dpbusd_epi32(high[r][d & 1], dword, broadcast(x[r] + 8 * d));
+          low[r][d & 1] = _mm512_dpbusd_epi32(low[r][d & 1], dword, broadcast(x[r] + 8 * d + 4));
+        }
+      }
+    }
+    for (int r = 0; r < all; r++) {
+      if (nibbles && !other)
+        sum[r] = add(_mm512_slli_epi32(high[r][0], 8), low[r][0]);
+      else
+        sum[r] = add(_mm512_slli_epi32(add(high[r][0], high[r][1]), 8), add(low[r][0], low[r][1]));
+    }
+  }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I multiply(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -75,19 +116,24 @@ struct Avx512 {
 
     // `dwords` dwords from dword `first` of 16 rows; `ahead`: also ask for the same bytes of the 16 rows that follow.
     void read(const std::uint8_t* const* rows, std::int32_t first, std::int32_t dwords, I* to, bool ahead) const {
-      const int step = 16 * (bits <= 4 ? 8 : 4) * bits / 8;
-      const std::int64_t start = static_cast<std::int64_t>(first) * (bits <= 4 ? 8 : 4) * bits / 8;
-      for (std::int32_t d = 0; d < dwords; d += 16) {
-        const std::int64_t byte = start + d / 16 * step, left = row_bytes - byte;
-        const __mmask64 valid = left >= 64 ? ~0ull : (1ull << left) - 1;
-        I row[16];
-        for (int i = 0; i < 16; i++) {
-          const std::uint8_t* from = rows[i] + byte;
-          if (ahead) _mm_prefetch(reinterpret_cast<const char*>(from + 16 * row_bytes), _MM_HINT_T0);
-          row[i] = unpack(left >= 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(valid, from));
+      const int unit = bits <= 4 ? 8 : 4, step = 16 * unit * bits / 8;
+      std::int64_t byte = static_cast<std::int64_t>(first) * unit * bits / 8;
+      const std::int64_t next = ahead ? 16 * row_bytes : 0;
+      const bool whole = bits == 4 || bits == 8;
+      for (std::int32_t d = 0; d < dwords; d += 16, byte += step) {
+        const std::int64_t left = row_bytes - byte;
+        if (left >= 64 && whole) {
+          const auto row = [&](int i) {
+            const std::uint8_t* from = rows[i] + byte;
+            asm("" : "+r"(from));  // or GCC computes the addresses in vectors and takes them out one by one
+            _mm_prefetch(reinterpret_cast<const char*>(from + next), _MM_HINT_T0);
+            return _mm512_loadu_si512(from);
+          };
+          avx512::transpose(row, to + d);
+        } else {
+          const __mmask64 valid = left >= 64 ? ~0ull : (1ull << left) - 1;
+          avx512::transpose([&](int i) { return unpack(_mm512_maskz_loadu_epi8(valid, rows[i] + byte)); }, to + d);
         }
-        avx512::transpose(row);
-        for (int i = 0; i < 16; i++) store(to + d + i, row[i]);
       }
     }
   };
@@ -97,14 +143,9 @@ struct Avx512 {
     const int per_load = type == Type::fp32 ? 16 : 32;
     for (std::int32_t g = 0; g < groups; g += per_load) {
       const int count = std::min<std::int32_t>(per_load, groups - g);
-      I row[16];
-      for (int i = 0; i < 16; i++) {
-        if (type == Type::fp32)
-          row[i] = _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), rows[i] + 4 * g);
-        else
-          row[i] = _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << count) - 1), rows[i] + 2 * g);
-      }
-      avx512::transpose(row);
+      const __mmask64 bytes_mask = count == per_load ? ~0ull : (1ull << count * size_of(type)) - 1;
+      alignas(64) I row[16];
+      avx512::transpose([&](int i) { return _mm512_maskz_loadu_epi8(bytes_mask, rows[i] + size_of(type) * g); }, row);
       for (int i = 0; i < count; i++) {
         const I dword = row[type == Type::fp32 ? i : i / 2];
         F values;
@@ -122,20 +163,36 @@ struct Avx512 {
 
   static void quantize(const IntCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words, float* scales,
                        std::int32_t* const* sums) {
-    quantize_in_order<true>(call, plan, m, words, scales, sums);
+    if (call.rows * (call.x_type == Type::fp32 ? 2 : 1) <= decode_words)
+      quantize_in_order<Order::bytes>(call, plan, m, words, scales, sums);
+    else
+      quantize_in_order<Order::pairs>(call, plan, m, words, scales, sums);
   }
 
-  // The same words, scales and sums as quantize_row<Paired>, 32 values at a time.
-  template <bool Paired>
+  // What 64 bytes of a quantized row hold: 32 words as they come, or in the pairs that `tile` wants, or split into high and low bytes
+  // for `decode`: per dword of codes the high and then the low bytes of every four values that a mask leaves of it.
+  enum class Order { natural, pairs, bytes };
+
+  static I order_of(Order order, int unit) {
+    alignas(64) std::uint8_t bytes[64];
+    for (int i = 0; i < 32; i++) {
+      const int word = i / unit * unit + (order == Order::pairs ? paired(i % unit, unit) : i % unit);
+      bytes[2 * word] = static_cast<std::uint8_t>(2 * i), bytes[2 * word + 1] = static_cast<std::uint8_t>(2 * i + 1);
+    }
+    for (int i = 0; i < 32 && order == Order::bytes; i++) {  // from 32 high bytes and then 32 low ones
+      const int half = unit == 8 ? i % 2 : 0, place = unit == 8 ? i % 8 / 2 : i % 4;
+      const int at = i / unit * 2 * unit + 8 * half + place;
+      bytes[at] = static_cast<std::uint8_t>(i), bytes[at + 4] = static_cast<std::uint8_t>(32 + i);
+    }
+    return load(bytes);
+  }
+
+  // The same words, scales and sums as quantize_row, 32 values at a time.
+  template <Order order>
   static void quantize_in_order(const IntCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words,
                                 float* scales, std::int32_t* const* sums) {
     const int word_count = call.x_type == Type::fp32 ? 2 : 1;
-    alignas(64) std::int16_t from[32];
-    for (int i = 0; i < 32; i++) {
-      const int to = Paired ? i / plan.unit * plan.unit + paired(i % plan.unit, plan.unit) : i;
-      from[to] = static_cast<std::int16_t>(i);
-    }
-    const I order = load(from);
+    const I places = order_of(order, plan.unit);
     const std::int64_t row = m * call.columns;
     const I magnitude = set(0x7fffffff);
     for (std::int32_t b = 0; b < plan.block_count; b++) {
@@ -163,19 +220,19 @@ struct Avx512 {
           const F rest = _mm512_sub_ps(scaled, to_float(high[j]));
           low[j] = _mm512_cvtps_epi32(multiply(rest, set(32768.0f)));
         }
-        const auto pack = [&](const I* pair) {
+        const auto pack = [&](const I* pair, std::int16_t* to, I& sum) {
           const I joined = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(pair[0])),
                                               _mm512_cvtepi32_epi16(pair[1]), 1);
-          return _mm512_permutexvar_epi16(order, joined);
+          sum = dot(sum, joined, ones);
+          I packed = joined;
+          if constexpr (order == Order::bytes) {
+            const I high_bytes = _mm512_srai_epi16(_mm512_add_epi16(joined, _mm512_set1_epi16(128)), 8);
+            packed = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(high_bytes)), _mm512_cvtepi16_epi8(joined), 1);
+          }
+          _mm512_storeu_si512(to + block.k + 16 * i, order == Order::natural ? packed : _mm512_permutexvar_epi8(places, packed));
         };
-        const I packed = pack(high);
-        high_sum = dot(high_sum, packed, ones);
-        _mm512_storeu_si512(words[0] + block.k + 16 * i, packed);
-        if (word_count == 2) {
-          const I low_packed = pack(low);
-          low_sum = dot(low_sum, low_packed, ones);
-          _mm512_storeu_si512(words[1] + block.k + 16 * i, low_packed);
-        }
+        pack(high, words[0], high_sum);
+        if (word_count == 2) pack(low, words[1], low_sum);
       }
       sums[0][b] = _mm512_reduce_add_epi32(high_sum);
       if (word_count == 2) sums[1][b] = _mm512_reduce_add_epi32(low_sum);

@@ -3,7 +3,7 @@
 // reduction across lanes is ever needed. A vector of dwords becomes 4 (nibbles) or 2 (bytes) vectors of 16-bit pairs by a shift and a
 // mask; the words of x are stored in the order of those pairs.
 //
-// Up to 4 words per column of x (decode), weights go from memory through registers into the products. With more, 2 * lanes rows are
+// With few words per column of x (decode), weights go from memory through registers into the products. With more, 2 * lanes rows are
 // expanded once into a panel that stays in the L2 cache and is multiplied by tiles of x.
 //
 // Included by one translation unit per instruction set; V is its vector type. Everything is unnamed (see quantize.h).
@@ -14,6 +14,9 @@
 
 namespace parco::linear {
 namespace {
+
+// Words per column of x up to which weights go straight from memory into the products.
+constexpr std::int64_t decode_words = 4;
 
 template <class V>
 struct Job {
@@ -90,7 +93,7 @@ template <class V, bool nibbles, int columns, int words>
 void decode(const Job<V>& job, std::int64_t first_output, float* scales, std::int32_t* zeros) {
   using I = typename V::I;
   using F = typename V::F;
-  constexpr int all = columns * words, shifts = nibbles ? 4 : 2;
+  constexpr int all = columns * words;
   const Plan& plan = job.plan;
   Outputs<V, 1> outputs;
   outputs.gather(job.call, plan, first_output, scales, zeros);
@@ -106,29 +109,19 @@ void decode(const Job<V>& job, std::int64_t first_output, float* scales, std::in
     for (std::int32_t b = piece.first; b < piece.last; b++) {
       const Block& block = plan.blocks[b];
       const char* x[all];
-      I sum[all][2];
+      I sum[all];
       for (int m = 0; m < columns; m++) {
         for (int w = 0; w < words; w++) {
-          const int r = m * words + w;
-          x[r] = reinterpret_cast<const char*>(job.x[w] + m * plan.words + block.k);
-          sum[r][0] = first_sum(outputs, block, 0, job.x_sum[w][m * job.block_stride + b]);
-          sum[r][1] = V::set(0);
+          x[m * words + w] = reinterpret_cast<const char*>(job.x[w] + m * plan.words + block.k);
+          sum[m * words + w] = first_sum(outputs, block, 0, job.x_sum[w][m * job.block_stride + b]);
         }
       }
-      for (std::int32_t d = 0; d < block.dwords; d++, code++) {
-        const I dword = V::load(code);
-        for (int s = 0; s < shifts; s++) {
-          const I pair = V::template pairs<nibbles>(dword, s);
-          for (int r = 0; r < all; r++) sum[r][s & 1] = V::dot(sum[r][s & 1], pair, V::broadcast(x[r] + 4 * s));
-        }
-        for (int r = 0; r < all; r++) x[r] += 4 * shifts;
-      }
+      V::template block_sums<nibbles, all>(code, block.dwords, x, sum);
+      code += block.dwords;
       const F scale = grouped ? V::load(outputs.scale + block.group * V::lanes) : V::set(1.0f);
       for (int m = 0; m < columns; m++) {
-        I block_sum[words];
-        for (int w = 0; w < words; w++) block_sum[w] = V::add(sum[m * words + w][0], sum[m * words + w][1]);
         const F unit = V::multiply(V::set(job.x_scale[m * job.block_stride + b]), scale);
-        total[m] = V::fma(exact<V, words>(block_sum), unit, total[m]);
+        total[m] = V::fma(exact<V, words>(sum + m * words), unit, total[m]);
       }
     }
   }
@@ -249,7 +242,7 @@ template <class V>
 void run(const IntCall& call) {
   const int words = call.x_type == Type::fp32 ? 2 : 1;
   const std::int64_t slab = std::min(call.rows, slab_rows);
-  const bool decoding = call.rows * words <= 4;
+  const bool decoding = call.rows * words <= decode_words;
   const std::int64_t wide = decoding ? V::lanes : 2 * V::lanes;
   const std::int64_t panels = (call.outputs + wide - 1) / wide;
 

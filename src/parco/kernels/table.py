@@ -131,7 +131,9 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def explain(thing: object, *arguments: Any, rows: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Explanation, ...]:
+def explain(
+    thing: object, *arguments: Any, rows: int = 1, dtype: torch.dtype = torch.float32
+) -> tuple[Explanation, ...]:
     """Which kernels run `thing`, one Explanation per operation of the table in the order in which they run.
 
     `thing` is the name of an operation, followed by the arguments of an example call; or a Weight; or a module that holds

@@ -1,18 +1,27 @@
 """linear_dense: y = x @ weight.T + bias for weights stored in fp32, bf16 or fp16, whatever the dtype of x.
 
 With few rows the weights' bytes are the cost: the compiled kernel reads each once, widens it in registers and sums in fp32.
-With many, the product is torch's fp32 one on operands widened before, or its own in x's dtype where all agree and that is faster.
+With many, it is torch's product: in x's dtype where the weights have the same, or in fp32 on operands widened before where that is
+faster or the dtypes differ.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from parco import machine
+from parco import _C, machine
 from parco.kernels import table
 from parco.kernels.linear import reference
-from parco.kernels.linear.library import LIBRARY, check_float, differentiate
+from parco.kernels.linear.library import LIBRARY, TYPES, check_float, differentiate
+
+STREAMED_ROWS = 8
+"""Rows of x up to which reading the weights is the cost."""
+
+
+WIDENED_ROWS = 128
+"""Rows of x from which widening bf16 operands to fp32 pays where the processor has no AMX: measured, 1.3 times at 256 rows."""
 
 
 class DenseCall(NamedTuple):
@@ -53,9 +62,65 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"linear_dense: bias has the shape {tuple(bias.shape)}; [{weight.shape[0]}] is needed")
 
 
+def _compiled(kernel: Callable[..., None]) -> Callable[..., Tensor]:
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        outputs, columns = weight.shape
+        y = x.new_empty((*x.shape[:-1], outputs))
+        bias = None if bias is None else bias.contiguous()
+        kernel(
+            x.data_ptr(),
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            x.numel() // columns,
+            outputs,
+            columns,
+            TYPES[x.dtype],
+            TYPES[weight.dtype],
+            0 if bias is None else TYPES[bias.dtype],
+            torch.get_num_threads(),
+        )
+        return y
+
+    return run
+
+
+def _refuses(call: DenseCall) -> str | None:
+    if call.rows > STREAMED_ROWS:
+        return f"{call.rows} rows repay torch's blocked product; it serves up to {STREAMED_ROWS}"
+    if call.rows == 0 or call.outputs == 0 or call.columns == 0:
+        return "one of the sizes is 0"
+    return None
+
+
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _refuses_native(call: DenseCall) -> str | None:
+    if call.dtype != call.weight_dtype:
+        return f"torch multiplies operands of one dtype; these are {call.dtype} and {call.weight_dtype}"
+    if call.device != "cpu" or call.dtype == torch.float32 or call.isa == "amx":
+        return None
+    if call.dtype == torch.float16:
+        return "torch's float16 product on a CPU sums in float16 on some builds"
+    if call.rows >= WIDENED_ROWS:
+        return f"without AMX torch's float32 product is faster than its bfloat16 one from {WIDENED_ROWS} rows up"
+    return None
+
+
 table.register(
     table.Operation(
-        "linear_dense", describe, (table.Kernel("dense-linear-torch", table.REFERENCE, reference.linear_dense),)
+        "linear_dense",
+        describe,
+        (
+            table.Kernel("dense-linear-avx512", "avx512", _compiled(_C.linear_dense_avx512), _refuses),
+            table.Kernel("dense-linear-avx2", "avx2", _compiled(_C.linear_dense_avx2), _refuses),
+            table.Kernel("dense-linear-generic", "generic", _compiled(_C.linear_dense_generic), _refuses),
+            table.Kernel("dense-linear-torch-native", table.REFERENCE, _native, _refuses_native),
+            table.Kernel("dense-linear-torch-widened", table.REFERENCE, reference.linear_dense),
+        ),
     )
 )
 

@@ -29,7 +29,14 @@ class EmbeddingCall(NamedTuple):
 
 
 def describe(
-    indices: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, columns: int, dtype: torch.dtype
+    indices: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
+    dtype: torch.dtype,
 ) -> EmbeddingCall:
     """The table's key of a call."""
     device, isa = codes.device.type, machine.isa()
@@ -37,7 +44,14 @@ def describe(
 
 
 def check(
-    indices: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, columns: int, dtype: torch.dtype
+    indices: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
+    dtype: torch.dtype,
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
     if indices.dtype not in (torch.int64, torch.int32):
@@ -48,7 +62,14 @@ def check(
 
 
 def _compiled(
-    indices: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, columns: int, dtype: torch.dtype
+    indices: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     indices, codes, scale = indices.to(torch.int64).contiguous(), codes.contiguous(), scale.contiguous()
     zero = None if zero is None else zero.contiguous()
@@ -103,7 +124,14 @@ def _cpu(*arguments: Any) -> Tensor:
 
 
 def _fake(
-    indices: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, columns: int, dtype: torch.dtype
+    indices: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     check(indices, codes, scale, zero, bits, group, columns, dtype)
     return codes.new_empty((*indices.shape, columns), dtype=dtype)
@@ -115,7 +143,14 @@ torch.library.register_fake("parco::embedding_int", _fake, lib=LIBRARY)
 
 
 def embedding_int(
-    indices: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, columns: int, dtype: torch.dtype
+    indices: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Rows `indices` [...] (int64 or int32, from 0) of the matrix (u − z)·scale as `dtype`: [..., columns].
 

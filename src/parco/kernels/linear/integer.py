@@ -48,7 +48,14 @@ def machine_threads() -> int:
 
 
 def describe(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group: int, columns: int
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
 ) -> IntCall:
     """The table's key of a call."""
     rows = x.numel() // columns if columns else 0
@@ -56,7 +63,14 @@ def describe(
 
 
 def check(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group: int, columns: int
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
     check_float("linear_int", "x", x)
@@ -92,7 +106,14 @@ def check_codes(
 
 def _compiled(kernel: Callable[..., None]) -> Callable[..., Tensor]:
     def run(
-        x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group: int, columns: int
+        x: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bias: Tensor | None,
+        bits: int,
+        group: int,
+        columns: int,
     ) -> Tensor:
         x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
         outputs = codes.shape[0]
@@ -158,7 +179,14 @@ def _reference(*arguments: Any) -> Tensor:
 
 
 def _cpu(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group: int, columns: int
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
 ) -> Tensor:
     check(x, codes, scale, zero, bias, bits, group, columns)
     call = describe(x, codes, scale, zero, bias, bits, group, columns)
@@ -166,7 +194,14 @@ def _cpu(
 
 
 def _fake(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group: int, columns: int
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
 ) -> Tensor:
     check(x, codes, scale, zero, bias, bits, group, columns)
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
@@ -204,7 +239,14 @@ differentiate("linear_int", _needs_grad, _setup, _backward)
 
 
 def linear_int(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group: int, columns: int
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
 ) -> Tensor:
     """y [..., N] = x [..., K] @ ((u − z)·scale).T + bias, in x's dtype (fp32, bf16 or fp16), rounded once.
 

@@ -28,7 +28,11 @@ def differentiate(
         with torch._C._AutoDispatchBelowAutograd():  # pyright: ignore[reportPrivateUsage]
             return operation(*arguments)
 
-    methods = {"forward": staticmethod(forward), "setup_context": staticmethod(setup), "backward": staticmethod(backward)}
+    methods = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup),
+        "backward": staticmethod(backward),
+    }
     function = cast(Any, type(f"Parco_{name}", (torch.autograd.Function,), methods))
 
     def differentiable(*arguments: Any) -> Tensor:

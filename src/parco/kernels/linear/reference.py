@@ -25,7 +25,14 @@ def spread(per_group: Tensor, group: int, columns: int) -> Tensor:
 
 
 def linear_int(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group: int, columns: int
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
 ) -> Tensor:
     """x @ dequantize(...).T + bias in fp32 arithmetic, rounded once to x's dtype: [..., K] -> [..., N]."""
     weight = dequantize(codes, scale, zero, bits, group, columns, torch.float32)
@@ -38,7 +45,14 @@ def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def embedding_int(
-    indices: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, columns: int, dtype: torch.dtype
+    indices: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Rows `indices` of dequantize(...): [...] -> [..., columns]. IndexError for a row that is not there."""
     rows = indices.reshape(-1)

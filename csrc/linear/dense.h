@@ -1,0 +1,26 @@
+// y = x @ weight.T + bias for few rows of x: weights are read once from memory, widened in registers and summed in fp32.
+//
+// A sum is kept in 2 * lanes partial sums along k and added up in a fixed order, the same for every number of rows and threads.
+#pragma once
+#include <cstdint>
+
+#include "linear/int.h"
+
+namespace parco::linear {
+
+// Every pointer may have any alignment. Rows are contiguous, one after the other.
+struct DenseCall {
+  const void* x;       // [rows, columns] of x_type
+  const void* weight;  // [outputs, columns] of weight_type
+  const void* bias;    // [outputs] of bias_type, or null
+  void* y;             // [rows, outputs] of x_type
+  std::int64_t rows, outputs, columns;
+  int threads;
+  Type x_type, weight_type, bias_type;
+};
+
+void dense_generic(const DenseCall& call);
+void dense_avx2(const DenseCall& call);
+void dense_avx512(const DenseCall& call);
+
+}  // namespace parco::linear

@@ -1,0 +1,108 @@
+"""linear_dense: every pair of dtypes, rows alone or together, gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from tests.kernels.linear.test_integer import FLOATS, inputs
+from tests.laws.kernel_laws import KernelLaws
+from torch import Tensor
+
+from parco import machine
+from parco.kernels import table
+from parco.kernels.linear import linear_dense
+
+
+def assert_within(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> None:
+    """fp32 sums of K exact-to-2^-24 products, each rounded once more as it is added, then one rounding to x's dtype."""
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    magnitude = x.double().abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
+    bound = (x.shape[-1] + 2) * 2.0**-24 * magnitude
+    assert ((y.double() - expected).abs() <= bound + torch.finfo(x.dtype).eps / 2 * (expected.abs() + bound)).all(), (
+        name
+    )
+
+
+@pytest.mark.parametrize("weight_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(37, 100), (8, 64), (19, 33), (1, 1), (130, 257)], ids=str)
+def test_every_kernel_is_within_its_bound_and_treats_rows_alone(
+    shape: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    x, weight = inputs(8, shape[1], dtype=dtype), inputs(*shape, dtype=weight_dtype, seed=6)
+    bias = inputs(shape[0], seed=7)
+    for kernel in table.operations()["linear_dense"].kernels:
+        if kernel.isa not in machine.detect().isas:
+            continue
+        whole = kernel.run(x, weight, bias)
+        assert_within(whole, x, weight, bias, kernel.name)
+        for rows in range(1, 8):
+            assert torch.equal(kernel.run(x[:rows], weight, bias), whole[:rows]), (kernel.name, rows)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 8, 9, 140])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_any_number_of_rows(rows: int, dtype: torch.dtype) -> None:
+    x, weight = inputs(rows, 96, dtype=dtype), inputs(40, 96, dtype=torch.bfloat16, seed=6)
+    y = linear_dense(x, weight)
+    assert (y.shape, y.dtype) == ((rows, 40), dtype)
+    if rows:
+        # Torch's own bf16 product may keep partial sums in bf16 between blocks: twice eps instead of half.
+        expected = x.double() @ weight.double().T
+        magnitude = x.double().abs() @ weight.double().abs().T
+        assert ((y.double() - expected).abs() <= 2 * torch.finfo(dtype).eps * magnitude).all()
+
+
+def test_threads_do_not_change_the_bits() -> None:
+    x, weight = inputs(3, 512, dtype=torch.bfloat16), inputs(1000, 512, dtype=torch.bfloat16, seed=6)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = linear_dense(x, weight)
+        torch.set_num_threads(3)
+        assert torch.equal(linear_dense(x, weight), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_gradients() -> None:
+    x, weight, bias = (
+        inputs(5, 64).requires_grad_(),
+        inputs(11, 64, seed=6).requires_grad_(),
+        inputs(11).requires_grad_(),
+    )
+    grad = inputs(5, 11, seed=4)
+    linear_dense(x, weight, bias).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ weight)
+    torch.testing.assert_close(weight.grad, grad.T @ x)
+    torch.testing.assert_close(bias.grad, grad.sum(0))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    x, weight = inputs(5, 64), inputs(11, 64, seed=6)
+    layer = torch.compile(lambda x: torch.relu(linear_dense(x, weight)), fullgraph=True, backend="aot_eager")
+    assert torch.equal(layer(x), torch.relu(linear_dense(x, weight)))
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="x has the shape"):
+        linear_dense(torch.zeros(2, 95), torch.zeros(3, 96))
+    with pytest.raises(TypeError, match="weight is torch.int8"):
+        linear_dense(torch.zeros(2, 96), torch.zeros(3, 96, dtype=torch.int8))
+    with pytest.raises(ValueError, match="bias has the shape"):
+        linear_dense(torch.zeros(2, 96), torch.zeros(3, 96), torch.zeros(2))
+
+
+class TestLinearDense(KernelLaws):
+    operation = "linear_dense"
+
+    @pytest.fixture(params=[(1, torch.bfloat16), (8, torch.float32), (3, torch.float16)], ids=str)
+    def call(self, request: pytest.FixtureRequest) -> tuple[Any, ...]:
+        rows, dtype = request.param
+        x, weight = inputs(rows, 96, dtype=dtype), inputs(21, 96, dtype=dtype, seed=6)
+        return x.requires_grad_(), weight.requires_grad_(), inputs(21, dtype=dtype).requires_grad_()
+
+    def assert_agrees(self, found: Tensor, expected: Tensor, call: tuple[Any, ...], name: str) -> None:
+        x, weight, bias = (tensor.detach() for tensor in call)
+        if "native" not in name:  # torch's own product in half precision has its own bound
+            assert_within(found.detach(), x, weight, bias, name)

@@ -1,0 +1,77 @@
+"""The dispatch table as data, and explain on what a person holds."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import parco.kernels.linear  # noqa: F401  its operations fill the table
+from parco import machine
+from parco.kernels import table
+
+
+class Case(NamedTuple):
+    device: str
+    isa: str
+
+
+def run() -> torch.Tensor:
+    return torch.zeros(())
+
+
+@pytest.fixture
+def operation(monkeypatch: pytest.MonkeyPatch) -> table.Operation:
+    monkeypatch.setattr(table, "_operations", {})
+    made = table.Operation(
+        "made",
+        Case,
+        (
+            table.Kernel("made-amx", "amx", run),
+            table.Kernel("made-avx2", "avx2", run, lambda call: "it is Sunday"),
+            table.Kernel("made-generic", "generic", run),
+            table.Kernel("made-torch", table.REFERENCE, run),
+        ),
+    )
+    table.register(made)
+    table.choose.cache_clear()
+    yield made
+    table.choose.cache_clear()
+
+
+def test_the_first_that_can_is_chosen_and_every_better_one_has_a_reason(operation: table.Operation) -> None:
+    explanation = table.explain_call("made", Case("cpu", "avx2"))
+    assert explanation.kernel == "made-generic"
+    reasons = dict(explanation.passed_over)
+    assert "amx" in reasons["made-amx"]
+    assert reasons["made-avx2"] == "it is Sunday"
+
+
+def test_other_devices_get_the_reference(operation: table.Operation) -> None:
+    explanation = table.explain_call("made", Case("cuda", "amx"))
+    assert explanation.kernel == "made-torch"
+    assert all("cuda" in reason for _, reason in explanation.passed_over)
+
+
+def test_a_name_is_taken_once_and_a_list_ends_with_the_reference(operation: table.Operation) -> None:
+    with pytest.raises(ValueError, match="'made' is registered already"):
+        table.register(operation)
+    with pytest.raises(ValueError, match="must end with its reference"):
+        table.register(table.Operation("headless", Case, operation.kernels[:-1]))
+
+
+def test_an_unknown_operation_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="linear_dense, linear_int"):
+        table.explain("linear")
+
+
+def test_explains_a_weight_and_a_module() -> None:
+    from parco import weights
+
+    spec = weights.parse("quantized(int4:32, 64x96)")
+    (explanation,) = table.explain(spec, rows=1, dtype=torch.bfloat16)
+    assert explanation.operation == "linear_int"
+    assert explanation.kernel == f"int-linear-{'avx512' if machine.isa() == 'amx' else machine.isa()}"
+    both = table.explain(weights.parse("lowrank(quantized(int8:row, 64x16), dense(bf16, 16x96))"))
+    assert [part.operation for part in both] == ["linear_dense", "linear_int"]
+    with pytest.raises(TypeError, match="neither"):
+        table.explain(3)

@@ -1,0 +1,82 @@
+"""The laws of an operation of the dispatch table. A test class inherits them and supplies `operation`, the name in
+`parco.kernels.table`, and the fixture `call`, example arguments for `torch.ops.parco.<operation>`:
+
+class TestMine(KernelLaws):
+    operation = "mine"
+
+    @pytest.fixture(params=[...])
+    def call(self, request):
+        return (torch.randn(3, 8), ...)
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from parco import machine
+from parco.kernels import table
+
+
+class KernelLaws:
+    operation: str
+
+    def overload(self) -> Any:
+        return getattr(torch.ops.parco, self.operation).default
+
+    def test_opcheck(self, call: tuple[Any, ...]) -> None:
+        """Schema, fake implementation, derivative and tracing agree with what runs."""
+        torch.library.opcheck(self.overload(), call)
+
+    def test_the_reference_ends_the_list_and_refuses_nothing(self, call: tuple[Any, ...]) -> None:
+        operation = table.operations()[self.operation]
+        reference = operation.kernels[-1]
+        assert reference.isa == table.REFERENCE
+        assert reference.refuses(operation.describe(*call)) is None
+
+    def test_every_usable_kernel_returns_what_the_reference_does(self, call: tuple[Any, ...]) -> None:
+        operation = table.operations()[self.operation]
+        expected = operation.kernels[-1].run(*call)
+        described = operation.describe(*call)
+        ran = 0
+        for kernel in operation.kernels[:-1]:
+            usable = kernel.isa == table.REFERENCE or kernel.isa in machine.detect().isas
+            if not usable or kernel.refuses(described):
+                continue
+            found = kernel.run(*call)
+            assert found.dtype == expected.dtype, kernel.name
+            assert found.shape == expected.shape, kernel.name
+            self.assert_agrees(found, expected, call, kernel.name)
+            ran += 1
+        assert ran >= 1
+
+    def assert_agrees(self, found: torch.Tensor, expected: torch.Tensor, call: tuple[Any, ...], name: str) -> None:
+        torch.testing.assert_close(found, expected, msg=lambda text: f"{name}: {text}")
+
+    def test_a_forced_instruction_set_is_the_one_that_runs(
+        self, call: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        operation = table.operations()[self.operation]
+        try:
+            for isa in machine.detect().isas:
+                monkeypatch.setenv("PARCO_ISA", isa)
+                machine.isa.cache_clear()
+                described = operation.describe(*call)
+                allowed = machine.ISAS[: machine.ISAS.index(isa) + 1]
+                best = next(
+                    kernel
+                    for kernel in operation.kernels
+                    if (kernel.isa in allowed or kernel.isa == table.REFERENCE) and not kernel.refuses(described)
+                )
+                assert table.choose(self.operation, described) is best
+        finally:
+            monkeypatch.undo()
+            machine.isa.cache_clear()
+
+    def test_explain_names_the_choice_and_what_was_passed_over(self, call: tuple[Any, ...]) -> None:
+        (explanation,) = table.explain(self.operation, *call)
+        kernels = [kernel.name for kernel in table.operations()[self.operation].kernels]
+        position = kernels.index(explanation.kernel)
+        assert [name for name, _ in explanation.passed_over] == kernels[:position]
+        assert all(reason for _, reason in explanation.passed_over)
+        assert all(name in str(explanation) for name in kernels[: position + 1])
