@@ -1,8 +1,9 @@
 """The dispatch table: for each operation its kernels, best first, as data.
 
 A kernel's name reads type-operation-isa. For a call the first kernel whose instruction set is usable and that does not
-refuse the call is chosen; the reference in plain torch ends every list and refuses nothing. `explain` prints the choice and
-why every better kernel was passed over. Choices depend on shapes, dtypes and `parco.machine.isa()` only, so they are cached.
+refuse the call is chosen; the reference in plain torch ends every list and refuses nothing. `explain` prints the
+choice and why every better kernel was passed over. Choices depend on shapes, dtypes and `parco.machine.isa()` only,
+so they are cached.
 """
 
 import functools
@@ -72,7 +73,9 @@ _operations: dict[str, Operation] = {}
 
 
 def register(operation: Operation) -> None:
-    """Put an operation in the table. ValueError for a name that is there, or a list that does not end with the reference."""
+    """Put an operation in the table. ValueError for a name that is there, or a list that does not end with the
+    reference.
+    """
     if operation.name in _operations:
         raise ValueError(f"operation {operation.name!r} is registered already")
     if not operation.kernels or operation.kernels[-1].isa != REFERENCE:
@@ -136,9 +139,9 @@ def explain(
 ) -> tuple[Explanation, ...]:
     """Which kernels run `thing`, one Explanation per operation of the table in the order in which they run.
 
-    `thing` is the name of an operation, followed by the arguments of an example call; or a Weight; or a module that holds
-    one (`thing.weight.spec`, as `parco.nn.Linear` does). For the last two `rows` and `dtype` say of what the input consists.
-    An empty answer means that plain torch runs it. Raises TypeError for anything else.
+    `thing` is the name of an operation, followed by the arguments of an example call; or a Weight; or a module that
+    holds one (`thing.weight.spec`, as `parco.nn.Linear` does). For the last two `rows` and `dtype` say of what the
+    input consists. An empty answer means that plain torch runs it. Raises TypeError for anything else.
     """
     if isinstance(thing, str):
         if thing not in _operations:

@@ -87,7 +87,7 @@ def test_compiles_without_a_graph_break() -> None:
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="x has the shape"):
         linear_dense(torch.zeros(2, 95), torch.zeros(3, 96))
-    with pytest.raises(TypeError, match="weight is torch.int8"):
+    with pytest.raises(TypeError, match="weight is"):
         linear_dense(torch.zeros(2, 96), torch.zeros(3, 96, dtype=torch.int8))
     with pytest.raises(ValueError, match="bias has the shape"):
         linear_dense(torch.zeros(2, 96), torch.zeros(3, 96), torch.zeros(2))

@@ -38,9 +38,9 @@ def test_a_row_outside_the_table_is_named(index: int) -> None:
 
 def test_wrong_arguments_are_named() -> None:
     tensors = stored(30, 96, 4, 32)
-    with pytest.raises(TypeError, match="indices are torch.float32"):
+    with pytest.raises(TypeError, match="indices are"):
         embedding_int(torch.zeros(2), *tensors, 4, 32, 96, torch.float32)
-    with pytest.raises(TypeError, match="dtype is torch.int8"):
+    with pytest.raises(TypeError, match="dtype is"):
         embedding_int(torch.tensor([0]), *tensors, 4, 32, 96, torch.int8)
 
 

@@ -53,9 +53,10 @@ def product_bound(
 ) -> Tensor:
     """What a kernel may differ by from the product computed in fp64 with the dequantized weights.
 
-    x: a word of its block keeps 2^-15 of the block's largest magnitude (bf16, fp16; the exponent may be one higher than the
-    largest's, so half a unit is at most 2^-15) or 2^-29 (fp32). fp32: a conversion, the product of two scales and an fma per
-    block, each 2^-24, relative to the sum of magnitudes. Then one rounding to x's dtype, half of its eps.
+    x: a word of its block keeps 2^-15 of the block's largest magnitude (bf16, fp16; the exponent may be one higher
+    than the largest's, so half a unit is at most 2^-15) or 2^-29 (fp32). fp32: a conversion, the product of two
+    scales and an fma per block, each 2^-24, relative to the sum of magnitudes. Then one rounding to x's dtype, half
+    of its eps.
     """
     weight = reference.dequantize(codes, scale, zero, bits, group, columns, torch.float64).abs()
     wide = x.double().abs()

@@ -1,4 +1,6 @@
-"""Linear operations over stored weights: `linear_int`, `linear_dense` and `embedding_int`, in the library `torch.ops.parco`."""
+"""Linear operations over stored weights: `linear_int`, `linear_dense` and `embedding_int`, in the library
+`torch.ops.parco`.
+"""
 
 from parco.kernels.linear.dense import linear_dense
 from parco.kernels.linear.embedding import embedding_int

@@ -1,8 +1,8 @@
 """linear_dense: y = x @ weight.T + bias for weights stored in fp32, bf16 or fp16, whatever the dtype of x.
 
-With few rows the weights' bytes are the cost: the compiled kernel reads each once, widens it in registers and sums in fp32.
-With many, it is torch's product: in x's dtype where the weights have the same, or in fp32 on operands widened before where that is
-faster or the dtypes differ.
+With few rows the weights' bytes are the cost: the compiled kernel reads each once, widens it in registers and sums in
+fp32. With many, it is torch's product: in x's dtype where the weights have the same, or in fp32 on operands widened
+before where that is faster or the dtypes differ.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,9 @@ STREAMED_ROWS = 8
 
 
 WIDENED_ROWS = 128
-"""Rows of x from which widening bf16 operands to fp32 pays where the processor has no AMX: measured, 1.3 times at 256 rows."""
+"""Rows of x from which widening bf16 operands to fp32 pays where the processor has no AMX: measured, 1.3 times at 256
+rows.
+"""
 
 
 class DenseCall(NamedTuple):
@@ -54,7 +56,8 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"linear_dense: weight has the shape {tuple(weight.shape)}; a matrix is needed")
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"linear_dense: x has the shape {tuple(x.shape)}; its last dimension must be {weight.shape[1]}, the weight's columns"
+            f"linear_dense: x has the shape {tuple(x.shape)}; its last dimension must be {weight.shape[1]}, "
+            "as the weight's"
         )
     if bias is not None:
         check_float("linear_dense", "bias", bias)
@@ -175,7 +178,7 @@ differentiate("linear_dense", _needs_grad, _setup, _backward)
 def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y [..., N] = x [..., K] @ weight [N, K].T + bias, summed in fp32 and rounded once to x's dtype.
 
-    x, weight and bias are each fp32, bf16 or fp16. Differentiable with respect to all three. Raises ValueError or TypeError
-    naming the argument.
+    x, weight and bias are each fp32, bf16 or fp16. Differentiable with respect to all three. Raises ValueError or
+    TypeError naming the argument.
     """
     return torch.ops.parco.linear_dense.default(x, weight, bias)

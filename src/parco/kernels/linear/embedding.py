@@ -25,7 +25,8 @@ class EmbeddingCall(NamedTuple):
     group: int
 
     def __str__(self) -> str:
-        return f"{self.rows} rows of int{self.bits} codes {self.outputs}x{self.columns} as {self.dtype}, groups of {self.group}"
+        codes = f"int{self.bits} codes {self.outputs}x{self.columns}, groups of {self.group}"
+        return f"{self.rows} rows of {codes}, as {self.dtype}"
 
 
 def describe(
@@ -108,8 +109,8 @@ table.register(
 )
 
 LIBRARY.define(
-    "embedding_int(Tensor indices, Tensor codes, Tensor scale, Tensor? zero, int bits, int group, int columns, ScalarType dtype)"
-    " -> Tensor"
+    "embedding_int(Tensor indices, Tensor codes, Tensor scale, Tensor? zero, int bits, int group, int columns,"
+    " ScalarType dtype) -> Tensor"
 )
 
 
@@ -154,7 +155,7 @@ def embedding_int(
 ) -> Tensor:
     """Rows `indices` [...] (int64 or int32, from 0) of the matrix (u − z)·scale as `dtype`: [..., columns].
 
-    The stored tensors are those of `linear_int`; each value is computed in fp32 and rounded once. Raises IndexError for a row
-    outside the table, ValueError or TypeError naming the argument otherwise.
+    The stored tensors are those of `linear_int`; each value is computed in fp32 and rounded once. Raises IndexError
+    for a row outside the table, ValueError or TypeError naming the argument otherwise.
     """
     return torch.ops.parco.embedding_int.default(indices, codes, scale, zero, bits, group, columns, dtype)

@@ -1,9 +1,10 @@
 """linear_int: y = x @ ((u − z)·scale).T + bias over stored integer codes of 2 to 8 bits.
 
-The compiled kernels turn x into 16-bit words under a power-of-two scale per row and block of at most 128 columns, sum the
-products of words and codes exactly in int32, and add the blocks in fp32 in ascending order. So every instruction set,
-batch size and thread count gives the same bits. x loses at most 2⁻¹⁵ of its block's largest magnitude (bf16, fp16: nearly all
-values are kept exactly) or 2⁻²⁹ (fp32, which takes two words). The words split into signed bytes for AMX, to the same sums.
+The compiled kernels turn x into 16-bit words under a power-of-two scale per row and block of at most 128 columns, sum
+the products of words and codes exactly in int32, and add the blocks in fp32 in ascending order. So every instruction
+set, batch size and thread count gives the same bits. x loses at most 2⁻¹⁵ of its block's largest magnitude (bf16,
+fp16: nearly all values are kept exactly) or 2⁻²⁹ (fp32, which takes two words). The words split into signed bytes for
+AMX, to the same sums.
 """
 
 from collections.abc import Callable
@@ -86,7 +87,9 @@ def check(
 def check_codes(
     operation: str, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, columns: int
 ) -> None:
-    """The part of the checks that concerns the stored tensors: codes [N, bytes], scale [N, groups] or [1, 1], zero [N, groups]."""
+    """The part of the checks that concerns the stored tensors: codes [N, bytes], scale [N, groups] or [1, 1], zero
+    [N, groups].
+    """
     if not 2 <= bits <= 8:
         raise ValueError(f"{operation}: bits={bits}; codes have 2 to 8 bits")
     if columns < 1:
@@ -169,7 +172,8 @@ table.register(
 )
 
 LIBRARY.define(
-    "linear_int(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group, int columns) -> Tensor"
+    "linear_int(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group, int columns)"
+    " -> Tensor"
 )
 
 
@@ -250,8 +254,9 @@ def linear_int(
 ) -> Tensor:
     """y [..., N] = x [..., K] @ ((u − z)·scale).T + bias, in x's dtype (fp32, bf16 or fp16), rounded once.
 
-    `codes` uint8 [N, ceil(K·bits/8)] is an LSB-first bit stream of unsigned u; `scale` [N, ceil(K/group)] (bf16, fp16, fp32), or
-    [1, 1] for the whole matrix; `zero` uint8 like scale, or None for z = 2^(bits−1). `columns` is K. A row of x with inf or NaN
-    becomes NaN as a whole. Differentiable with respect to x and bias. Raises ValueError or TypeError naming the argument.
+    `codes` uint8 [N, ceil(K·bits/8)] is an LSB-first bit stream of unsigned u; `scale` [N, ceil(K/group)] (bf16,
+    fp16, fp32), or [1, 1] for the whole matrix; `zero` uint8 like scale, or None for z = 2^(bits−1). `columns` is K.
+    A row of x with inf or NaN becomes NaN as a whole. Differentiable with respect to x and bias. Raises ValueError or
+    TypeError naming the argument.
     """
     return torch.ops.parco.linear_int.default(x, codes, scale, zero, bias, bits, group, columns)
