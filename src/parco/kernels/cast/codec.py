@@ -95,6 +95,7 @@ def decode_tensors(
     format: Format | str, shape: tuple[int, ...], tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The numbers of a tensor of `shape` [..., K] from its stored tensors, computed in fp32 and rounded to `dtype`.
+    Dense values that have this dtype already are returned as they are, not copied.
 
     ValueError if a tensor is missing or has another shape or dtype than `format.tensors` says.
     """
