@@ -159,14 +159,14 @@ def test_generate_refuses_values_that_make_no_sense(
 
 
 def test_an_unreachable_size_names_the_best_reachable(copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(tiny.SENTENCES * 40))
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("\n".join(tiny.SENTENCES * 12))
     line = refused(
-        capfd, "fit", str(copy), "--data", str(text), "--size", "0.001", "--heal", "0", "--out", str(tmp_path / "out")
+        capfd, "fit", str(copy), "--data", str(text), "--size", "0.001", "--methods", "int8:row", "--out", str(out)
     )
-    assert "0.001" in line
-    assert "reach" in line
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert "--size 0.001 cannot be reached" in line
+    assert "0.5" in line.partition("reached")[2]
+    assert not out.exists()
 
 
 def test_an_unknown_layer_names_known_ones(copy: Path, capfd: pytest.CaptureFixture[str]):
