@@ -244,3 +244,22 @@ def test_the_target_is_the_least_squares_layer_on_shifted_inputs() -> None:
     assert Statistics.of(shifted).target(weight) is weight
     same = Statistics.of(shifted, shifted).target(weight)
     torch.testing.assert_close(same, weight, rtol=1e-4, atol=1e-5)
+
+
+def test_solvers_run_in_inference_mode() -> None:
+    weight, inputs = weights(16, 32), correlated(32)
+    expected = gptq(weight, Statistics.of(inputs), grid_of("int3:32"))
+    with torch.inference_mode():
+        found = gptq(weight.clone(), Statistics.of(inputs.clone()), grid_of("int3:32"))
+    assert torch.equal(found.codes, expected.codes)
+
+
+def test_an_error_in_one_chunk_is_raised() -> None:
+    weight = weights(3000, 8)
+    statistics = Statistics.of(correlated(8))
+    _ = statistics.root
+    statistics.__dict__["root"] = statistics.root._replace(factor=torch.zeros(4, 4))
+    threads = torch.get_num_threads()
+    with pytest.raises((RuntimeError, IndexError)):
+        gptq(weight, statistics, grid_of("int8:row"))
+    assert torch.get_num_threads() == threads

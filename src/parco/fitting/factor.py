@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from parco.fitting.statistics import Statistics
+from parco.fitting.threads import one_thread
 
 RANK_MULTIPLE = 16
 _OVERSAMPLING = 16
@@ -42,17 +43,18 @@ def rank_for(ratio: float, shape: tuple[int, int]) -> int:
 class Basis:
     """All output directions of one matrix, most important first.
 
-    left: [N, min(N, K)] float32, orthonormal columns. energies: [min(N, K)] float64, what leaving each one out adds to
-    the summed squared error. target: [N, K] float32, the matrix that is factored.
+    directions: [N, min(N, K)] float32, unit columns, orthogonal up to rounding. energies: [min(N, K)] float64, what
+    leaving each one out adds to the summed squared error. target: [N, K] float32, the matrix that is factored.
     """
 
-    left: Tensor
+    directions: Tensor
     energies: Tensor
     target: Tensor
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """(left [N, rank], right [rank, K]) float32: their product is the best matrix of that rank."""
-        left = self.left[:, :rank].contiguous()
+        """(left [N, rank] with orthonormal columns, right [rank, K]) float32: the best matrix of that rank."""
+        with one_thread():
+            left, _ = torch.linalg.qr(self.directions[:, :rank])
         return left, left.T @ self.target
 
 
@@ -113,16 +115,23 @@ def basis(weight: Tensor, statistics: Statistics | None) -> Basis:
     wide = target.double()
     if rows <= columns:
         moment = wide @ wide.T if statistics is None else (wide @ statistics.gram.double()) @ wide.T
-        energies, vectors = torch.linalg.eigh((moment + moment.T).mul_(0.5))
-        left = vectors.flip(1)
+        energies, vectors = _eigenvectors(moment)
+        directions = vectors
     else:
         mapped = wide if statistics is None else wide @ statistics.exact_root
-        moment = mapped.T @ mapped
-        energies, vectors = torch.linalg.eigh((moment + moment.T).mul_(0.5))
-        left, _ = torch.linalg.qr(mapped @ vectors.flip(1))
-    found = Basis(left.float(), energies.flip(0).clamp_(min=0.0), target)
+        energies, vectors = _eigenvectors(mapped.T @ mapped)
+        directions = mapped @ vectors
+        directions /= directions.norm(dim=0).clamp_(min=torch.finfo(torch.float64).tiny)
+    found = Basis(directions.float(), energies, target)
     _last.put(weight, statistics, found)
     return found
+
+
+def _eigenvectors(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, greatest first and not below zero, and eigenvectors (columns) of a symmetric matrix."""
+    with one_thread():
+        energies, vectors = torch.linalg.eigh((moment + moment.T).mul_(0.5))
+    return energies.flip(0).clamp_(min=0.0), vectors.flip(1)
 
 
 def _leading(weight: Tensor, rank: int, statistics: Statistics | None) -> tuple[Tensor, Tensor]:
@@ -139,12 +148,12 @@ def _leading(weight: Tensor, rank: int, statistics: Statistics | None) -> tuple[
         back = target.T @ block
         return target @ (back if gram is None else gram @ back)
 
-    for _ in range(_ITERATIONS):
-        block, _ = torch.linalg.qr(through(block))
-    small = block.T @ through(block)
-    _, vectors = torch.linalg.eigh((small + small.T).mul_(0.5))
-    left, _ = torch.linalg.qr(block @ vectors.flip(1)[:, :rank])
-    return left, left.T @ target
+    with one_thread():
+        for _ in range(_ITERATIONS):
+            block, _ = torch.linalg.qr(through(block))
+        _, vectors = _eigenvectors(block.T @ through(block))
+        left, _ = torch.linalg.qr(block @ vectors[:, :rank])
+        return left, left.T @ target
 
 
 def refit_left(target: Tensor, right: Tensor, statistics: Statistics | None) -> tuple[Tensor, Statistics]:

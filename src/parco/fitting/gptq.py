@@ -24,9 +24,8 @@ of the Cholesky routine).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from parco.fitting.search import IntegerGrid, absmax_scale, reciprocal, search_scale
 from parco.fitting.statistics import Statistics
+from parco.fitting.threads import one_thread
 
 _CHUNK_ROWS = 1024
 _SPAN = 128
@@ -157,17 +157,6 @@ def gptq(weight: Tensor, statistics: Statistics, grid: IntegerGrid, sweeps: int 
     return _in_chunks(weight, grid, statistics.target, solve)
 
 
-@contextmanager
-def _one_thread() -> Generator[int]:
-    """torch on one thread per caller, restored afterwards; yields the number of threads that there were."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _in_chunks(
     weight: Tensor, grid: IntegerGrid, target: Callable[[Tensor], Tensor], solve: Callable[[_Chunk], None]
 ) -> Integers:
@@ -182,6 +171,9 @@ def _in_chunks(
     zero = torch.empty_like(scale) if grid.asymmetric else None
     shared = None if grid.per_row else absmax_scale(weight, grid)
 
+    inference = torch.is_inference_mode_enabled()  # a mode of the calling thread, which the pool's do not inherit
+
+    @torch.inference_mode(inference)
     def run(first: int) -> None:
         rows_KN = target(weight[first : first + height].float()).T.clone(memory_format=torch.contiguous_format)
         chunk = _Chunk(rows_KN, grid)
@@ -193,9 +185,14 @@ def _in_chunks(
         if zero is not None and chunk.zero is not None:
             zero[first : first + height] = chunk.zero.T
 
-    with _one_thread() as threads, ThreadPoolExecutor(max_workers=min(threads, parts)) as pool:
-        for done in [pool.submit(run, first) for first in range(0, rows, height)]:
-            done.result()
+    with one_thread() as threads, ThreadPoolExecutor(max_workers=min(threads, parts)) as pool:
+        jobs = [pool.submit(run, first) for first in range(0, rows, height)]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:  # also an interrupt by the keyboard: chunks that have not begun are not waited for
+            pool.shutdown(cancel_futures=True)
+            raise
     return Integers(codes, scale if shared is None else shared, zero, grid)
 
 
