@@ -1,0 +1,104 @@
+// The dense product and the lookup on odd shapes at odd addresses in buffers of exactly their size, against sums in double; built
+// with sanitizers too.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "embedding/embedding.h"
+#include "linear/dense.h"
+#include "machine/features.h"
+
+using namespace parco::linear;
+
+namespace {
+
+int failures = 0;
+std::mt19937 random_bits(21);
+
+// bf16 numbers in [-2, 2], stored as `type` holds them exactly.
+struct Values {
+  Values(std::int64_t count, Type type) : block(count * size_of(type) + 1), data(block.data() + 1), exact(count) {
+    for (std::int64_t i = 0; i < count; i++) {
+      const int step = static_cast<int>(random_bits() % 129) - 64;
+      const float value = static_cast<float>(step) / 32;
+      exact[i] = value;
+      std::uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      const std::uint32_t half = step ? (bits >> 16 & 0x8000) | ((bits & 0x7fffffff) - 0x38000000) >> 13 : 0;
+      const std::uint16_t narrow = static_cast<std::uint16_t>(type == Type::bf16 ? bits >> 16 : half);
+      if (type == Type::fp32)
+        std::memcpy(data + 4 * i, &value, 4);
+      else
+        std::memcpy(data + 2 * i, &narrow, 2);
+    }
+  }
+  std::vector<char> block;
+  char* data;
+  std::vector<double> exact;
+};
+
+void check(const char* name, void (*kernel)(const DenseCall&), std::int64_t rows, std::int64_t outputs, std::int64_t columns,
+           Type x_type, Type weight_type) {
+  const Values x(rows * columns, x_type), weight(outputs * columns, weight_type), bias(outputs, Type::bf16);
+  for (int threads : {1, 3}) {
+    // fp32 results can be compared exactly: products are multiples of 2^-10 and sums stay far below 2^14.
+    std::vector<float> y(rows * outputs);
+    if (x_type != Type::fp32) y.resize((rows * outputs + 1) / 2);
+    kernel({x.data, weight.data, bias.data, y.data(), rows, outputs, columns, threads, x_type, weight_type, Type::bf16});
+    for (std::int64_t i = 0; x_type == Type::fp32 && i < rows * outputs; i++) {
+      double sum = bias.exact[i % outputs];
+      for (std::int64_t k = 0; k < columns; k++) sum += x.exact[i / outputs * columns + k] * weight.exact[i % outputs * columns + k];
+      if (std::abs(sum - y[i]) > 1e-3) {
+        failures++;
+        std::printf("%s: rows %ld outputs %ld columns %ld types %d %d: %g is not %g\n", name, static_cast<long>(rows),
+                    static_cast<long>(outputs), static_cast<long>(columns), static_cast<int>(x_type), static_cast<int>(weight_type),
+                    static_cast<double>(y[i]), sum);
+        break;
+      }
+    }
+  }
+}
+
+void check_lookup(int bits, std::int64_t columns, std::int64_t group) {
+  const std::int64_t table_rows = 9, groups = (columns + group - 1) / group, row_bytes = (columns * bits + 7) / 8;
+  std::vector<std::uint8_t> codes(table_rows * row_bytes);
+  for (auto& code : codes) code = static_cast<std::uint8_t>(random_bits());
+  const Values scale(table_rows * groups, Type::fp32);
+  const std::int64_t indices[] = {8, 0, 3};
+  std::vector<float> y(3 * columns);
+  parco::embedding::embedding_generic({indices, codes.data(), scale.data, nullptr, y.data(), 3, table_rows, columns, group, groups,
+                                       bits, 2, Type::fp32, Type::fp32});
+  for (std::int64_t i = 0; i < 3 * columns; i++) {
+    const std::int64_t row = indices[i / columns], k = i % columns;
+    int code = 0;
+    for (int b = 0; b < bits; b++) code |= (codes[row * row_bytes + (k * bits + b) / 8] >> (k * bits + b) % 8 & 1) << b;
+    if (y[i] == (code - (1 << (bits - 1))) * scale.exact[row * groups + k / group]) continue;
+    failures++;
+    std::printf("lookup: bits %d columns %ld group %ld differs at %ld\n", bits, static_cast<long>(columns), static_cast<long>(group),
+                static_cast<long>(i));
+    break;
+  }
+}
+
+}  // namespace
+
+int main() {
+  const Type types[] = {Type::fp32, Type::bf16, Type::fp16};
+  for (Type x_type : types) {
+    for (Type weight_type : types) {
+      for (std::int64_t rows : {1, 2, 3, 7, 8}) {
+        for (std::int64_t columns : {1, 31, 64, 77}) {
+          check("generic", dense_generic, rows, 19, columns, x_type, weight_type);
+          if (parco::features().avx2) check("avx2", dense_avx2, rows, 19, columns, x_type, weight_type);
+          if (parco::features().avx512) check("avx512", dense_avx512, rows, 19, columns, x_type, weight_type);
+        }
+      }
+    }
+  }
+  for (int bits = 2; bits <= 8; bits++)
+    for (std::int64_t columns : {1, 37, 96}) check_lookup(bits, columns, columns == 96 ? 32 : columns);
+  std::printf("%d differences\n", failures);
+  return failures != 0;
+}
