@@ -44,7 +44,7 @@ def judge(
         raise texts.too_short(named, loaded.tokenizer, text, length)
     if against is not None and not torch.equal(texts.tokenize(against.tokenizer, text, length), windows):
         raise ValueError(
-            f"--against {against.path} and {loaded.path} read the text as different tokens: give models of one tokenizer"
+            f"--against {against.path} and {loaded.path} read the text differently: give models of one tokenizer"
         )
     other = None if against is None else evaluate.quality(against.model, windows, progress)
     quality = evaluate.quality(loaded.model, windows, progress, None if against is None else against.model)
