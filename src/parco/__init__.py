@@ -19,9 +19,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from parco import formats, machine, nn, weights
-    from parco.fitting.convert import convert_
     from parco.fitting.methods import Factor, Quantize
-    from parco.job import fit
+    from parco.job import convert_, fit
     from parco.kernels.cast import decode, encode
     from parco.kernels.table import explain
     from parco.products import matmul
@@ -44,7 +43,7 @@ __all__ = [
 _HOMES = {
     "Factor": "parco.fitting.methods",
     "Quantize": "parco.fitting.methods",
-    "convert_": "parco.fitting.convert",
+    "convert_": "parco.job",
     "decode": "parco.kernels.cast",
     "encode": "parco.kernels.cast",
     "explain": "parco.kernels.table",

@@ -1,4 +1,7 @@
-"""`parco.fit`: the main job from a folder's name to a saved model and a page. Everything it does lies in fitting, hub and report."""
+"""`parco.fit`, the main job from a folder's name to a saved model and a page, and `parco.convert_`, one method everywhere.
+
+Everything that they do lies in fitting, hub and report; here these meet.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,21 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
 
 import parco
 from parco import hub, report
-from parco.fitting import candidates, summary, texts
+from parco.fitting import candidates, convert, summary, texts
+from parco.fitting.convert import Conversion, Filter
+from parco.fitting.methods import Method
 from parco.fitting.pipeline import Fit, Settings
 from parco.fitting.result import Result
 from parco.fitting.stages import Progress, Silent, Stages, is_full, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEFAULT_LOSS = 0.02
 GENERATED = 4
@@ -78,6 +88,18 @@ def fit(
         raise
     shutil.rmtree(work, ignore_errors=True)
     return result
+
+
+def convert_(model: torch.nn.Module, method: Method | str, filter_fn: Filter | None = None) -> Conversion:
+    """`fitting.convert.convert_`, and a Transformers model knows afterwards how to save itself.
+
+    Arguments, result and errors are those of `fitting.convert.convert_`. `model.save_pretrained(folder)` then writes a folder
+    that `from_pretrained` loads with the same stored bytes.
+    """
+    done = convert.convert_(model, method, filter_fn)
+    if callable(getattr(model, "save_pretrained", None)):
+        hub.attach(cast("PreTrainedModel", model))
+    return done
 
 
 def _run(
