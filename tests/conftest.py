@@ -5,6 +5,8 @@ import os
 # Before anything imports Transformers, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Before torch is loaded: a thread that spins while it waits takes a busy machine's core from the one that it waits for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import tempfile
 from collections.abc import Iterator
