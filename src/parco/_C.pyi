@@ -3,11 +3,45 @@ def embedding_int_generic(indices: int, codes: int, scale: int, zero: int, y: in
     Expands rows of a table; returns the position of the first index outside it, or -1.
     """
 
-def linear_int_generic(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, arg7: int, arg8: int, arg9: int, arg10: int, arg11: int, arg12: int, arg13: int, arg14: int, arg15: int, /) -> None: ...
+def linear_int_generic(x: int, codes: int, scale: int, zero: int, bias: int, y: int, rows: int, outputs: int, columns: int, group: int, scale_stride: int, bits: int, x_type: int, scale_type: int, bias_type: int, threads: int) -> None:
+    """
+    y = x @ ((u - z) * scale).T + bias; addresses, 0 for an absent zero or bias. The machine must have the instruction set.
+    """
 
-def linear_int_avx2(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, arg7: int, arg8: int, arg9: int, arg10: int, arg11: int, arg12: int, arg13: int, arg14: int, arg15: int, /) -> None: ...
+def linear_int_avx2(x: int, codes: int, scale: int, zero: int, bias: int, y: int, rows: int, outputs: int, columns: int, group: int, scale_stride: int, bits: int, x_type: int, scale_type: int, bias_type: int, threads: int) -> None:
+    """
+    y = x @ ((u - z) * scale).T + bias; addresses, 0 for an absent zero or bias. The machine must have the instruction set.
+    """
 
-def linear_int_avx512(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, arg7: int, arg8: int, arg9: int, arg10: int, arg11: int, arg12: int, arg13: int, arg14: int, arg15: int, /) -> None: ...
+def linear_int_avx512(x: int, codes: int, scale: int, zero: int, bias: int, y: int, rows: int, outputs: int, columns: int, group: int, scale_stride: int, bits: int, x_type: int, scale_type: int, bias_type: int, threads: int) -> None:
+    """
+    y = x @ ((u - z) * scale).T + bias; addresses, 0 for an absent zero or bias. The machine must have the instruction set.
+    """
+
+def linear_int_amx(x: int, codes: int, scale: int, zero: int, bias: int, y: int, rows: int, outputs: int, columns: int, group: int, scale_stride: int, bits: int, x_type: int, scale_type: int, bias_type: int, threads: int) -> None:
+    """
+    y = x @ ((u - z) * scale).T + bias; addresses, 0 for an absent zero or bias. The machine must have the instruction set.
+    """
+
+def linear_int_amx_emulated(x: int, codes: int, scale: int, zero: int, bias: int, y: int, rows: int, outputs: int, columns: int, group: int, scale_stride: int, bits: int, x_type: int, scale_type: int, bias_type: int, threads: int) -> None:
+    """
+    y = x @ ((u - z) * scale).T + bias; addresses, 0 for an absent zero or bias. The machine must have the instruction set.
+    """
+
+def linear_dense_generic(x: int, weight: int, bias: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, threads: int) -> None:
+    """
+    y = x @ weight.T + bias; addresses, 0 for an absent bias. The machine must have the instruction set.
+    """
+
+def linear_dense_avx2(x: int, weight: int, bias: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, threads: int) -> None:
+    """
+    y = x @ weight.T + bias; addresses, 0 for an absent bias. The machine must have the instruction set.
+    """
+
+def linear_dense_avx512(x: int, weight: int, bias: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, threads: int) -> None:
+    """
+    y = x @ weight.T + bias; addresses, 0 for an absent bias. The machine must have the instruction set.
+    """
 
 class Features:
     """What CPUID, XGETBV and arch_prctl say of this CPU; caches in bytes."""

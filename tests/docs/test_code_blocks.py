@@ -1,7 +1,7 @@
 """Every code block of README.md and of the documentation runs, in the order of its page.
 
 Each page gets a folder of its own with what a reader is told to bring: `my-model`, a small checkpoint, `my-text.txt`,
-and on a page that has no command to make it `fitted/result.json`. The Python blocks of a page share their names; a console
+and on a page that has no command to make it `fitted/result.json`. Python blocks of a page share their names; a console
 block's commands run in the same folder, and output shown under a command must be what it prints (`...` stands for
 anything). `make` commands are only looked up: the continuous integration runs them.
 """
