@@ -10,6 +10,8 @@ makes a model worse there.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,6 +186,18 @@ class _Patient:
         for parameter, value in zip(self.parameters, state, strict=True):
             parameter.copy_(value)
 
+    @contextmanager
+    def rounded(self) -> Iterator[None]:
+        """Norms, biases and kept matrices as they will be stored, while the context lasts."""
+        exact = [parameter.data for parameter, _ in self.dense]
+        for parameter, dtype in self.dense:
+            parameter.data = parameter.data.to(dtype).float()
+        try:
+            yield
+        finally:
+            for (parameter, _), data in zip(self.dense, exact, strict=True):
+                parameter.data = data
+
     def logits(self, tokens: Tensor) -> Tensor:
         return self.model(input_ids=tokens, use_cache=False).logits.float()
 
@@ -248,7 +262,7 @@ class _Run:
         target = torch.log_softmax(self.teacher.logits(rows), -1)
         loss = _divergence(self.patient.logits(self.teacher.tokens[rows]), target) / target[..., 0].numel()
         if not bool(torch.isfinite(loss)):
-            raise ValueError(f"healing diverged at step {self.step}: the loss became {float(loss)}; use --heal 0")
+            raise ValueError(f"healing diverged at step {self.step}: the loss became {loss.item()}; use --heal 0")
         loss.backward()
         nn.utils.clip_grad_norm_(self.patient.parameters, 1.0)
         self.optimizer.step()
@@ -262,9 +276,11 @@ class _Run:
     def _judge(self) -> None:
         """KL on the check windows; remember the state when it is the best so far."""
         total = 0.0
-        for index in range(self.check.shape[0]):
-            target = self.targets.read_tensors(f"check-{index:03}")["log_probabilities"].float()
-            total += float(_divergence(self.patient.logits(self.check[index : index + 1])[0], torch.log_softmax(target, -1)))
+        with self.patient.rounded():
+            for index in range(self.check.shape[0]):
+                target = self.targets.read_tensors(f"check-{index:03}")["log_probabilities"].float()
+                logits = self.patient.logits(self.check[index : index + 1])[0]
+                total += float(_divergence(logits, torch.log_softmax(target, -1)))
         kl = total / self.check.numel()
         if not self.best or kl < min(value for _, value in self.curve):
             self.best = self.patient.state()

@@ -7,7 +7,7 @@ A quantized matrix is a latent one, rounded in every forward pass with a straigh
 where `start` is the original matrix moved to within half a step of what is stored, so that before the first update
 rounding it gives the stored codes, and `step` is the mean scale, which makes the rate mean the same at every width of
 number. Scales train too, as a factor near one, and are rounded to their stored type in the forward pass. At the end codes and
-scales are written back: no byte is added. Dense leaves train as they are, in float32 rounded to their stored type at the end.
+scales are written back: no byte is added. Dense leaves train as they are, rounded to their stored type in the forward pass too.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ class DenseLeaf(Leaf):
         super().__init__()
         self.stored = [stored]
         (values,) = stored.tensors()
+        self.dtype = values.dtype
         self.values = nn.Parameter(values.detach().float())
 
     def value(self) -> Tensor:
-        return self.values
+        return self.values + (self.values.detach().to(self.dtype).float() - self.values.detach())
 
     def write_back(self) -> None:
         (values,) = self.stored[0].tensors()

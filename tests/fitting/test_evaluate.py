@@ -1,0 +1,60 @@
+"""The loss is a plain Transformers loop's; bytes are what a file would hold; memory and completions are those of the model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from parco import hub
+from parco.fitting import evaluate
+from parco.fitting.stages import Silent
+from tests.fitting import small
+from tests.fitting.conftest import Calibrated
+
+
+def test_the_loss_is_a_plain_loops(calibrated: Calibrated) -> None:
+    model, windows = calibrated.model(), calibrated.windows.held
+    with torch.no_grad():
+        plain = [float(model(input_ids=window[None], labels=window[None]).loss) for window in windows]
+    judged = evaluate.quality(model, windows, Silent())
+    assert judged.loss == pytest.approx(sum(plain) / len(plain), abs=1e-4)
+    assert judged.perplexity == pytest.approx(math.exp(judged.loss))
+    assert (judged.kl, judged.top1) == (0.0, 1.0)
+
+
+def test_divergence_and_agreement_are_zero_and_one_for_the_same_model_only(calibrated: Calibrated) -> None:
+    model, windows = calibrated.model(), calibrated.windows.held
+    same = evaluate.quality(model, windows, Silent(), calibrated.model())
+    assert same.kl == pytest.approx(0.0, abs=1e-6)
+    assert same.top1 == 1.0
+    other = evaluate.quality(small.model(initializer_range=0.2), windows, Silent(), model)
+    assert other.kl > 0.1
+    assert other.top1 < 0.9
+
+
+def test_stored_bytes_are_the_files(small_folder: Path) -> None:
+    model = hub.load(small_folder).model
+    with safe_open(small_folder / "model.safetensors", "pt") as file:
+        tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    assert evaluate.stored_bytes(model) == sum(tensor.nbytes for tensor in tensors) == evaluate.checkpoint_bytes(model)
+    tied = small.model(tie_word_embeddings=True)
+    assert evaluate.stored_bytes(model) - evaluate.stored_bytes(tied) == 2 * small.VOCABULARY * 48
+
+
+def test_a_completion_goes_on_from_the_prompt_within_the_context(small_folder: Path, calibrated: Calibrated) -> None:
+    loaded = hub.load(small_folder)
+    prompt = evaluate.sample_prompt(loaded.tokenizer, calibrated.windows.held)
+    text = evaluate.complete(loaded.model, loaded.tokenizer, prompt, small.WINDOW)
+    assert text
+    assert text == evaluate.complete(loaded.model, loaded.tokenizer, prompt, small.WINDOW)
+    assert len(loaded.tokenizer(prompt + text)["input_ids"]) <= 4 * small.WINDOW
+
+
+def test_peak_memory_is_that_of_a_fresh_process(small_folder: Path, tmp_path: Path) -> None:
+    peak = evaluate.peak_memory(small_folder)
+    assert peak is not None and 50e6 < peak < 3e9
+    assert evaluate.peak_memory(tmp_path) is None

@@ -1,0 +1,132 @@
+"""Healing brings the outputs back, adds no byte, never makes the check windows worse, and resumes exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parco.fitting import apply, evaluate, heal
+from parco.fitting.latent import IntegerLeaf, RoundThrough, Trained, gather, spread
+from parco.fitting.result import HealRecord
+from parco.fitting.stages import Progress, Silent, Stages
+from parco.nn import StoredWeight, groups
+from parco.weights import Quantized
+from tests.fitting.conftest import EXTENT, Calibrated
+
+STEPS = 8
+
+
+def healed(calibrated: Calibrated, folder: Path, method: str, progress: Progress | None = None) -> tuple[Any, HealRecord]:
+    told = progress or Silent()
+    methods = {group.name: method for group in groups(calibrated.model())}
+    model = calibrated.model()
+    with Stages(folder, told) as stages:
+        apply.apply_(model, methods, calibrated.windows, EXTENT, calibrated.stage, stages.open("apply"), Silent())
+        original = calibrated.model()
+        teacher = heal.teach(original, calibrated.windows, STEPS, 0, stages.open("teacher"), Silent())
+        check = calibrated.windows.check[: EXTENT.check]
+        record = heal.heal(model, original, teacher, check, calibrated.stage, STEPS, 0, stages.open("heal"), told)
+    return model, record
+
+
+@pytest.mark.parametrize("method", ["int3:16", "int4:32:asym", "factor(0.5)>>int8:row", "int4:32+factor(rank=16)", "factor(0.4)", "nf4:48"])
+def test_the_divergence_falls_and_the_bytes_stay(calibrated: Calibrated, tmp_path: Path, method: str) -> None:
+    model, record = healed(calibrated, tmp_path, method)
+    assert record["kl_after"] < record["kl_before"]
+    assert [step for step, _ in record["curve"]] == [0, STEPS]
+    with Stages(tmp_path, Silent()) as stages:
+        unhealed = calibrated.model()
+        apply.restore(unhealed, stages.open("apply"))
+        assert evaluate.stored_bytes(model) == evaluate.stored_bytes(unhealed)
+        assert {p.dtype for p in model.parameters()} == {p.dtype for p in unhealed.parameters()}
+        heal.restore(unhealed, stages.open("heal"))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dict(unhealed.named_parameters())[name]), name
+    # What was written back is what was judged.
+    check = calibrated.windows.check[: EXTENT.check]
+    judged = evaluate.quality(model.float(), check, Silent(), calibrated.model().float())
+    assert judged.kl == pytest.approx(record["kl_after"], rel=0.01, abs=1e-5)
+
+
+def test_an_interrupted_healing_ends_with_the_same_bits(
+    calibrated: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dies(Silent):
+        steps = 0
+
+        def advance(self, n: int = 1) -> None:
+            self.steps += n
+            if self.steps == 6:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(heal, "EVERY", 4)
+    whole, record = healed(calibrated, tmp_path / "whole", "int3:16")
+    with pytest.raises(KeyboardInterrupt):
+        healed(calibrated, tmp_path / "parts", "int3:16", Dies())
+    resumed, again = healed(calibrated, tmp_path / "parts", "int3:16")
+    assert again == record
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, dict(resumed.named_parameters())[name]), name
+
+
+@pytest.mark.parametrize("text", ["int4:16", "int3:32", "int8:row", "int2:16:asym"])
+def test_before_the_first_step_a_leaf_is_what_is_stored(text: str) -> None:
+    matrix = torch.randn(24, 40)
+    stored = StoredWeight.encode(Quantized(text, (24, 40)), matrix)
+    trained = Trained(torch.Generator().manual_seed(0))
+    trained.add(stored, matrix)
+    (leaf,) = trained.leaves.values()
+    assert isinstance(leaf, IntegerLeaf)
+    torch.testing.assert_close(leaf.value(), stored.dense())
+    before = [tensor.clone() for tensor in stored.tensors()]
+    leaf.write_back()
+    assert all(torch.equal(a, b) for a, b in zip(before, stored.tensors(), strict=True))
+
+
+def test_a_leaf_written_back_stores_the_value_that_was_trained() -> None:
+    stored = StoredWeight.encode(Quantized("int4:16", (24, 40)), torch.randn(24, 40))
+    trained = Trained(torch.Generator().manual_seed(0))
+    trained.add(stored, None)
+    (leaf,) = trained.leaves.values()
+    assert isinstance(leaf, IntegerLeaf)
+    with torch.no_grad():
+        leaf.left.normal_()
+        leaf.factor.normal_(std=0.1)
+    value = leaf.value().detach()
+    assert not torch.equal(value, stored.dense())
+    leaf.write_back()
+    torch.testing.assert_close(stored.dense(), value)
+
+
+def test_gradients_are_straight_through_within_range_and_zero_outside() -> None:
+    latent = torch.tensor([[0.2, 1.1, -0.4, 9.0]], requires_grad=True)
+    scale = torch.tensor([[0.5, 0.25]], requires_grad=True)
+    value = RoundThrough.apply(latent, scale, torch.tensor(8.0), 2, 0.0, 15.0)
+    torch.testing.assert_close(value, torch.tensor([[0.0, 1.0, -0.5, 1.75]]))
+    value.sum().backward()
+    assert latent.grad is not None and scale.grad is not None
+    torch.testing.assert_close(latent.grad, torch.tensor([[1.0, 1.0, 1.0, 0.0]]))
+    # Σ (code − latent / scale), and the code alone where it is clamped.
+    torch.testing.assert_close(scale.grad, torch.tensor([[(0 - 0.4) + (2 - 2.2), (-2 + 1.6) + 7]]))
+
+
+@pytest.mark.parametrize("columns", [32, 40])
+def test_gather_is_the_transpose_of_spread(columns: int) -> None:
+    a, b = torch.randn(3, -(-columns // 16)), torch.randn(3, columns)
+    assert float((spread(a, 16, columns) * b).sum()) == pytest.approx(float((a * gather(b, 16, a)).sum()), rel=1e-4)
+
+
+def test_no_steps_are_taken_by_default_for_large_models() -> None:
+    assert heal.automatic_steps(1_100_000_000) == 0
+    assert heal.automatic_steps(10_000_000) > 0
+
+
+def test_divergence_to_nan_is_an_error(calibrated: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heal, "RATES", {"low_rank": float("nan"), "scale": 1.0, "dense": 1.0})
+    with pytest.raises(ValueError, match="healing diverged at step 1.*--heal 0"):
+        healed(calibrated, tmp_path, "int3:16")
+
+
