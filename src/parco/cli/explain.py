@@ -68,6 +68,6 @@ def _show_one(one: Explained, prefill_tokens: int) -> None:
         out.print()
         out.print(f"{member.name}: {member.stored}")
         for title, found in (("one token", member.decode), (f"a prompt of {prefill_tokens} tokens", member.prefill)):
-            text = "\n".join(str(explanation) for explanation in found) or "PyTorch's own kernel"
+            text = "\n".join(str(explanation) for explanation in found) or member.instead
             out.print(f"  {title}")
             out.print("\n".join(f"    {line}" for line in text.splitlines()))

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from parco.kernels.table import Explanation, explain
@@ -19,6 +18,9 @@ if TYPE_CHECKING:
 NATIVE = "PyTorch"
 """What runs a matrix that parco does not store: the model's own layer."""
 
+LOOKUP = "row lookup"
+"""What an embedding does instead of a product."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -28,6 +30,12 @@ class Member:
     stored: str
     decode: tuple[Explanation, ...]
     prefill: tuple[Explanation, ...]
+    instead: str = NATIVE
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The kernels of one token, or what runs instead."""
+        return tuple(found.kernel for found in self.decode) or (self.instead,)
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,7 @@ class Explained:
     @property
     def kernels(self) -> str:
         """The kernels of one token, each once."""
-        names = (explanation.kernel for member in self.members for explanation in member.decode)
-        return ", ".join(dict.fromkeys(names)) or NATIVE
+        return ", ".join(dict.fromkeys(name for member in self.members for name in member.kernels))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: what `parco explain --json` prints."""
@@ -76,31 +83,32 @@ def explain_groups(
     if only is not None:
         found = [group for group in found if only in (group.name, *group.members)] or _unknown(only, found)
     recorded = {row["group"]: row for row in rows}
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return [
         Explained(
             group.name,
-            tuple(_member(model, name, getattr(model, "dtype", dtype), prefill_tokens) for name in group.members),
+            tuple(_member(model, name, prefill_tokens) for name in group.members),
             recorded.get(group.name),
         )
         for group in found
     ]
 
 
-def _member(model: nn.Module, name: str, dtype: torch.dtype, prefill_tokens: int) -> Member:
+def _member(model: nn.Module, name: str, prefill_tokens: int) -> Member:
     where = site(model, name)
     if where.kind == "expert":
         parameter, index = where.expert
         held: Any = getattr(where.module, parameter)[index]
     else:
         held = where.module.weight
+    rows, columns = where.shape
     spec = getattr(held, "spec", None)
-    if spec is None:
-        rows, columns = where.shape
-        return Member(name, f"{str(held.dtype).removeprefix('torch.')} {rows}x{columns}", (), ())
+    stored = f"{str(held.dtype).removeprefix('torch.')} {rows}x{columns}" if spec is None else str(spec)
     if where.kind == "embedding":
-        return Member(name, str(spec), (), ())
-    return Member(name, str(spec), explain(spec, rows=1, dtype=dtype), explain(spec, rows=prefill_tokens, dtype=dtype))
+        return Member(name, stored, (), (), LOOKUP)
+    if spec is None:
+        return Member(name, stored, (), ())
+    found = [explain(spec, rows=tokens, dtype=held.dtype) for tokens in (1, prefill_tokens)]
+    return Member(name, stored, found[0], found[1], "PyTorch, on the decoded matrix")
 
 
 def _unknown(name: str, known: Sequence[Group]) -> list[Group]:
