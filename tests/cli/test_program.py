@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import re
 
 import pytest
@@ -35,6 +36,17 @@ def test_an_error_of_several_lines_is_one_line(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(job, "fit", wrong)
     assert cli.main(["fit"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "parco: first second"
+
+
+def test_an_error_of_the_system_is_told_without_its_number(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "the disk is full: nothing was saved to out")
+
+    monkeypatch.setattr(job, "fit", full)
+    assert cli.main(["fit"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "parco: the disk is full: nothing was saved to out"
 
 
 def test_what_is_typed_reaches_the_job(monkeypatch: pytest.MonkeyPatch):

@@ -55,9 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _one_line(error: Exception) -> str:
     """What was wrong, without line breaks: scripts and people read the last line of stderr."""
-    # Typer's own errors keep the name of the option apart from the message.
-    told = getattr(error, "format_message", error.__str__)
-    return " ".join(str(told()).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    else:
+        # Typer's own errors keep the name of the option apart from the message.
+        text = str(getattr(error, "format_message", error.__str__)())
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _how_to_go_on(words: list[str]) -> str:
