@@ -45,7 +45,7 @@ struct Avx2 {
   }
 
   template <bool nibbles>
-  static I pairs(I dword, int shift) {
+  static I pairs(I dword, int shift, int) {
     if constexpr (nibbles) {
       if (shift == 3) return _mm256_srli_epi16(dword, 12);
       return _mm256_and_si256(_mm256_srli_epi16(dword, 4 * shift), _mm256_set1_epi16(15));
@@ -55,14 +55,14 @@ struct Avx2 {
 
   // One block of `all` rows of words against its dwords of codes.
   template <bool nibbles, int all>
-  static void block_sums(const I* codes, std::int32_t dwords, const char* const* x, I* sum) {
+  static void block_sums(const I* codes, std::int32_t dwords, int bits, const char* const* x, I* sum) {
     constexpr int shifts = nibbles ? 4 : 2;
     I other[all];
     for (int r = 0; r < all; r++) other[r] = set(0);
     for (std::int32_t d = 0; d < dwords; d++) {
       const I dword = load(codes + d);
       for (int s = 0; s < shifts; s++) {
-        const I pair = pairs<nibbles>(dword, s);
+        const I pair = pairs<nibbles>(dword, s, bits);
         for (int r = 0; r < all; r++) {
           I& to = s & 1 ? other[r] : sum[r];
           to = dot(to, pair, broadcast(x[r] + 4 * (shifts * d + s)));

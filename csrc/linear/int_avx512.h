@@ -25,18 +25,18 @@ struct Avx512 {
   // One block of `all` rows of words against its dwords of codes. Bytes of codes meet bytes of words, and high sums weigh 256: half
   // the unpacking of 16-bit products.
   template <bool nibbles, int all>
-  static void block_sums(const I* codes, std::int32_t dwords, const char* const* x, I* sum) {
-    if (dwords == 4) return block_sums<nibbles, all, 4>(codes, dwords, x, sum);
-    if (dwords == 32) return block_sums<nibbles, all, 32>(codes, dwords, x, sum);
-    block_sums<nibbles, all, 0>(codes, dwords, x, sum);
+  static void block_sums(const I* codes, std::int32_t dwords, int bits, const char* const* x, I* sum) {
+    if (dwords == 4) return sums_of<nibbles, all, 4>(codes, dwords, bits, x, sum);
+    if (dwords == 32) return sums_of<nibbles, all, 32>(codes, dwords, bits, x, sum);
+    sums_of<nibbles, all, 0>(codes, dwords, bits, x, sum);
   }
   template <bool nibbles, int all, int fixed>
-  static void block_sums(const I* codes, std::int32_t dwords, const char* const* x, I* sum) {
+  static void sums_of(const I* codes, std::int32_t dwords, [[maybe_unused]] int bits, const char* const* x, I* sum) {
     I high[all][2], low[all][2];
     for (int r = 0; r < all; r++) high[r][0] = high[r][1] = low[r][1] = set(0), low[r][0] = sum[r];
     // Two chains of sums hide the latency of long blocks; short ones overlap with the next block instead.
     constexpr int other = fixed == 4 ? 0 : 1;
-    const I mask = _mm512_set1_epi8(15);
+    [[maybe_unused]] const I mask = byte_mask(bits);
     const std::int32_t count = fixed ? fixed : dwords;
 #pragma GCC unroll 4
     for (std::int32_t d = 0; d < count; d++) {
@@ -76,11 +76,13 @@ struct Avx512 {
     avx512::store_floats(to, type, index, count, value);
   }
 
+  static I byte_mask(int bits) { return _mm512_set1_epi8(static_cast<char>((1 << bits) - 1)); }
+
   template <bool nibbles>
-  static I pairs(I dword, int shift) {
+  static I pairs(I dword, int shift, int bits) {
     if constexpr (nibbles) {
-      if (shift == 3) return _mm512_srli_epi16(dword, 12);
-      return _mm512_and_si512(_mm512_srli_epi16(dword, 4 * shift), _mm512_set1_epi16(15));
+      const I mask = _mm512_set1_epi16(static_cast<std::int16_t>((1 << bits) - 1));
+      return _mm512_and_si512(_mm512_srli_epi16(dword, 4 * shift), mask);
     }
     return shift ? _mm512_srli_epi16(dword, 8) : _mm512_and_si512(dword, _mm512_set1_epi16(255));
   }
@@ -92,6 +94,7 @@ struct Avx512 {
     I bytes, even, odd, mask;  // of the bit stream: which bytes each quadword needs, then where its codes begin in them
 
     Reader(int code_bits, std::int64_t bytes_per_row) : bits(code_bits), row_bytes(bytes_per_row) {
+      if (bits == 4 || bits == 8) return;
       alignas(64) std::uint8_t from[64], first[64], second[64];
       const bool nibble = bits <= 4;
       const int per_quadword = nibble ? 16 : 8;
@@ -102,16 +105,23 @@ struct Avx512 {
         second[i] = static_cast<std::uint8_t>(((2 * byte + 1) * bits - 4) & 63);
       }
       bytes = load(from), even = load(first), odd = load(second);
-      mask = _mm512_set1_epi8(static_cast<char>((1 << bits) - 1));
+      mask = byte_mask(bits);
+    }
+
+    // A nibble keeps what follows its code of 2 or 3 bits: whoever uses it masks it anyway.
+    I unpack_nibbles(I stream) const {
+      const I quadwords = _mm512_permutexvar_epi8(bytes, stream);
+      const I low = _mm512_multishift_epi64_epi8(even, quadwords), high = _mm512_multishift_epi64_epi8(odd, quadwords);
+      return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(15), 0xe4);  // low where the mask is set
+    }
+
+    I unpack_bytes(I stream) const {
+      return _mm512_and_si512(_mm512_multishift_epi64_epi8(even, _mm512_permutexvar_epi8(bytes, stream)), mask);
     }
 
     I unpack(I stream) const {
       if (bits == 4 || bits == 8) return stream;
-      const I quadwords = _mm512_permutexvar_epi8(bytes, stream);
-      const I low = _mm512_and_si512(_mm512_multishift_epi64_epi8(even, quadwords), mask);
-      if (bits > 4) return low;
-      const I high_mask = _mm512_slli_epi16(mask, 4);
-      return _mm512_or_si512(low, _mm512_and_si512(_mm512_multishift_epi64_epi8(odd, quadwords), high_mask));
+      return bits < 4 ? unpack_nibbles(stream) : unpack_bytes(stream);
     }
 
     // `dwords` dwords from dword `first` of 16 rows; `ahead`: also ask for the same bytes of the 16 rows that follow.
@@ -119,21 +129,23 @@ struct Avx512 {
       const int unit = bits <= 4 ? 8 : 4, step = 16 * unit * bits / 8;
       std::int64_t byte = static_cast<std::int64_t>(first) * unit * bits / 8;
       const std::int64_t next = ahead ? 16 * row_bytes : 0;
-      const bool whole = bits == 4 || bits == 8;
       for (std::int32_t d = 0; d < dwords; d += 16, byte += step) {
         const std::int64_t left = row_bytes - byte;
-        if (left >= 64 && whole) {
-          const auto row = [&](int i) {
-            const std::uint8_t* from = rows[i] + byte;
-            asm("" : "+r"(from));  // or GCC computes the addresses in vectors and takes them out one by one
-            _mm_prefetch(reinterpret_cast<const char*>(from + next), _MM_HINT_T0);
-            return _mm512_loadu_si512(from);
-          };
-          avx512::transpose(row, to + d);
-        } else {
-          const __mmask64 valid = left >= 64 ? ~0ull : (1ull << left) - 1;
+        const __mmask64 valid = left >= 64 ? ~0ull : (1ull << left) - 1;
+        const auto start = [&](int i) {
+          const std::uint8_t* from = rows[i] + byte;
+          asm("" : "+r"(from));  // or GCC computes the addresses in vectors and takes them out one by one
+          _mm_prefetch(reinterpret_cast<const char*>(from + next), _MM_HINT_T0);
+          return from;
+        };
+        if (left < 64)
           avx512::transpose([&](int i) { return unpack(_mm512_maskz_loadu_epi8(valid, rows[i] + byte)); }, to + d);
-        }
+        else if (bits == 4 || bits == 8)
+          avx512::transpose([&](int i) { return _mm512_loadu_si512(start(i)); }, to + d);
+        else if (bits < 4)
+          avx512::transpose([&](int i) { return unpack_nibbles(_mm512_loadu_si512(start(i))); }, to + d);
+        else
+          avx512::transpose([&](int i) { return unpack_bytes(_mm512_loadu_si512(start(i))); }, to + d);
       }
     }
   };

@@ -116,7 +116,7 @@ void decode(const Job<V>& job, std::int64_t first_output, float* scales, std::in
           sum[m * words + w] = first_sum(outputs, block, 0, job.x_sum[w][m * job.block_stride + b]);
         }
       }
-      V::template block_sums<nibbles, all>(code, block.dwords, x, sum);
+      V::template block_sums<nibbles, all>(code, block.dwords, job.call.bits, x, sum);
       code += block.dwords;
       const F scale = grouped ? V::load(outputs.scale + block.group * V::lanes) : V::set(1.0f);
       for (int m = 0; m < columns; m++) {
@@ -142,7 +142,7 @@ void expand(const Job<V>& job, const Outputs<V, 2>& outputs, typename V::I* pane
       I* to = panel + static_cast<std::int64_t>(piece.dword) * shifts * 2 + v;
       for (std::int32_t d = 0; d < piece.dwords; d++) {
         const I dword = V::load(codes + d);
-        for (int s = 0; s < shifts; s++, to += 2) V::store(to, V::template pairs<nibbles>(dword, s));
+        for (int s = 0; s < shifts; s++, to += 2) V::store(to, V::template pairs<nibbles>(dword, s, job.call.bits));
       }
     }
   }
@@ -276,9 +276,11 @@ void run(const IntCall& call) {
     const std::int64_t parts = decoding || panels >= 4 * threads ? 1 : std::clamp<std::int64_t>(job.rows / 24, 1, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+      if (!decoding) {
 #pragma omp for schedule(static)
-      for (std::int64_t m = 0; m < (decoding ? 0 : job.rows); m++) quantize(job, m);
-#pragma omp for schedule(static)
+        for (std::int64_t m = 0; m < job.rows; m++) quantize(job, m);
+      }
+#pragma omp for schedule(static) nowait
       for (int t = 0; t < threads; t++) {
         char* own = memory + thread_size * t;
         float* scales = reinterpret_cast<float*>(own);

@@ -100,7 +100,7 @@ inline void expand_bytes(const TileJob& job, const Outputs<Avx512, 2>& outputs, 
       for (std::int32_t b = piece.first; b < piece.last; b++) {
         __m512i* to = panel + static_cast<std::int64_t>(b) * job.tiling.quads * 2 + v;
         for (std::int32_t d = 0; d < job.plan.blocks[b].dwords; d++, code++) {
-          const __m512i dword = _mm512_load_si512(code), mask = _mm512_set1_epi8(15);
+          const __m512i dword = _mm512_load_si512(code), mask = Avx512::byte_mask(job.call.bits);
           _mm512_store_si512(to, nibbles ? _mm512_and_si512(dword, mask) : dword);
           to += 2;
           if (!nibbles) continue;
@@ -199,7 +199,7 @@ void run_tiles(const IntCall& call) {
         std::int16_t* own = reinterpret_cast<std::int16_t*>(memory + thread_size * t + 2 * scale_size);
         for (std::int64_t m = job.rows * t / threads; m < job.rows * (t + 1) / threads; m++) split_row(job, m, own);
       }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (int t = 0; t < threads; t++) {
         char* own = memory + thread_size * t;
         float* scales = reinterpret_cast<float*>(own);
