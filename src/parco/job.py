@@ -1,4 +1,5 @@
-"""`parco.fit`, the main job from a folder's name to a saved model and a page, and `parco.convert_`, one method everywhere.
+"""`parco.fit`, the main job from a folder's name to a saved model and a page, and `parco.convert_`, one method
+everywhere.
 
 Everything that they do lies in fitting, hub and report; here these meet.
 """
@@ -48,14 +49,15 @@ def fit(
 ) -> Result:
     """Make `model` cheaper within one budget, save it to `out` with its page, and return what `out`/result.json holds.
 
-    model: a folder or hub name; None takes the small model that comes with parco. data: a text file of what the model will
-    read. Exactly one of `size` (fraction of the bf16 checkpoint's bytes), `speed` (multiple of its decode speed) and `loss`
-    (rise in nats per token) is the budget, by default loss=0.02; the others are what is optimised. methods: texts such as
-    "int4:64"; "keep" is always allowed. heal: training steps afterwards, None for what suits the model. A run that was
-    interrupted goes on where it stopped, unless `fresh`; its stages lie in `out`.work until the job is done.
+    model: a folder or hub name; None takes the small model that comes with parco. data: a text file of what the model
+    will read. Exactly one of `size` (fraction of the bf16 checkpoint's bytes), `speed` (multiple of its decode speed)
+    and `loss` (rise in nats per token) is the budget, by default loss=0.02; the others are what is optimised. methods:
+    texts such as "int4:64"; "keep" is always allowed. heal: training steps afterwards, None for what suits the model. A
+    run that was interrupted goes on where it stopped, unless `fresh`; its stages lie in `out`.work until the job is
+    done.
 
-    Raises ValueError or OSError with a text of one line for what cannot be: an unknown method, a text shorter than one window, a
-    budget out of reach (naming the best reachable), a full disk, and all that `hub.load` refuses.
+    Raises ValueError or OSError with a text of one line for what cannot be: an unknown method, a text shorter than one
+    window, a budget out of reach (naming the best reachable), a full disk, and all that `hub.load` refuses.
     """
     kind, value = budget(size, speed, loss)
     settings = Settings(
@@ -93,8 +95,8 @@ def fit(
 def convert_(model: torch.nn.Module, method: Method | str, filter_fn: Filter | None = None) -> Conversion:
     """`fitting.convert.convert_`, and a Transformers model knows afterwards how to save itself.
 
-    Arguments, result and errors are those of `fitting.convert.convert_`. `model.save_pretrained(folder)` then writes a folder
-    that `from_pretrained` loads with the same stored bytes.
+    Arguments, result and errors are those of `fitting.convert.convert_`. `model.save_pretrained(folder)` then writes a
+    folder that `from_pretrained` loads with the same stored bytes.
     """
     done = convert.convert_(model, method, filter_fn)
     if callable(getattr(model, "save_pretrained", None)):
@@ -113,7 +115,9 @@ def _run(
     command: str,
     progress: Progress,
 ) -> Result:
-    job = Fit(settings, load, _reader(text, data), GENERATED if model is not None and text is None else 0, stages, progress)
+    job = Fit(
+        settings, load, _reader(text, data), GENERATED if model is not None and text is None else 0, stages, progress
+    )
     outcome = job.run()
     chosen = outcome[0]
     tokenizer: Any = job.original.tokenizer
@@ -134,15 +138,21 @@ def _run(
 
 
 def budget(size: float | None, speed: float | None, loss: float | None) -> tuple[str, float]:
-    """The one budget that was given, ("loss", 0.02) when none was. Raises ValueError for several or for a value without sense."""
+    """The one budget that was given, ("loss", 0.02) when none was. Raises ValueError for several or for a value without
+    sense.
+    """
     given = [(name, value) for name, value in (("size", size), ("speed", speed), ("loss", loss)) if value is not None]
     if len(given) > 1:
-        raise ValueError(f"give one of --size, --speed and --loss, not {' and '.join('--' + name for name, _ in given)}")
+        raise ValueError(
+            f"give one of --size, --speed and --loss, not {' and '.join('--' + name for name, _ in given)}"
+        )
     kind, value = given[0] if given else ("loss", DEFAULT_LOSS)
     if not 0 < value < float("inf"):
         raise ValueError(f"--{kind} {value:g} makes no sense: it must be a positive number")
     if kind == "size" and value > 1:
-        raise ValueError(f"--size {value:g} is more than the bf16 checkpoint: give a fraction of its bytes, such as 0.35")
+        raise ValueError(
+            f"--size {value:g} is more than the bf16 checkpoint: give a fraction of its bytes, such as 0.35"
+        )
     return kind, float(value)
 
 
@@ -175,7 +185,9 @@ def _reader(text: str | None, data: str | Path | None) -> Callable[[Any, int], t
         if text is not None:
             return texts.own_text(tokenizer, text, f"--data {data}", length)
         shipped = hub.embedded_texts()
-        return texts.two_texts(tokenizer, shipped.calibration, shipped.heldout, "the texts that come with parco", length)
+        return texts.two_texts(
+            tokenizer, shipped.calibration, shipped.heldout, "the texts that come with parco", length
+        )
 
     return read
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests.fitting import small
+
 from parco import hub
 from parco.fitting import calibrate, texts
 from parco.fitting.stages import Silent, Stage, Stages

@@ -14,9 +14,9 @@ WINDOW = 32
 VOCABULARY = 288
 WORDS = ["def", "return", "self", "import", "for", "in", "range", "value", "None", "True", "class", "if", "else"]
 SETTINGS: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 3,
-    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": WINDOW, "bos_token_id": 0, "eos_token_id": 1,
-    "pad_token_id": 2, "tie_word_embeddings": False, "initializer_range": 0.15,
+    "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": WINDOW,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": False, "initializer_range": 0.15,
 }  # fmt: skip
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fitting import small
+from tests.fitting.conftest import EXTENT, Calibrated
 from torch import nn
 
 from parco.fitting import apply, calibrate, evaluate
 from parco.fitting.alternatives import total_bytes
 from parco.fitting.stages import Silent, Stages
 from parco.nn import Linear, StoredWeight, groups
-from tests.fitting import small
-from tests.fitting.conftest import EXTENT, Calibrated
 
 METHODS = {
     "embed": "int8:row",
@@ -25,11 +25,15 @@ METHODS = {
 }
 
 
-def carry_out(calibrated: Calibrated, folder: Path, methods: dict[str, str], progress: Any = None) -> tuple[Any, apply.Applied]:
+def carry_out(
+    calibrated: Calibrated, folder: Path, methods: dict[str, str], progress: Any = None
+) -> tuple[Any, apply.Applied]:
     model = calibrated.model()
     with Stages(folder, Silent()) as stages:
         stage = stages.open("apply", methods=methods)
-        return model, apply.apply_(model, methods, calibrated.windows, EXTENT, calibrated.stage, stage, progress or Silent())
+        return model, apply.apply_(
+            model, methods, calibrated.windows, EXTENT, calibrated.stage, stage, progress or Silent()
+        )
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -38,7 +42,12 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_the_named_groups_change_and_no_others(calibrated: Calibrated, tmp_path: Path) -> None:
     model, applied = carry_out(calibrated, tmp_path, METHODS)
-    changed = {group.name for group in groups(model) for member in group.members if isinstance(model.get_submodule(member), Linear)}
+    changed = {
+        group.name
+        for group in groups(model)
+        for member in group.members
+        if isinstance(model.get_submodule(member), Linear)
+    }
     assert changed == set(METHODS) - {"embed"}
     assert evaluate.stored_bytes(model) == total_bytes(calibrated.model(), METHODS)
     assert set(applied.errors) == set(METHODS)
@@ -48,7 +57,9 @@ def test_the_named_groups_change_and_no_others(calibrated: Calibrated, tmp_path:
 
 def test_the_divergence_is_that_of_the_model_on_the_check_windows(calibrated: Calibrated, tmp_path: Path) -> None:
     model, applied = carry_out(calibrated, tmp_path, METHODS)
-    judged = evaluate.quality(model.float(), calibrated.windows.check[: EXTENT.check], Silent(), calibrated.model().float())
+    judged = evaluate.quality(
+        model.float(), calibrated.windows.check[: EXTENT.check], Silent(), calibrated.model().float()
+    )
     assert applied.kl == pytest.approx(judged.kl, rel=0.02, abs=1e-5)
     assert applied.top1 == pytest.approx(judged.top1, abs=0.05)
     assert applied.kl > 0
@@ -88,7 +99,9 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(calibrated: Cali
     ("gpt2", {"n_embd": 48, "n_layer": 2, "n_head": 3, "n_positions": 32, "tie_word_embeddings": True}),
     ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 56}),
 ])  # fmt: skip
-def test_tied_embeddings_and_experts(architecture: str, changes: dict[str, Any], calibrated: Calibrated, tmp_path: Path) -> None:
+def test_tied_embeddings_and_experts(
+    architecture: str, changes: dict[str, Any], calibrated: Calibrated, tmp_path: Path
+) -> None:
     def fresh() -> Any:
         return small.model(architecture, **changes)
 

@@ -46,7 +46,9 @@ def test_moments_are_those_of_the_inputs_in_a_plain_forward(calibrated: Calibrat
     model = calibrated.model().float()
     seen: dict[str, torch.Tensor] = {}
     handles = [
-        model.get_submodule(member).register_forward_hook(lambda _m, args, _o, member=member: seen.update({member: args[0]}))
+        model.get_submodule(member).register_forward_hook(
+            lambda _m, args, _o, member=member: seen.update({member: args[0]})
+        )
         for group in groups(model)
         for member in group.members
         if group.kind != "embed"
@@ -60,7 +62,9 @@ def test_moments_are_those_of_the_inputs_in_a_plain_forward(calibrated: Calibrat
             inputs = seen[member].reshape(-1, statistics.columns)
             assert statistics.count == inputs.shape[0]
             torch.testing.assert_close(statistics.gram, inputs.T @ inputs, rtol=1e-3, atol=1e-2)
-            assert statistics.row_energy is not None and statistics.row_energy.shape == (matrix(model, member).shape[0],)
+            assert statistics.row_energy is not None and statistics.row_energy.shape == (
+                matrix(model, member).shape[0],
+            )
 
 
 def test_energy_of_the_head_is_the_variance_of_its_own_labels(calibrated: Calibrated) -> None:
@@ -75,7 +79,8 @@ def test_energy_of_the_head_is_the_variance_of_its_own_labels(calibrated: Calibr
 
 
 @pytest.mark.parametrize(
-    ("name", "factor"), [("model.layers.0.self_attn.v_proj", 4.0), ("model.layers.1.mlp.down_proj", 2.0), ("lm_head", 2.0)]
+    ("name", "factor"),
+    [("model.layers.0.self_attn.v_proj", 4.0), ("model.layers.1.mlp.down_proj", 2.0), ("lm_head", 2.0)],
 )
 def test_the_prediction_is_close_to_the_measured_divergence(calibrated: Calibrated, name: str, factor: float) -> None:
     """1/2 Σ E[g²] E[e²] against the KL of a small random change. Attention adds up the errors of many values, which a
@@ -137,5 +142,8 @@ def test_experts_are_seen_one_by_one_and_compute_the_same() -> None:
         expected = model(tokens).logits
         with observed(model, [group for group in groups(model) if group.kind.startswith("experts")], see):
             torch.testing.assert_close(model(tokens).logits, expected)
-    per_kind = [sum(n for name, n in seen.items() if name.startswith("model.layers.0") and kind in name) for kind in ("gate_up", "down")]
+    per_kind = [
+        sum(n for name, n in seen.items() if name.startswith("model.layers.0") and kind in name)
+        for kind in ("gate_up", "down")
+    ]
     assert per_kind == [2 * tokens.numel()] * 2

@@ -1,4 +1,6 @@
-"""The loss is a plain Transformers loop's; bytes are what a file would hold; memory and completions are those of the model."""
+"""The loss is a plain Transformers loop's; bytes are what a file would hold; memory and completions are those of the
+model.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tests.fitting import small
+from tests.fitting.conftest import Calibrated
 
 from parco import hub
 from parco.fitting import evaluate
 from parco.fitting.stages import Silent
-from tests.fitting import small
-from tests.fitting.conftest import Calibrated
 
 
 def test_the_loss_is_a_plain_loops(calibrated: Calibrated) -> None:
@@ -23,7 +25,7 @@ def test_the_loss_is_a_plain_loops(calibrated: Calibrated) -> None:
     judged = evaluate.quality(model, windows, Silent())
     assert judged.loss == pytest.approx(sum(plain) / len(plain), abs=1e-4)
     assert judged.perplexity == pytest.approx(math.exp(judged.loss))
-    assert (judged.kl, judged.top1) == (0.0, 1.0)
+    assert (judged.kl, judged.top1, judged.original_loss) == (0.0, 1.0, judged.loss)
 
 
 def test_divergence_and_agreement_are_zero_and_one_for_the_same_model_only(calibrated: Calibrated) -> None:
@@ -34,6 +36,7 @@ def test_divergence_and_agreement_are_zero_and_one_for_the_same_model_only(calib
     other = evaluate.quality(small.model(initializer_range=0.2), windows, Silent(), model)
     assert other.kl > 0.1
     assert other.top1 < 0.9
+    assert other.original_loss == pytest.approx(same.loss, abs=1e-6)
 
 
 def test_stored_bytes_are_the_files(small_folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fitting.conftest import EXTENT, Calibrated
 
 from parco.fitting import apply, evaluate, heal
 from parco.fitting.latent import IntegerLeaf, RoundThrough, Trained, gather, spread
@@ -14,12 +15,13 @@ from parco.fitting.result import HealRecord
 from parco.fitting.stages import Progress, Silent, Stages
 from parco.nn import StoredWeight, groups
 from parco.weights import Quantized
-from tests.fitting.conftest import EXTENT, Calibrated
 
 STEPS = 8
 
 
-def healed(calibrated: Calibrated, folder: Path, method: str, progress: Progress | None = None) -> tuple[Any, HealRecord]:
+def healed(
+    calibrated: Calibrated, folder: Path, method: str, progress: Progress | None = None
+) -> tuple[Any, HealRecord]:
     told = progress or Silent()
     methods = {group.name: method for group in groups(calibrated.model())}
     model = calibrated.model()
@@ -32,7 +34,9 @@ def healed(calibrated: Calibrated, folder: Path, method: str, progress: Progress
     return model, record
 
 
-@pytest.mark.parametrize("method", ["int3:16", "int4:32:asym", "factor(0.5)>>int8:row", "int4:32+factor(rank=16)", "factor(0.4)", "nf4:48"])
+@pytest.mark.parametrize(
+    "method", ["int3:16", "int4:32:asym", "factor(0.5)>>int8:row", "int4:32+factor(rank=16)", "factor(0.4)", "nf4:48"]
+)
 def test_the_divergence_falls_and_the_bytes_stay(calibrated: Calibrated, tmp_path: Path, method: str) -> None:
     model, record = healed(calibrated, tmp_path, method)
     assert record["kl_after"] < record["kl_before"]
@@ -126,7 +130,5 @@ def test_no_steps_are_taken_by_default_for_large_models() -> None:
 
 def test_divergence_to_nan_is_an_error(calibrated: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heal, "RATES", {"low_rank": float("nan"), "scale": 1.0, "dense": 1.0})
-    with pytest.raises(ValueError, match="healing diverged at step 1.*--heal 0"):
+    with pytest.raises(ValueError, match=r"healing diverged at step 1.*--heal 0"):
         healed(calibrated, tmp_path, "int3:16")
-
-

@@ -6,19 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.fitting import small
 
 from parco import machine, weights
 from parco.fitting import measure, table
 from parco.fitting.candidates import Judged
 from parco.fitting.stages import Silent
 from parco.nn import groups
-from tests.fitting import small
 
 SHAPE = (48, 64)
 SPECS = [weights.parse("quantized(int4:32, 48x64)"), weights.parse("lowrank(dense(bf16, 48x16), dense(bf16, 16x64))")]
 
 
-def test_every_kind_is_timed_once_and_then_taken_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_is_timed_once_and_then_taken_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     timings = measure.Timings("1", tmp_path)
     measure.measure_kernels({SHAPE: SPECS}, (1, 16), torch.bfloat16, 1 << 20, timings, Silent())
     kinds = [measure.native(SHAPE), *map(str, SPECS)]
@@ -34,7 +36,9 @@ def test_every_kind_is_timed_once_and_then_taken_from_the_cache(tmp_path: Path, 
     assert [again[key] for key in keys] == [timings[key] for key in keys]
 
 
-def test_measurements_of_another_version_or_machine_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurements_of_another_version_or_machine_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measure.Timings("1", tmp_path).add({"a": 1.0})
     assert "a" in measure.Timings("1", tmp_path)
     assert "a" not in measure.Timings("2", tmp_path)
@@ -50,7 +54,10 @@ def test_two_processes_keep_each_others_measurements(tmp_path: Path) -> None:
     assert measure.Timings("1", tmp_path)["b"] == 2.0
 
 
-@pytest.mark.parametrize("text", ["int4:32", "int8:row", "int4:32:asym", "nf4:64", "mxfp4", "nvfp4", "fp8_e4m3:row", "int4:32+factor(rank=16)"])
+@pytest.mark.parametrize(
+    "text",
+    ["int4:32", "int8:row", "int4:32:asym", "nf4:64", "mxfp4", "nvfp4", "fp8_e4m3:row", "int4:32+factor(rank=16)"],
+)
 def test_plausible_tensors_fit_the_spec_and_are_finite(text: str) -> None:
     from parco.fitting.methods import Method
 
@@ -63,7 +70,8 @@ def test_plausible_tensors_fit_the_spec_and_are_finite(text: str) -> None:
 def test_the_table_adds_up_to_the_measured_original(tmp_path: Path) -> None:
     model = small.model()
     judged = {
-        group.name: [Judged("keep", 100, 0.0, 0.0)] + ([] if group.kind == "embed" else [Judged("int4:32", 30, 0.01, 0.01)])
+        group.name: [Judged("keep", 100, 0.0, 0.0)]
+        + ([] if group.kind == "embed" else [Judged("int4:32", 30, 0.01, 0.01)])
         for group in groups(model)
     }
     timings = measure.Timings("1", tmp_path)
@@ -76,7 +84,10 @@ def test_the_table_adds_up_to_the_measured_original(tmp_path: Path) -> None:
     assert options["embed"][0].decode == 0.0, "a lookup is no product"
     assert options["head"][0].prefill == options["head"][0].decode, "prefill needs the head for one position alone"
     qkv = options["model.layers.0.self_attn.qkv"]
-    single = {name: timings[measure.kernel_key(name, 1, torch.bfloat16, 1 << 20)] for name in ("native(48x48)", "native(16x48)")}
+    single = {
+        name: timings[measure.kernel_key(name, 1, torch.bfloat16, 1 << 20)]
+        for name in ("native(48x48)", "native(16x48)")
+    }
     assert qkv[0].decode == pytest.approx(single["native(48x48)"] + 2 * single["native(16x48)"])
 
 

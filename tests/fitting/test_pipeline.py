@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fitting import small
 from transformers import AutoModelForCausalLM
 
 import parco
 from parco.fitting import alternatives, evaluate
 from parco.fitting.result import Result
 from parco.fitting.stages import Silent, Stages
-from tests.fitting import small
 
 METHODS = ("int8:row", "int4:16", "factor(0.5)>>int8:row")
 OPTIONS: dict[str, Any] = {"methods": METHODS, "heal": 4, "seed": 1}
@@ -53,7 +53,13 @@ def test_the_size_is_kept_and_the_columns_are_measured(result: Result) -> None:
 def test_the_saved_folder_holds_what_the_result_says(result: Result, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert evaluate.stored_bytes(model) == result["fitted"]["bytes"] == result["plan"]["bytes"]
-    assert {path.name for path in out.iterdir()} >= {"report.html", "result.json", "plan.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in out.iterdir()} >= {
+        "report.html",
+        "result.json",
+        "plan.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
     assert json.loads((out / "plan.json").read_text()) == result["plan"]
     assert not out.with_name("fitted.work").exists(), "the work folder goes when the job is done"
     with torch.no_grad():
@@ -130,7 +136,9 @@ def test_without_healing_or_choice_the_model_is_the_original(
         ({"heal": -2}, "--heal -2"),
     ],
 )
-def test_wrong_options_are_refused_before_anything_is_read(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_wrong_options_are_refused_before_anything_is_read(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         parco.fit(tmp_path / "absent", out=tmp_path / "fitted", **options)
     assert list(tmp_path.iterdir()) == []
@@ -139,12 +147,14 @@ def test_wrong_options_are_refused_before_anything_is_read(options: dict[str, An
 def test_a_text_shorter_than_a_window_is_refused_and_leaves_nothing(small_folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("def")
-    with pytest.raises(ValueError, match="shorter than one window: it has .* tokens and one window is 32"):
+    with pytest.raises(ValueError, match=r"shorter than one window: it has .* tokens and one window is 32"):
         parco.fit(small_folder, data=text, out=tmp_path / "fitted")
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
 
-@pytest.mark.parametrize(("options", "message"), [({"size": 0.05}, "the smallest plan takes"), ({"speed": 50.0}, "the fastest plan")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"size": 0.05}, "the smallest plan takes"), ({"speed": 50.0}, "the fastest plan")]
+)
 def test_a_target_out_of_reach_names_the_best_reachable(
     options: dict[str, Any], message: str, small_folder: Path, small_text: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from parco.fitting.stages import Silent, Stages, seeded, write_whole
+from parco.fitting.stages import Silent, Stages, seeded, void, write_whole
 
 SCRIPT = """
 import json, os, signal, sys
@@ -84,7 +84,7 @@ def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="killed"):
         write_whole(tmp_path / "file", dies)
     assert list(tmp_path.iterdir()) == []
-    write_whole(tmp_path / "file", lambda path: None if path.write_text("whole") else None)
+    write_whole(tmp_path / "file", lambda path: void(path.write_text("whole")))
     with pytest.raises(RuntimeError, match="killed"):
         write_whole(tmp_path / "file", dies)
     assert (tmp_path / "file").read_text() == "whole"

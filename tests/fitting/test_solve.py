@@ -20,7 +20,13 @@ def table(groups: int = 5, seed: int = 0) -> dict[str, list[Option]]:
     for group in range(groups):
         size, time = draw.randint(1000, 9000), draw.uniform(1e-5, 9e-5)
         made[f"g{group}"] = [Option("keep", size, 0.0, time, time * 10)] + [
-            Option(f"int{bits}:64", size * bits // 16, 0.5**bits * draw.uniform(0.5, 2), time * draw.uniform(0.3, 1.2), time * 11)
+            Option(
+                f"int{bits}:64",
+                size * bits // 16,
+                0.5**bits * draw.uniform(0.5, 2),
+                time * draw.uniform(0.3, 1.2),
+                time * 11,
+            )
             for bits in (8, 5, 4, 3)
         ]
     return made
@@ -72,7 +78,9 @@ def test_a_goal_out_of_reach_names_the_best_reachable() -> None:
     fixed = Fixed(0, 5e-5, 0.0)
     with pytest.raises(ValueError, match=r"--size 0.2 cannot be reached: the smallest plan takes 0.3 of"):
         best(options, fixed, Goal("size", 0.2, 1000, 1.5e-4, 1e-3))
-    with pytest.raises(ValueError, match=r"--speed 3 cannot be reached: the fastest plan is predicted to decode 1\.(49|5) times"):
+    with pytest.raises(
+        ValueError, match=r"--speed 3 cannot be reached: the fastest plan is predicted to decode 1\.(49|5) times"
+    ):
         best(options, fixed, Goal("speed", 3.0, 1000, 1.5e-4, 1e-3))
 
 

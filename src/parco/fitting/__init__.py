@@ -1,4 +1,5 @@
-"""Fit a model to a budget: methods that store a matrix in fewer bytes, and the job that chooses one for every group of layers.
+"""Fit a model to a budget: methods that store a matrix in fewer bytes, and the job that chooses one for every group of
+layers.
 
 calibrate -> candidates -> measure -> solve -> apply -> heal -> evaluate, one file each; pipeline.py is their order and
 `parco.fit` (job.py) the way in.

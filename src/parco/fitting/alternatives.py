@@ -1,6 +1,8 @@
-"""Uniform alternatives: one method for every matrix, at most as large as the chosen plan, equally healed, on the same windows.
+"""Uniform alternatives: one method for every matrix, at most as large as the chosen plan, equally healed, on the same
+windows.
 
-They are what the plan has to beat to be worth its trouble. Factors get the largest ratio that fits, one for all matrices.
+They are what the plan has to beat to be worth its trouble. Factors get the largest ratio that fits, one for all
+matrices.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ from typing import Any
 from torch import nn
 
 from parco.fitting import evaluate
-from parco.fitting.candidates import kept_bytes, owners
+from parco.fitting.candidates import kept_bytes, owners, shape_of
 from parco.fitting.methods import Method
 from parco.fitting.pipeline import Chosen, Fit
 from parco.fitting.result import Alternative
-from parco.nn.blocks import groups, matrix
+from parco.nn.blocks import groups
 
 FAMILIES = ("int5:64", "int4:32", "int4:128", "int3:32", "factor>>int8:row", "factor>>int4:64", "factor")
 LARGEST = 300_000_000
@@ -24,7 +26,7 @@ RATIOS = tuple(step / 100 for step in range(96, 3, -4))
 
 
 def uniform(model: nn.Module, family: str, budget: int) -> dict[str, str] | None:
-    """One method of the family for all groups but routers, of at most `budget` bytes in all; None when it does not fit."""
+    """One method of the family for all groups but routers, at most `budget` bytes in all; None where it takes more."""
     if not family.startswith("factor"):
         methods = everywhere(model, family)
         return methods if total_bytes(model, methods) <= budget else None
@@ -47,13 +49,13 @@ def total_bytes(model: nn.Module, methods: Mapping[str, str]) -> int:
         if text == "keep":
             continue
         method = Method.parse(text)
-        made = sum(method.spec((matrix(model, m).shape[0], matrix(model, m).shape[1])).nbytes for m in owners(model, group))
+        made = sum(method.spec(shape_of(model, member)).nbytes for member in owners(model, group))
         total += made - kept_bytes(model, group)
     return total
 
 
 def compare(fit: Fit, chosen: Chosen, subset: int) -> list[Alternative]:
-    """The chosen plan and every uniform alternative that fits into its bytes, on the first `subset` held-out windows."""
+    """The chosen plan and every uniform alternative that fits into its bytes, on `subset` held-out windows."""
     steps = 0 if chosen.healed is None else chosen.healed["steps"]
     rows = [_row(fit, "chosen plan", chosen.plan.bytes, chosen.model, chosen.plan.methods, subset, steps, True)]
     if fit.parameters > LARGEST:

@@ -1,14 +1,14 @@
 """Pass 2: carry a plan out, block by block, each block solved on what the already changed blocks before it produce.
 
 Two streams of hidden states run through the model side by side: the original's, whose outputs are the target, and the
-changed model's, whose inputs the solvers see. The check windows run along in the changed stream, so at the end the KL to
-the original is known without another pass. Every block's new tensors are on disk before the next begins; `restore` puts
-them into a fresh model.
+changed model's, whose inputs the solvers see. The check windows run along in the changed stream, so at the end the KL
+to the original is known without another pass. Every block's new tensors are on disk before the next begins; `restore`
+puts them into a fresh model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from parco import weights
 from parco.fitting.calibrate import Extent, block_groups, rows_of, statistics_of, vocabulary_of
 from parco.fitting.candidates import owners
 from parco.fitting.methods import Method
-from parco.fitting.observe import Moments, expert_of, observed, site
+from parco.fitting.observe import Moments, See, expert_of, observed, site
 from parco.fitting.stages import Progress, Stage
 from parco.fitting.statistics import Statistics, row_error
 from parco.fitting.stream import Stream, windows_in_batches
@@ -27,12 +27,15 @@ from parco.nn import StoredWeight
 from parco.nn.blocks import Group, matrix, replace_
 
 CROSS_PARAMETERS = 300_000_000
-"""Models above this size are solved on shifted inputs without the original's beside them: it saves a third of the time."""
+"""Models above this size are solved on shifted inputs without the original's beside them: it saves a third of the time.
+"""
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What a plan did to the model on the check windows: KL in nats per token, top-1 agreement, relative error per group."""
+    """What a plan did to the model on the check windows: KL in nats per token, top-1 agreement, relative error per
+    group.
+    """
 
     kl: float
     top1: float
@@ -49,7 +52,7 @@ def apply_(
     stage: Stage,
     progress: Progress,
 ) -> Applied:
-    """Change `model` in place as `methods` (group name to method text) says. Groups not named are kept. Resumes inside."""
+    """Change `model` in place as `methods` (group name to method text) says; others are kept. Resumes inside."""
     pass_ = _Pass(Stream(model), methods, windows, extent, calibrated, stage)
     progress.stage("apply", len(pass_.stream.names) + 2)
     pass_.begin()
@@ -79,7 +82,13 @@ class _Pass:
     """The two streams and what the plan says."""
 
     def __init__(
-        self, stream: Stream, methods: Mapping[str, str], windows: Windows, extent: Extent, calibrated: Stage, stage: Stage
+        self,
+        stream: Stream,
+        methods: Mapping[str, str],
+        windows: Windows,
+        extent: Extent,
+        calibrated: Stage,
+        stage: Stage,
     ) -> None:
         self.stream = stream
         self.methods = methods
@@ -95,7 +104,9 @@ class _Pass:
         self.changed = torch.empty(0)
 
     def begin(self) -> None:
-        """Enter both streams; the embedding changes in between. A tied head changes with it, on the original's statistics."""
+        """Enter both streams; the embedding changes in between. A tied head changes with it, on the original's
+        statistics.
+        """
         if self.paired:
             self.original = self._enter(self.tokens[: self.counted])
         first = [group for group in block_groups(self.stream.model, None) if group.kind != "head"]
@@ -113,7 +124,9 @@ class _Pass:
             for part in windows_in_batches(self.changed[: self.counted], self.rows):
                 before: dict[str, Tensor] = {}
                 if self.paired:
-                    with observed(model, [] if known else active, lambda member, seen, _, b=before: b.__setitem__(member, seen)):
+                    with observed(
+                        model, [] if known else active, lambda member, seen, _, b=before: b.__setitem__(member, seen)
+                    ):
                         self.original[part] = run(self.original[part])
                 if not known:
                     with observed(model, active, self._see(active, moments, before)):
@@ -143,7 +156,7 @@ class _Pass:
         with self.stream.outer():
             return torch.cat([self.stream.enter(tokens[part]) for part in windows_in_batches(tokens, self.rows)])
 
-    def _see(self, active: list[Group], moments: Moments, before: dict[str, Tensor]):  # noqa: ANN202
+    def _see(self, active: list[Group], moments: Moments, before: dict[str, Tensor]) -> See:
         sites = {site(group, member) for group in active for member in group.members}
 
         def see(member: str, seen: Tensor, _: Tensor) -> None:
@@ -153,7 +166,7 @@ class _Pass:
 
         return see
 
-    def _change(self, name: str, chosen: list[Group], statistics) -> None:  # noqa: ANN001
+    def _change(self, name: str, chosen: list[Group], statistics: Callable[[Group], Mapping[str, Statistics]]) -> None:
         """Solve the groups of one part, or read them from disk, and put them into the model."""
         active = [group for group in chosen if self.methods.get(group.name, "keep") != "keep"]
         if active and not self.stage.has(name):
@@ -169,13 +182,17 @@ class _Pass:
     def _solve(
         self, group: Group, statistics: Mapping[str, Statistics], tensors: dict[str, Tensor], specs: dict[str, str]
     ) -> float:
-        """Solve a group's members; returns the mean relative squared error of their outputs on the inputs that they will see."""
+        """Solve a group's members; returns the mean relative squared error of their outputs on the inputs that they
+        will see.
+        """
         method = Method.parse(self.methods[group.name])
         errors: list[float] = []
         previous: Statistics | None = None
         for member in owners(self.stream.model, group):
             weight = matrix(self.stream.model, member).float().contiguous()
-            seen = statistics.get(member) or next((statistics[name] for name in group.members if name in statistics), None)
+            seen = statistics.get(member) or next(
+                (statistics[name] for name in group.members if name in statistics), None
+            )
             seen = seen if expert_of(member) is None else statistics.get(member)
             if seen is not None and previous is not None and previous.gram is seen.gram and "root" in previous.__dict__:
                 seen.__dict__["root"] = previous.__dict__["root"]

@@ -1,15 +1,15 @@
 """What the model does on the calibration text: inputs of every group, and how much the output cares about each of them.
 
 Forward, block by block, one block in float32 at a time: the Gram matrix of every group's inputs. Backward, block by
-block from the head, over a part of the windows with labels drawn from the model itself: the mean squared gradient g_n² of
-every output n. Together they predict what an error e_n of the outputs costs, to second order with the Fisher matrix of
-the outputs taken as diagonal:
+block from the head, over a part of the windows with labels drawn from the model itself: the mean squared gradient g_n²
+of every output n. Together they predict what an error e_n of the outputs costs, to second order with the Fisher matrix
+of the outputs taken as diagonal:
 
     KL per token = 1/2 Σ_n E[g_n²] E[e_n²].
 
-(With labels drawn from the model the squared gradient is the Fisher matrix, hence the curvature of the KL itself, which plain
-gradients at the text's own labels are not.) The memory beyond the model is one block in float32, its moments, and the hidden
-states of the windows. Every block's result is on disk before the next begins.
+(With labels drawn from the model the squared gradient is the Fisher matrix, hence the curvature of the KL itself, which
+plain gradients at the text's own labels are not.) The memory beyond the model is one block in float32, its moments, and
+the hidden states of the windows. Every block's result is on disk before the next begins.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ LOGIT_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True)
 class Extent:
-    """How many windows are looked at: `statistics` for Gram matrices, `energy` for gradients, `check` for comparing plans."""
+    """How many windows are looked at: `statistics` for Gram matrices, `energy` for gradients, `check` for comparing
+    plans.
+    """
 
     statistics: int
     energy: int
@@ -147,7 +149,9 @@ def vocabulary_of(model: nn.Module) -> int:
 
 
 def half_log_softmax(logits: Tensor) -> Tensor:
-    """Log-probabilities as float16. Normalised again after reading, they are a distribution within about 1e-6 nats of KL."""
+    """Log-probabilities as float16. Normalised again after reading, they are a distribution within about 1e-6 nats of
+    KL.
+    """
     return torch.log_softmax(logits.float(), -1).half()
 
 

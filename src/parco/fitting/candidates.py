@@ -1,9 +1,10 @@
 """Every way considered for every group, with its exact bytes and its predicted loss.
 
-Pass 1 of the fit: each candidate is made on the original inputs and judged by the second-order prediction of calibrate.py.
-Small models run the real solver for each. In large ones integer formats are rounded to nearest (their searched scales make
-that cheap) and each group's predictions are multiplied by what GPTQ gains over that on one format of the group, measured
-there; the chosen format is solved in full when it is applied. A candidate whose result is not finite is dropped.
+Pass 1 of the fit: each candidate is made on the original inputs and judged by the second-order prediction of
+calibrate.py. Small models run the real solver for each. In large ones integer formats are rounded to nearest (their
+searched scales make that cheap) and each group's predictions are multiplied by what GPTQ gains over that on one format
+of the group, measured there; the chosen format is solved in full when it is applied. A candidate whose result is not
+finite is dropped.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ DEFAULT = (
     "factor(0.75)>>int4:64",
     "int4:64+factor(rank=16)",
 )
-"""Considered when no methods are named. Group sizes that a matrix's width does not divide are left out for that matrix."""
+"""Considered when no methods are named. Group sizes that a matrix's width does not divide are left out for that matrix.
+"""
 
 EXACT_PARAMETERS = 100_000_000
 """Models up to this size are judged by the real solvers."""
@@ -82,9 +84,9 @@ def _same(model: nn.Module, member: str) -> tuple[str, ...]:
 
 
 def considered(model: nn.Module, group: Group, methods: Sequence[str]) -> list[str]:
-    """The methods that make sense for a group, "keep" first: no factors for lookups, no group longer than a row, nothing that is
-    not smaller, and routers as they are."""
-    shapes = [tuple(matrix(model, member).shape) for member in owners(model, group)]
+    """The methods that make sense for a group, "keep" first: no factors for lookups, no group longer than a row,
+    nothing that is not smaller, and routers as they are."""
+    shapes = [shape_of(model, member) for member in owners(model, group)]
     has_lookup = any(is_lookup(model, member) for member in group.members)
     kept = ["keep"]
     for text in methods:
@@ -105,6 +107,12 @@ def _too_wide(text: str, columns: int) -> bool:
     """Whether a group size in the text exceeds the row: the format would then be a row scale under another name."""
     sizes = [int(part.split("@")[0].split("+")[0].split(":")[0]) for part in text.split(":")[1:] if part[:1].isdigit()]
     return any(size > columns for size in sizes)
+
+
+def shape_of(model: nn.Module, member: str) -> tuple[int, int]:
+    """(N, K) of a member's matrix."""
+    rows, columns = matrix(model, member).shape
+    return rows, columns
 
 
 def kept_bytes(model: nn.Module, group: Group) -> int:
@@ -156,7 +164,11 @@ def _judge_group(
         previous = uses.statistics
     rows: list[Judged] = []
     for text in texts if known else texts[:1]:
-        size = kept_bytes(model, group) if text == "keep" else sum(Method.parse(text).spec(shape).nbytes for shape in shapes)
+        size = (
+            kept_bytes(model, group)
+            if text == "keep"
+            else sum(Method.parse(text).spec(shape).nbytes for shape in shapes)
+        )
         loss, error, power = sums[text]
         rows.append(Judged(text, size, loss, error / power if power else 0.0))
     return [row for row in rows if row.finite]
@@ -205,7 +217,9 @@ class _Uses:
                 self.statistics.__dict__["root"] = root
 
     def cost(self, weight: Tensor, text: str, exact: bool) -> tuple[float, float, float]:
-        """Predicted loss (nats per token), squared error of the outputs and their power, of one method on `weight` [N, K]."""
+        """Predicted loss (nats per token), squared error of the outputs and their power, of one method on `weight` [N,
+        K].
+        """
         method = Method.parse(f"{text}@rtn" if _proxied(text, exact) else text)
         spec, tensors = method(weight, self.statistics)
         delta = weight - spec.dense(*tensors)

@@ -1,4 +1,5 @@
-"""Judge a model end to end: loss, KL to the original and agreement on held-out windows, speed, peak memory, a completion.
+"""Judge a model end to end: loss, KL to the original and agreement on held-out windows, speed, peak memory, a
+completion.
 
 The loss is that of a plain Transformers loop over the same windows in the model's own dtype:
 
@@ -28,11 +29,15 @@ from parco.fitting.stream import windows_in_batches
 
 @dataclass(frozen=True)
 class Quality:
-    """Of one model on some windows. `kl` and `top1` compare with the original: nats per token, share of positions."""
+    """Of one model on some windows. `kl` and `top1` compare with the original: nats per token, share of positions.
+
+    `original_loss` is the original's on the same windows; the model's own where there was none beside it.
+    """
 
     loss: float
     kl: float
     top1: float
+    original_loss: float
 
     @property
     def perplexity(self) -> float:
@@ -43,20 +48,26 @@ class Quality:
 def quality(model: nn.Module, windows: Tensor, progress: Progress, original: nn.Module | None = None) -> Quality:
     """`model` on windows [W, T], beside `original` on the same; without it KL is 0 and the agreement 1."""
     progress.stage("evaluate", windows.shape[0])
-    loss = kl = agreed = 0.0
+    loss = other_loss = kl = agreed = 0.0
     for part in windows_in_batches(windows, rows_of(windows.shape[1], vocabulary_of(model))):
         tokens = windows[part]
         logs = torch.log_softmax(model(input_ids=tokens, use_cache=False).logits.float(), -1)
-        loss += float(nn.functional.nll_loss(logs[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
+        loss += _surprise(logs, tokens)
         if original is not None:
             other = torch.log_softmax(original(input_ids=tokens, use_cache=False).logits.float(), -1)
+            other_loss += _surprise(other, tokens)
             kl += float(nn.functional.kl_div(logs, other, reduction="sum", log_target=True))
             agreed += float((logs.argmax(-1) == other.argmax(-1)).sum())
         progress.advance(tokens.shape[0])
     predicted = windows.shape[0] * (windows.shape[1] - 1)
     if original is None:
-        return Quality(loss / predicted, 0.0, 1.0)
-    return Quality(loss / predicted, kl / windows.numel(), agreed / windows.numel())
+        return Quality(loss / predicted, 0.0, 1.0, loss / predicted)
+    return Quality(loss / predicted, kl / windows.numel(), agreed / windows.numel(), other_loss / predicted)
+
+
+def _surprise(logs: Tensor, tokens: Tensor) -> float:
+    """Summed −log p of every token but the first of each window, for log-probabilities [B, T, V]."""
+    return float(nn.functional.nll_loss(logs[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -93,7 +104,8 @@ def complete(model: Any, tokenizer: Any, prompt: str, limit: int) -> str:
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-# VmHWM belongs to the process's own memory; getrusage's maximum would include the parent's, which a fork shares for a moment.
+# VmHWM belongs to the process's own memory; getrusage's maximum would include the parent's, which a fork shares for a
+# moment.
 _PEAK = """
 import re, sys
 import torch
@@ -107,7 +119,9 @@ print("peak", int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").re
 
 
 def peak_memory(folder: Path) -> int | None:
-    """Peak resident bytes of a fresh process that loads the folder with Transformers and decodes 16 tokens; None where it failed."""
+    """Peak resident bytes of a fresh process that loads the folder with Transformers and decodes 16 tokens; None where
+    it failed.
+    """
     command = [sys.executable, "-c", _PEAK, str(folder), str(torch.get_num_threads())]
     environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -1,16 +1,16 @@
 """Heal: a few steps of training that bring the changed model's outputs back to the original's.
 
-The loss is KL(original || changed) over the full distribution at every position of calibration windows. Quantized matrices
-train as rounded latents (latent.py), factors, norms, biases and kept matrices directly. The original's last hidden states
-on the training windows are computed once and shared by everything that is healed on them; only its norm and head run again.
-What is kept is the best state by KL on the check windows, the state before the first step among them, so that healing never
-makes a model worse there.
+The loss is KL(original || changed) over the full distribution at every position of calibration windows. Quantized
+matrices train as rounded latents (latent.py), factors, norms, biases and kept matrices directly. The original's last
+hidden states on the training windows are computed once and shared by everything that is healed on them; only its norm
+and head run again. What is kept is the best state by KL on the check windows, the state before the first step among
+them, so that healing never makes a model worse there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,10 @@ LARGEST = 300_000_000
 """Models with more parameters are not healed unless steps are asked for."""
 
 STEPS = 60
-RATES = {"low_rank": 5e-3, "scale": 2e-3, "dense": 1e-4}
+RATES = {"low_rank": 5e-3, "scale": 5e-4, "dense": 1e-4}
+"""Adam's rates for a model that has lost FULL_RATE_KL or more. A smaller loss leaves less to learn and the same noise in every
+step, so the rates fall with its square root."""
+FULL_RATE_KL = 0.05
 EVERY = 20
 """Steps between checkpoints; the check windows are evaluated as often."""
 
@@ -86,10 +89,11 @@ def heal(
     stage: Stage,
     progress: Progress,
 ) -> HealRecord:
-    """Train `model`, which holds StoredWeights, in place for `steps` steps; resumes from the last checkpoint in `stage`.
+    """Train `model`, which holds StoredWeights, in place for `steps` steps; resumes from the last checkpoint in
+    `stage`.
 
-    check: windows [W, T]; targets: the calibrated stage that holds the original's log-probabilities on them. Leaves the best
-    state in the model, in `stage` (read it back with `restore`), and returns what happened.
+    check: windows [W, T]; targets: the calibrated stage that holds the original's log-probabilities on them. Leaves the
+    best state in the model, in `stage` (read it back with `restore`), and returns what happened.
     """
     patient = _Patient(model, original, seed)
     progress.stage("heal", steps)
@@ -139,7 +143,10 @@ class _Patient:
             elif isinstance(module, Experts):
                 self._patch_experts(name, module, original)
         packed = {
-            id(tensor) for module in model.modules() if isinstance(module, StoredWeight) for tensor in module.parameters()
+            id(tensor)
+            for module in model.modules()
+            if isinstance(module, StoredWeight)
+            for tensor in module.parameters()
         }
         for parameter in model.parameters():
             if id(parameter) not in packed and parameter.is_floating_point():
@@ -187,7 +194,7 @@ class _Patient:
             parameter.copy_(value)
 
     @contextmanager
-    def rounded(self) -> Iterator[None]:
+    def rounded(self) -> Generator[None]:
         """Norms, biases and kept matrices as they will be stored, while the context lasts."""
         exact = [parameter.data for parameter, _ in self.dense]
         for parameter, dtype in self.dense:
@@ -257,8 +264,9 @@ class _Run:
         rows = order[first : first + ROWS]
         decay = 0.5 * (1.0 + math.cos(math.pi * self.step / self.steps))
         warm = min(1.0, (self.step + 1) / 5)
+        damage = min(1.0, math.sqrt(self.curve[0][1] / FULL_RATE_KL))
         for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * warm * (0.05 + 0.95 * decay)
+            group["lr"] = group["rate"] * damage * warm * (0.05 + 0.95 * decay)
         target = torch.log_softmax(self.teacher.logits(rows), -1)
         loss = _divergence(self.patient.logits(self.teacher.tokens[rows]), target) / target[..., 0].numel()
         if not bool(torch.isfinite(loss)):

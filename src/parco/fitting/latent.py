@@ -6,8 +6,9 @@ A quantized matrix is a latent one, rounded in every forward pass with a straigh
 
 where `start` is the original matrix moved to within half a step of what is stored, so that before the first update
 rounding it gives the stored codes, and `step` is the mean scale, which makes the rate mean the same at every width of
-number. Scales train too, as a factor near one, and are rounded to their stored type in the forward pass. At the end codes and
-scales are written back: no byte is added. Dense leaves train as they are, rounded to their stored type in the forward pass too.
+number. Scales train too, as a factor near one, and are rounded to their stored type in the forward pass. At the end
+codes and scales are written back: no byte is added. Dense leaves train as they are, rounded to their stored type in the
+forward pass too.
 """
 
 from __future__ import annotations
@@ -116,7 +117,9 @@ class IntegerLeaf(Leaf):
     def write_back(self) -> None:
         spec: Any = self.stored[0].spec
         named = dict(zip(spec.tensors(), self.stored[0].tensors(), strict=True))
-        codes = unsigned_codes(self.latent(), self.scales(), self.get_buffer("zero"), self.group, self.lowest, self.highest)
+        codes = unsigned_codes(
+            self.latent(), self.scales(), self.get_buffer("zero"), self.group, self.lowest, self.highest
+        )
         named["codes"].data = pack(codes.to(torch.uint8), self.bits)
         named["scale"].data = self.scales().to(self.scale_dtype)
 
@@ -138,7 +141,7 @@ def gather(per_element: Tensor, group: int, like: Tensor) -> Tensor:
 
 
 def unsigned_codes(latent: Tensor, scale: Tensor, zero: Tensor, group: int, lowest: float, highest: float) -> Tensor:
-    """Codes [N, K] in [lowest, highest], as float32: round(latent / scale) + zero. A zero scale gives the zero point."""
+    """Codes [N, K] float32 in [lowest, highest]: round(latent / scale) + zero. A zero scale gives the zero point."""
     return unclamped_codes(latent, scale, zero, group).clamp_(lowest, highest)
 
 
@@ -150,11 +153,13 @@ def unclamped_codes(latent: Tensor, scale: Tensor, zero: Tensor, group: int) -> 
 
 
 class RoundThrough(torch.autograd.Function):
-    """(codes − zero) · scale with a straight-through gradient: to the latent where it is within range, and to the scale as if
-    rounding were the identity (LSQ, arXiv 1902.08153)."""
+    """(codes − zero) · scale with a straight-through gradient: to the latent where it is within range, and to the scale
+    as if rounding were the identity (LSQ, arXiv 1902.08153)."""
 
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, scale: Tensor, zero: Tensor, group: int, lowest: float, highest: float) -> Tensor:
+    def forward(
+        ctx: Any, latent: Tensor, scale: Tensor, zero: Tensor, group: int, lowest: float, highest: float
+    ) -> Tensor:
         columns = latent.shape[1]
         codes = unclamped_codes(latent, scale, zero, group)
         inside = (codes >= lowest) & (codes <= highest)
@@ -184,7 +189,9 @@ class Trained:
         self.generator = generator
 
     def add(self, stored: StoredWeight, original: Tensor | None) -> None:
-        """Make the leaves of `stored`. `original` [N, K] is the matrix that it stands for; parts of composites have none."""
+        """Make the leaves of `stored`. `original` [N, K] is the matrix that it stands for; parts of composites have
+        none.
+        """
         if id(stored) in self.leaves:
             return
         parts = stored.spec.parts()

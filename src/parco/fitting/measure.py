@@ -1,13 +1,13 @@
 """Seconds of every candidate on this machine, and of whole models, each measured once and kept.
 
-A kernel is timed as a model uses it: one activation row (decode) or a prompt of them (prefill), and weights that are not
-in a core's cache because the rest of the model has passed through it since (copies are rotated until they exceed the
-caches, or the whole model where that is smaller). All kinds of one shape are timed in interleaved rounds and the lower
-quartile counts, so that a neighbour's burst of work does not decide between them. What remains of a measured step of the original
-when its matrices' kernels are taken away is the remainder, which no choice changes.
+A kernel is timed as a model uses it: one activation row (decode) or a prompt of them (prefill), and weights that are
+not in a core's cache because the rest of the model has passed through it since (copies are rotated until they exceed
+the caches, or the whole model where that is smaller). All kinds of one shape are timed in interleaved rounds and the
+lower quartile counts, so that a neighbour's burst of work does not decide between them. What remains of a measured step
+of the original when its matrices' kernels are taken away is the remainder, which no choice changes.
 
-Results live in the user's cache folder, keyed by CPU, instruction set, threads and parco version: a command that is repeated
-decides by the same numbers.
+Results live in the user's cache folder, keyed by CPU, instruction set, threads and parco version: a command that is
+repeated decides by the same numbers.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def measure_kernels(
     timings: Timings,
     progress: Progress,
 ) -> None:
-    """Time every spec of every shape, and the native product of that shape, at every number of rows; known ones are skipped."""
+    """Time every spec of every shape, and the native product of that shape, at every number of rows; known ones are
+    skipped.
+    """
     progress.stage("measure", len(specs) * len(rows))
     for shape, kinds in specs.items():
         for height in rows:
@@ -148,7 +150,7 @@ def _runner(shape: tuple[int, int], spec: Weight | None, x: Tensor, footprint: i
 
 
 def plausible_tensors(spec: Weight) -> list[Tensor]:
-    """Tensors of the spec's shapes and types with finite, ordinary values. No kernel's time depends on them otherwise."""
+    """Tensors of the spec's shapes and types with finite, ordinary values: no kernel's time depends on others."""
     generator = torch.Generator().manual_seed(2)
     made: list[Tensor] = []
     for name, wanted in spec.tensors().items():
@@ -169,7 +171,9 @@ STEPS = 24
 
 
 def decode_seconds(model: nn.Module, steps: int = STEPS) -> float:
-    """Seconds (lower quartile) of one greedy decoding step through Transformers, batch 1, after a prompt of PROMPT tokens."""
+    """Seconds (lower quartile) of one greedy decoding step through Transformers, batch 1, after a prompt of PROMPT
+    tokens.
+    """
     times: list[float] = []
     with torch.inference_mode():
         out: Any = model(input_ids=_prompt(model, PROMPT), use_cache=True)
@@ -182,7 +186,9 @@ def decode_seconds(model: nn.Module, steps: int = STEPS) -> float:
 
 
 def prefill_seconds(model: nn.Module, tokens: int) -> float:
-    """Seconds of one prompt of `tokens` tokens through Transformers, with a cache and the last position's logits, as generate does."""
+    """Seconds of one prompt of `tokens` tokens through Transformers, with a cache and the last position's logits, as
+    generate does.
+    """
     ids = _prompt(model, tokens)
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with torch.inference_mode():

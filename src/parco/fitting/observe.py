@@ -7,7 +7,7 @@ the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,13 +30,17 @@ def expert_of(member: str) -> tuple[str, str, int] | None:
 
 
 def site(group: Group, member: str) -> str:
-    """The member whose inputs stand for this one's: a group's layers share their input; experts, and what lies outside the blocks, have their own."""
+    """The member whose inputs stand for this one's: a group's layers share their input; experts, and what lies outside
+    the blocks, have their own.
+    """
     return member if expert_of(member) or group.block is None else group.members[0]
 
 
 @contextmanager
-def observed(model: nn.Module, groups: Iterable[Group], see: See) -> Iterator[None]:
-    """`see` is told of every product of the groups' members while the context lasts. Embedding lookups are not products."""
+def observed(model: nn.Module, groups: Iterable[Group], see: See) -> Generator[None]:
+    """`see` is told of every product of the groups' members while the context lasts. Embedding lookups are not
+    products.
+    """
     handles: list[Any] = []
     experts: set[str] = set()
     for group in groups:
@@ -129,5 +133,7 @@ class Energies:
         _accumulate(self.sums, member, grad.detach().float().square().reshape(-1, grad.shape[-1]).sum(0))
 
     def mean(self, tokens: int) -> dict[str, Tensor]:
-        """[N] float32 per member: sums over all `tokens` of the model, so that an expert that few tokens reach weighs little."""
+        """[N] float32 per member: sums over all `tokens` of the model, so that an expert that few tokens reach weighs
+        little.
+        """
         return {name: (total / max(tokens, 1)).float() for name, total in self.sums.items()}

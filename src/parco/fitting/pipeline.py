@@ -1,8 +1,8 @@
 """The main job: calibrate -> candidates -> measure -> solve -> apply -> heal -> evaluate, each stage on disk.
 
-`Fit` holds what all stages share and has one method per stage; `run` is the order of them. Loading and saving models is handed
-in, because this package does not import the hub. A plan is applied to a fresh copy of the original each time: the original's
-file is memory-mapped, so a copy costs what it changes.
+`Fit` holds what all stages share and has one method per stage; `run` is the order of them. Loading and saving models is
+handed in, because this package does not import the hub. A plan is applied to a fresh copy of the original each time:
+the original's file is memory-mapped, so a copy costs what it changes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SUBSET = 48
 
 
 class Loaded(Protocol):
-    """What the hub loads: a model in eval mode in the checkpoint's dtype, its tokenizer, where it lies and what it is."""
+    """What the hub loads: a model in eval mode in the checkpoint's dtype, its tokenizer, its folder and fingerprint."""
 
     @property
     def model(self) -> Any: ...
@@ -43,7 +43,9 @@ class Loaded(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the person asked for. `kind` is "size", "speed" or "loss"; `heal` None means as many steps as suit the model."""
+    """What the person asked for. `kind` is "size", "speed" or "loss"; `heal` None means as many steps as suit the
+    model.
+    """
 
     kind: str
     value: float
@@ -135,7 +137,9 @@ class Fit:
     def calibrate(self) -> Stage:
         stage = self.stages.open("calibrate", **self.base, extent=vars(self.extent))
         if not stage.whole:
-            calibrate.calibrate(self.original.model, self.windows, self.extent, self.settings.seed, stage, self.progress)
+            calibrate.calibrate(
+                self.original.model, self.windows, self.extent, self.settings.seed, stage, self.progress
+            )
         return stage
 
     def judge(self) -> dict[str, list[candidates.Judged]]:
@@ -144,7 +148,9 @@ class Fit:
         return candidates.judge(self.original.model, self.methods, self.parameters, calibrated, stage, self.progress)
 
     def speeds(self, name: str, models: Callable[[], dict[str, nn.Module]]) -> dict[str, tuple[float, float]]:
-        """Measured (decode, prefill) seconds of whole models by name, taken from the cache where this comparison is known."""
+        """Measured (decode, prefill) seconds of whole models by name, taken from the cache where this comparison is
+        known.
+        """
         keys = {
             (kind, what): f"end to end {self.original.fingerprint[:16]} | {name} | {kind} | {what} | {self.prefill}"
             for kind in (("original",) if name == "original" else ("original", "fitted"))
@@ -219,7 +225,8 @@ class Fit:
         """The plan with its KL and its end-to-end seconds measured."""
         model, applied = self.apply(plan.methods)
         found = self.speeds(plan.name, lambda: {"original": self.original.model, "fitted": model})
-        # Other runs of this machine may have been slower or faster throughout: the original of the same run is the yardstick.
+        # Other runs of this machine may have been slower or faster throughout: the original of the same run is the
+        # yardstick.
         original = self.timings_of_original()
         decode, prefill = (found["fitted"][i] / found["original"][i] * original[i] for i in (0, 1))
         return plan.with_measured(Measured(applied.kl, None, decode, prefill))
@@ -275,22 +282,23 @@ class Fit:
 
     def rise(self, chosen: Chosen) -> tuple[evaluate.Quality, evaluate.Quality]:
         """Quality of the original and of the chosen model on the whole held-out text."""
-        return self.original_quality(), self.quality(chosen.model, chosen.plan.methods)
-
-    def original_quality(self) -> evaluate.Quality:
-        return self._quality("original", self.original.model, {}, None)
+        fitted = self.quality(chosen.model, chosen.plan.methods)
+        return evaluate.Quality(fitted.original_loss, 0.0, 1.0, fitted.original_loss), fitted
 
     def quality(self, model: Any, methods: Mapping[str, str], subset: int | None = None) -> evaluate.Quality:
-        return self._quality("fitted", model, methods, subset)
-
-    def _quality(self, name: str, model: Any, methods: Mapping[str, str], subset: int | None) -> evaluate.Quality:
+        """Quality of a model that these methods (and healing) have made, beside the original, on held-out windows."""
         named = {group: method for group, method in sorted(methods.items()) if method != "keep"}
-        key = {**self.base, "extent": vars(self.extent), "methods": named, "steps": self.steps, "subset": subset, "of": name}
+        key = {
+            **self.base,
+            "extent": vars(self.extent),
+            "methods": named,
+            "steps": self.steps,
+            "subset": subset,
+        }
         stage = self.stages.open("evaluate", **key)
         if not stage.whole:
             held = self.windows.held if subset is None else self.windows.held[:subset]
-            original = None if name == "original" else self.original.model
-            stage.write("quality", vars(evaluate.quality(model, held, self.progress, original)))
+            stage.write("quality", vars(evaluate.quality(model, held, self.progress, self.original.model)))
             stage.finish()
         return evaluate.Quality(**stage.read("quality"))
 
@@ -303,7 +311,9 @@ class Fit:
         self.progress.advance()
         plans = self.search(options, fixed, goal)
         if goal.kind != "speed" and all(plan.decode > goal.original_decode for plan in plans):
-            self.warnings.append("every plan within the budget is predicted to decode slower than the original on this machine")
+            self.warnings.append(
+                "every plan within the budget is predicted to decode slower than the original on this machine"
+            )
         chosen = self.finish(self.choose(plans, goal))
         if goal.kind == "loss":
             chosen = self._honour(chosen, plans, options, fixed, goal)
@@ -335,7 +345,7 @@ FRONTIER = (0.15, 0.18, 0.2, 0.22, 0.25, 0.28, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8)
 
 
 def meets(plan: Plan, goal: solve.Goal) -> bool:
-    """Whether a measured plan is as fast as the goal asks: 2% of noise is forgiven where the original is the yardstick."""
+    """Whether a measured plan is as fast as the goal asks; 2% of noise is forgiven beside the original."""
     measured = plan.measured
     if measured is None or measured.decode is None or measured.prefill is None:
         return False
@@ -344,6 +354,8 @@ def meets(plan: Plan, goal: solve.Goal) -> bool:
 
 
 def correction(plans: list[Plan]) -> float:
-    """Median of measured over predicted loss of the plans that were applied: what the frontier's predictions are multiplied by."""
+    """Median of measured over predicted loss of the plans that were applied: what the frontier's predictions are
+    multiplied by.
+    """
     ratios = [plan.measured.loss / plan.loss for plan in plans if plan.measured is not None and plan.loss > 0]
     return statistics.median(ratios) if ratios else 1.0

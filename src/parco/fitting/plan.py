@@ -1,7 +1,7 @@
 """A plan: one choice per group of layers, with what it is predicted and what it was measured to cost.
 
-Immutable, readable, replayable: `Plan.from_json(json.loads(text))` gives back an equal plan, and `plan.name` (a hash of the
-choices alone) is the same wherever the same choices are made.
+Immutable, readable, replayable: `Plan.from_json(json.loads(text))` gives back an equal plan, and `plan.name` (a hash of
+the choices alone) is the same wherever the same choices are made.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class Option:
 
 @dataclass(frozen=True)
 class Measured:
-    """A plan applied to the whole model: KL to the original on the check windows (nats per token), before and after healing."""
+    """A plan applied to the whole model: KL to the original on the check windows (nats per token), before and after
+    healing.
+    """
 
     loss: float
     healed: float | None = None

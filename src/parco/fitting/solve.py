@@ -1,8 +1,8 @@
 """Choose one option per group: a multiple-choice knapsack, solved exactly by HiGHS through SciPy.
 
 Costs add over groups (bytes exactly, seconds as measured per kernel, loss to second order), so the choice is a linear
-program over binary variables with one equality per group. Its optimum is exact up to the gap given here; what is not exact
-is additivity, which is why the pipeline applies several plans and measures each end to end.
+program over binary variables with one equality per group. Its optimum is exact up to the gap given here; what is not
+exact is additivity, which is why the pipeline applies several plans and measures each end to end.
 """
 
 from __future__ import annotations
@@ -36,13 +36,19 @@ Table = Mapping[str, Sequence[Option]]
 
 
 def solve(
-    table: Table, fixed: Fixed, limits: Limits, weights: Mapping[str, float], exclude: Sequence[Plan] = (), distance: int = 1
+    table: Table,
+    fixed: Fixed,
+    limits: Limits,
+    weights: Mapping[str, float],
+    exclude: Sequence[Plan] = (),
+    distance: int = 1,
 ) -> Plan | None:
-    """The plan of least Σ weight · quantity within `limits` that differs from each excluded plan in at least `distance` groups.
+    """The plan of least Σ weight · quantity within `limits` that differs from each excluded plan in at least `distance`
+    groups.
 
-    table: the options of every group. weights: of "bytes", "loss", "decode", "prefill"; each quantity is scaled by its total
-    at the largest options first, so weights compare relative changes. Returns None when no plan is within the limits.
-    Deterministic: the same arguments give the same plan.
+    table: the options of every group. weights: of "bytes", "loss", "decode", "prefill"; each quantity is scaled by its
+    total at the largest options first, so weights compare relative changes. Returns None when no plan is within the
+    limits. Deterministic: the same arguments give the same plan.
     """
     groups = list(table)
     options = [(index, option) for index, group in enumerate(groups) for option in table[group]]
@@ -52,7 +58,9 @@ def solve(
     scales = {name: max(_largest(values[name], options, len(groups)), 1e-300) for name in QUANTITIES}
     objective = sum((weights.get(name, 0.0) * values[name] / scales[name] for name in QUANTITIES), np.zeros(columns))
 
-    member = csr_matrix((np.ones(columns), ([index for index, _ in options], range(columns))), shape=(len(groups), columns))
+    member = csr_matrix(
+        (np.ones(columns), ([index for index, _ in options], range(columns))), shape=(len(groups), columns)
+    )
     constraints = [LinearConstraint(member, 1, 1)]
     for name in QUANTITIES:
         limit = getattr(limits, name)
@@ -98,9 +106,11 @@ class Goal:
     original_prefill: float
 
     def limits(self, loss: float | None = None, slack: float = 1.0) -> Limits:
-        """Limits of the goal: never slower than the original in decode, prefill at least 0.9 of its speed, both times `slack`.
+        """Limits of the goal: never slower than the original in decode, prefill at least 0.9 of its speed, both times
+        `slack`.
 
-        `loss`: the predicted loss to allow in place of the goal's own value (the pipeline calibrates it by measurements).
+        `loss`: the predicted loss to allow in place of the goal's own value (the pipeline calibrates it by
+        measurements).
         """
         limits = Limits(decode=self.original_decode * slack, prefill=self.original_prefill / 0.9 * slack)
         if self.kind == "size":
@@ -122,10 +132,12 @@ SLACKS = (1.0, 1.05, 1.1, 1.2, 1.4, 2.0, float("inf"))
 
 
 def best(table: Table, fixed: Fixed, goal: Goal, count: int = 3, loss: float | None = None) -> list[Plan]:
-    """The best `count` plans for the goal, the first the optimum, each differing from those before in a tenth of the groups.
+    """The best `count` plans for the goal, the first the optimum, each differing from those before in a tenth of the
+    groups.
 
-    Fewer when there are no more. When every plan that meets the goal is slower than the original, the least slowdown of SLACKS
-    that has a plan is allowed. Raises ValueError naming the best reachable value when no plan meets the goal at all.
+    Fewer when there are no more. When every plan that meets the goal is slower than the original, the least slowdown of
+    SLACKS that has a plan is allowed. Raises ValueError naming the best reachable value when no plan meets the goal at
+    all.
     """
     distance = max(1, len(table) // 10)
     plans: list[Plan] = []

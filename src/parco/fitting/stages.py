@@ -1,9 +1,9 @@
 """Stages of a long job on disk: each result is whole or absent, and a rerun goes on from the last whole one.
 
-A stage lives in a folder whose name holds a hash of everything its result depends on, so a changed setting never meets a
-stale result and stages that it does not touch are kept. Inside a stage every file is written to a temporary name, synced
-and renamed; the stage is whole once `whole.json` is there. That holds after SIGKILL at any moment: what is half-written
-has a temporary name and is removed by the next run. One process at a time works in a folder (flock).
+A stage lives in a folder whose name holds a hash of everything its result depends on, so a changed setting never meets
+a stale result and stages that it does not touch are kept. Inside a stage every file is written to a temporary name,
+synced and renamed; the stage is whole once `whole.json` is there. That holds after SIGKILL at any moment: what is
+half-written has a temporary name and is removed by the next run. One process at a time works in a folder (flock).
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if is_full(error):
-            raise OSError(errno.ENOSPC, f"the disk is full: {path.name} could not be written to {path.parent}") from error
+            raise OSError(
+                errno.ENOSPC, f"the disk is full: {path.name} could not be written to {path.parent}"
+            ) from error
         raise
 
 
@@ -118,7 +120,7 @@ class Stage:
         return json.loads((self.folder / f"{name}.json").read_text())
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], note: object = None) -> None:
-        """Tensors as safetensors, with an optional JSON note in the same file (so both are whole or absent together)."""
+        """Tensors as safetensors, with an optional JSON note in the same file: both are whole or absent together."""
         contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         metadata = {"note": json.dumps(note, sort_keys=True)}
         write_whole(self.folder / f"{name}.safetensors", lambda path: save_file(contiguous, path, metadata=metadata))

@@ -15,8 +15,8 @@ whole model in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -54,8 +54,9 @@ class Stream:
         return seen[0].float()
 
     @contextmanager
-    def block(self, index: int) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Block `index` in float32 while the context lasts: a function of hidden states [B, T, H], differentiable in them.
+    def block(self, index: int) -> Generator[Callable[[Tensor], Tensor]]:
+        """Block `index` in float32 while the context lasts: a function of hidden states [B, T, H], differentiable in
+        them.
 
         A backward pass belongs inside the context: it reads the parameters again.
         """
@@ -99,15 +100,12 @@ class Stream:
                 raise _Stop
             return state
 
-        with self._stubs(stub), torch.no_grad():
-            try:
-                self.model(input_ids=tokens, use_cache=False)
-            except _Stop:
-                pass
+        with self._stubs(stub), torch.no_grad(), suppress(_Stop):
+            self.model(input_ids=tokens, use_cache=False)
         self._arguments[tokens.shape[0], tokens.shape[1]] = recorded
 
     @contextmanager
-    def _stubs(self, stub: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Iterator[None]:
+    def _stubs(self, stub: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Generator[None]:
         """Blocks whose forward is `stub(index, hidden, args, kwargs)`."""
 
         def forward_of(index: int) -> Callable[..., Any]:
@@ -127,7 +125,7 @@ class Stream:
                 module.__dict__.pop("forward", None)
 
     @contextmanager
-    def outer(self) -> Iterator[None]:
+    def outer(self) -> Generator[None]:
         """Everything outside the blocks in float32."""
         inside = {id(parameter) for module in self.blocks for parameter in module.parameters()}
         with in_float32(self.model, skip=inside):
@@ -135,7 +133,7 @@ class Stream:
 
 
 @contextmanager
-def in_float32(module: nn.Module, skip: set[int] | None = None) -> Iterator[None]:
+def in_float32(module: nn.Module, skip: set[int] | None = None) -> Generator[None]:
     """Dense floating parameters of `module` as float32, compute of stored weights too; what was there is put back.
 
     skip: ids of parameters to leave alone. Weight tensors of StoredWeight keep their storage types.
@@ -147,10 +145,10 @@ def in_float32(module: nn.Module, skip: set[int] | None = None) -> Iterator[None
     computed = [(part, part.dtype) for part in stored if not any(id(tensor) in skip for tensor in part.parameters())]
     try:
         for parameter in module.parameters():
-            if parameter.is_floating_point() and parameter.dtype != torch.float32:
-                if id(parameter) not in packed and id(parameter) not in skip:
-                    changed.append((parameter, parameter.data))
-                    parameter.data = parameter.data.float()
+            cast = parameter.is_floating_point() and parameter.dtype != torch.float32
+            if cast and id(parameter) not in packed and id(parameter) not in skip:
+                changed.append((parameter, parameter.data))
+                parameter.data = parameter.data.float()
         for part, _ in computed:
             part.dtype = torch.float32
         yield

@@ -61,7 +61,8 @@ def final(fit: Fit, chosen: Chosen, saved: Path) -> Final:
         fit.progress.advance()
         prompt = evaluate.sample_prompt(fit.original.tokenizer, fit.windows.held)
         texts = [
-            evaluate.complete(each, fit.original.tokenizer, prompt, fit.windows.length) for each in (model, chosen.model)
+            evaluate.complete(each, fit.original.tokenizer, prompt, fit.windows.length)
+            for each in (model, chosen.model)
         ]
         fit.progress.advance()
         memory = [evaluate.peak_memory(folder) for folder in (fit.original.path, saved)]
@@ -179,7 +180,7 @@ def target(goal: Goal, original: Column, fitted: Column, warnings: list[str]) ->
 
 
 def points(fit: Fit, chosen: Plan, plans: list[Plan], frontier: list[tuple[str, Plan]]) -> list[FrontierPoint]:
-    """The sweep and the measured plans together, by bytes, each plan once; predictions corrected by the measured plans."""
+    """The sweep and the measured plans by bytes, each once; predictions are corrected by the measured plans."""
     factor = correction(plans)
     named: dict[str, tuple[str, Plan]] = {plan.name: (label, plan) for label, plan in frontier}
     for index, plan in enumerate(plans):
@@ -266,8 +267,8 @@ def _remainder(fixed: Fixed, goal: Goal) -> Remainder:
         prefill_share=prefill,
         explanation=(
             f"Of the original's {goal.original_decode * 1e3:.2f} ms per token {decode:.0%}, and of its "
-            f"{goal.original_prefill * 1e3:.1f} ms per prompt {prefill:.0%}, is not spent in products with weights: attention, norms, "
-            "the cache, and what Transformers and Python add to every layer. No choice of products changes it."
+            f"{goal.original_prefill * 1e3:.1f} ms per prompt {prefill:.0%}, is not spent in products with "
+            "weights: attention, norms, the cache, and what Transformers and Python add to every layer. No choice of "
+            "products changes it."
         ),
     )
-

@@ -21,7 +21,9 @@ from parco.weights import Weight
 
 @dataclass(frozen=True)
 class Products:
-    """The products of one group: (shape, how often a token runs it). Lookups are none; an expert runs for its share of tokens."""
+    """The products of one group: (shape, how often a token runs it). Lookups are none; an expert runs for its share of
+    tokens.
+    """
 
     shapes: tuple[tuple[tuple[int, int], float], ...]
     last_only: bool  # a head: prefill needs the last position alone
@@ -63,7 +65,12 @@ def measure(
                     spec = Method.parse(row.method).spec(shape)
                     kinds[str(spec)] = spec
     measure_kernels(
-        {shape: list(kinds.values()) for shape, kinds in wanted.items()}, (1, prefill), dtype, footprint, timings, progress
+        {shape: list(kinds.values()) for shape, kinds in wanted.items()},
+        (1, prefill),
+        dtype,
+        footprint,
+        timings,
+        progress,
     )
 
 
@@ -93,8 +100,8 @@ def build(
 ) -> tuple[dict[str, list[Option]], Fixed]:
     """Options of every group, and what no choice changes.
 
-    original: measured (decode, prefill) seconds of the original; stored: its bytes. The remainder is what is left of them when
-    the kept matrices' own kernels are taken away, never below zero.
+    original: measured (decode, prefill) seconds of the original; stored: its bytes. The remainder is what is left of
+    them when the kept matrices' own kernels are taken away, never below zero.
     """
     table: dict[str, list[Option]] = {}
     kept_bytes, kept_decode, kept_prefill = 0, 0.0, 0.0

@@ -1,8 +1,8 @@
 """Token windows: what the fit looks at, what it checks itself with, and what it never sees until the end.
 
 A text becomes consecutive windows of equal length, no overlap, a remainder dropped. `held` windows are only evaluated.
-Of the calibration windows the last few are `check` windows: statistics and healing never see them, plans are compared and
-healing is stopped by them.
+Of the calibration windows the last few are `check` windows: statistics and healing never see them, plans are compared
+and healing is stopped by them.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def own_text(tokenizer: Any, text: str, name: str, length: int) -> Windows:
 
 
 def two_texts(tokenizer: Any, calibration: str, held: str, name: str, length: int) -> Windows:
-    """Windows of a calibration text and a held-out text that come as two files. Raises ValueError when one is too short."""
+    """Windows of a calibration text and a held-out text that come as two files. Raises ValueError when one is too
+    short.
+    """
     parts = [tokenize(tokenizer, text, length) for text in (calibration, held)]
     for part, text in zip(parts, (calibration, held), strict=True):
         if part.shape[0] == 0:
@@ -99,7 +101,8 @@ def fingerprint(text: str) -> str:
 
 @torch.no_grad()
 def generate(model: nn.Module, count: int, length: int, seed: int) -> Tensor:
-    """`count` windows [count, length] that the model samples from itself at temperature 1, after its beginning-of-text token.
+    """`count` windows [count, length] that the model samples from itself at temperature 1, after its beginning-of-text
+    token.
 
     A model's own text shows what it was trained on where nothing else does. Deterministic for a seed and thread count.
     """
