@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -104,3 +106,18 @@ def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture
     assert cli.main([]) == 0
     shown = capsys.readouterr().out
     assert all(f"\n  {name} " in shown for name in ("fit", "eval", "generate", "explain", "machine"))
+
+
+def test_machine_says_what_it_is_and_what_it_reaches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    monkeypatch.setenv("PARCO_CACHE", str(tmp_path))
+    assert cli.main(["machine", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["isa"] in told["isas"]
+    assert told["peaks"]["read_bytes_per_second"] > 0
+    assert cli.main(["machine"]) == 0
+    shown = capsys.readouterr().out
+    assert told["cpu"] in shown
+    for line in ("instruction sets", "reads", "int8 multiply-adds"):
+        assert f"{line} " in shown
