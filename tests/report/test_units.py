@@ -41,6 +41,10 @@ def test_significant_rounds_before_it_counts_digits(value: float, text: str):
     assert units.significant(value) == text
 
 
+def test_a_loss_that_is_almost_nothing_is_not_called_nothing():
+    assert [units.nats(loss) for loss in (0.0, 1.23e-6, 0.0139)] == ["0.0000", "1.2e-06", "0.0139"]
+
+
 def test_what_was_not_measured_is_said_to_be_so():
     measures = (units.size, units.duration, units.nats, units.rise, units.percent, units.speed)
     assert {measure(None) for measure in measures} == {"not measured"}

@@ -56,7 +56,7 @@ def frontier(result: Result) -> dict[str, Any]:
         "traces": traces,
         "x_title": "size, share of the bf16 checkpoint",
         "y_title": "KL to the original, nats per token",
-        "y_axis": {"type": "log", "dtick": 1, "minor": {"ticks": "outside"}}
+        "y_axis": {"type": "log", "dtick": 1, "minor": {"ticks": "outside"}, "exponentformat": "power"}
         if logarithmic
         else {"rangemode": "tozero"},
         "color_title": "decode, ms per token",

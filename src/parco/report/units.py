@@ -2,6 +2,8 @@
 
 import math
 
+SMALL = 5e-4  # a loss below this has at most one digit among its first four decimals
+
 
 def size(nbytes: float | None) -> str:
     """Bytes in decimal units: `31.2 MB`."""
@@ -41,15 +43,17 @@ def rate(per_second: float, unit: str) -> str:
 
 
 def nats(loss: float | None) -> str:
-    """A loss in nats per token, four decimals."""
-    return "not measured" if loss is None else f"{loss:.4f}"
+    """A loss in nats per token, four decimals; very small ones keep two digits."""
+    if loss is None:
+        return "not measured"
+    return f"{loss:.1e}" if 0 < abs(loss) < SMALL else f"{loss:.4f}"
 
 
 def rise(difference: float | None) -> str:
     """A signed difference of losses in nats per token; very small ones keep two digits."""
     if difference is None:
         return "not measured"
-    if difference and abs(difference) < 5e-4:
+    if 0 < abs(difference) < SMALL:
         return f"{difference:+.1e}"
     return f"{difference:+.4f}"
 
