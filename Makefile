@@ -6,7 +6,7 @@ TESTS ?= tests
 FIT ?=
 
 BIN := $(VENV)/bin
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 # The tools of the environment first: its cmake and ninja, not the system's.
 export PATH := $(abspath $(BIN)):$(PATH)
 
