@@ -1,0 +1,79 @@
+"""How a claim is measured: all contenders in turn in one process, medians and spread, ratios inside one run only."""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+import parco
+from parco import machine
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def interleave(runs: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, list[float]]:
+    """Seconds of one call of each contender in each round, after two rounds that are not counted.
+
+    With one thread they are seconds of its own CPU time, which other work on the machine disturbs less.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 2):
+        for name, run in runs.items():
+            begin = clock()
+            for _ in range(calls):
+                run()
+            if turn >= 2:
+                seconds[name].append((clock() - begin) / calls)
+    return seconds
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Microseconds: the median and the quartiles."""
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return {"median_us": middle * 1e6, "quartile1_us": low * 1e6, "quartile3_us": high * 1e6}
+
+
+def ratio(peer: list[float], ours: list[float]) -> float:
+    """How many times faster `ours` is: the median over rounds, each compared with the peer's call beside it."""
+    return statistics.median(theirs / mine for theirs, mine in zip(peer, ours, strict=True))
+
+
+def random_codes(shape: tuple[int, int], bits: int, group: int, copies: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Stored integers and bf16 scales; random, since zeros run faster."""
+    outputs, columns = shape
+    groups = -(-columns // group)
+    return [
+        (
+            torch.randint(0, 256, (outputs, -(-columns * bits // 8)), dtype=torch.uint8),
+            (torch.rand(outputs, groups) * 0.01).bfloat16(),
+        )
+        for _ in range(copies)
+    ]
+
+
+def save(claim: str, rows: list[dict[str, object]]) -> None:
+    """Print the rows and leave them in results/ with the machine, the versions and the commit."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    found = machine.detect()
+    document = {
+        "claim": Path(claim).stem,
+        "machine": {"cpu": found.cpu, "cores": found.cores, "isa": machine.isa(), "features": found.features},
+        "threads": torch.get_num_threads(),
+        "versions": {"parco": parco.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "commit": commit.stdout.strip(),
+        "rows": rows,
+    }
+    for row in rows:
+        print(
+            "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{Path(claim).stem}.json").write_text(json.dumps(document, indent=1) + "\n")
