@@ -176,35 +176,47 @@ struct Avx512 {
   static void quantize(const IntCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words, float* scales,
                        std::int32_t* const* sums) {
     if (call.rows * (call.x_type == Type::fp32 ? 2 : 1) <= decode_words)
-      quantize_in_order<Order::bytes>(call, plan, m, words, scales, sums);
+      quantize_to<Order::bytes>(call, plan, m, words, scales, sums);
     else
-      quantize_in_order<Order::pairs>(call, plan, m, words, scales, sums);
+      quantize_to<Order::pairs>(call, plan, m, words, scales, sums);
   }
 
   // What 64 bytes of a quantized row hold: 32 words as they come, or in the pairs that `tile` wants, or split into high and low bytes
   // for `decode`: per dword of codes the high and then the low bytes of every four values that a mask leaves of it.
   enum class Order { natural, pairs, bytes };
 
-  static I order_of(Order order, int unit) {
-    alignas(64) std::uint8_t bytes[64];
+  struct alignas(64) Places {
+    std::uint8_t byte[64];
+  };
+  static constexpr Places places_of(Order order, int unit) {
+    Places places{};
     for (int i = 0; i < 32; i++) {
-      const int word = i / unit * unit + (order == Order::pairs ? paired(i % unit, unit) : i % unit);
-      bytes[2 * word] = static_cast<std::uint8_t>(2 * i), bytes[2 * word + 1] = static_cast<std::uint8_t>(2 * i + 1);
+      const int to = order == Order::pairs ? i / unit * unit + paired(i % unit, unit) : i;
+      places.byte[2 * to] = static_cast<std::uint8_t>(2 * i), places.byte[2 * to + 1] = static_cast<std::uint8_t>(2 * i + 1);
     }
     for (int i = 0; i < 32 && order == Order::bytes; i++) {  // from 32 high bytes and then 32 low ones
       const int half = unit == 8 ? i % 2 : 0, place = unit == 8 ? i % 8 / 2 : i % 4;
-      const int at = i / unit * 2 * unit + 8 * half + place;
-      bytes[at] = static_cast<std::uint8_t>(i), bytes[at + 4] = static_cast<std::uint8_t>(32 + i);
+      const int to = i / unit * 2 * unit + 8 * half + place;
+      places.byte[to] = static_cast<std::uint8_t>(i), places.byte[to + 4] = static_cast<std::uint8_t>(32 + i);
     }
-    return load(bytes);
+    return places;
   }
 
   // The same words, scales and sums as quantize_row, 32 values at a time.
   template <Order order>
-  static void quantize_in_order(const IntCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words,
-                                float* scales, std::int32_t* const* sums) {
-    const int word_count = call.x_type == Type::fp32 ? 2 : 1;
-    const I places = order_of(order, plan.unit);
+  static void quantize_to(const IntCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words, float* scales,
+                          std::int32_t* const* sums) {
+    if (call.x_type == Type::fp32)
+      quantize_words<order, 2>(call, plan, m, words, scales, sums);
+    else
+      quantize_words<order, 1>(call, plan, m, words, scales, sums);
+  }
+
+  template <Order order, int word_count>
+  static void quantize_words(const IntCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words, float* scales,
+                             std::int32_t* const* sums) {
+    static constexpr Places of_nibbles = places_of(order, 8), of_bytes = places_of(order, 4);
+    const I places = load(plan.unit == 8 ? of_nibbles.byte : of_bytes.byte);
     const std::int64_t row = m * call.columns;
     const I magnitude = set(0x7fffffff);
     for (std::int32_t b = 0; b < plan.block_count; b++) {
@@ -222,13 +234,16 @@ struct Avx512 {
       const BlockScale scale = block_scale(finite ? most : 0, word_count);
       scales[b] = finite ? scale.scale : float_of(nan_bits);
       const F inverse = set(scale.inverse);
-      I high_sum = set(0), low_sum = set(0);
+      I high_sum = set(0);
+      [[maybe_unused]] I low_sum = set(0);
       const I ones = _mm512_set1_epi16(1);
       for (int i = 0; i < vectors; i += 2) {
-        I high[2], low[2];
+        I high[2];
+        [[maybe_unused]] I low[2];
         for (int j = 0; j < 2; j++) {
           const F scaled = finite ? multiply(values[i + j], inverse) : set(0.0f);
           high[j] = _mm512_cvtps_epi32(scaled);
+          if constexpr (word_count == 1) continue;
           const F rest = _mm512_sub_ps(scaled, to_float(high[j]));
           low[j] = _mm512_cvtps_epi32(multiply(rest, set(32768.0f)));
         }
@@ -244,10 +259,10 @@ struct Avx512 {
           _mm512_storeu_si512(to + block.k + 16 * i, order == Order::natural ? packed : _mm512_permutexvar_epi8(places, packed));
         };
         pack(high, words[0], high_sum);
-        if (word_count == 2) pack(low, words[1], low_sum);
+        if constexpr (word_count == 2) pack(low, words[1], low_sum);
       }
       sums[0][b] = _mm512_reduce_add_epi32(high_sum);
-      if (word_count == 2) sums[1][b] = _mm512_reduce_add_epi32(low_sum);
+      if constexpr (word_count == 2) sums[1][b] = _mm512_reduce_add_epi32(low_sum);
     }
   }
 };

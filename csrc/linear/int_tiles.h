@@ -57,7 +57,7 @@ inline void split_row(const TileJob& job, std::int64_t m, std::int16_t* own) {
   const Plan& plan = job.plan;
   std::int16_t* words[2] = {own, own + plan.words};
   std::int32_t* sums[2] = {job.x_sum[0] + m * plan.block_count, job.x_sum[1] + m * plan.block_count};
-  Avx512::quantize_in_order<Avx512::Order::natural>(job.call, plan, job.first + m, words, job.x_scale + m * plan.block_count, sums);
+  Avx512::quantize_to<Avx512::Order::natural>(job.call, plan, job.first + m, words, job.x_scale + m * plan.block_count, sums);
   const std::int32_t times = job.call.zero ? -1 : -(1 << (job.call.bits - 1));
   alignas(64) std::int8_t from[64];
   for (int i = 0; i < 64; i++) from[i] = static_cast<std::int8_t>(plan.unit == 4 ? i : i / 8 * 8 + i % 8 / 4 + i % 4 * 2);
