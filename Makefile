@@ -45,13 +45,12 @@ docs: build $(VENV)/ready-docs
 wheel: build
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
-# The environment. The CPU build of torch is asked for by name, then from PyTorch's own index; a machine that has neither takes the default one.
+# The environment. The CPU build of torch is asked for by name; where the package index has none, the default one is taken.
 $(VENV)/ready: constraints.txt pyproject.toml
 	@PYTHON=$(PYTHON) sh scripts/check_machine.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null \
 	  || $(PIP) "torch==2.13.0+cpu" 2>/dev/null \
-	  || $(PIP) "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple 2>/dev/null \
 	  || $(PIP) torch
 	$(PIP) scikit-build-core nanobind cmake ninja
 	$(PIP) --no-build-isolation --editable .
