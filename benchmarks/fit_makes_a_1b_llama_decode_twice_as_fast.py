@@ -1,7 +1,7 @@
-"""Claim: `parco fit --size 0.3 --heal 0` on a 1.1 B Llama stays within its bf16 bytes + 3 GB and decodes >= 2.2x as fast.
+"""Claim: a 1.1 B Llama fitted with `--size 0.3 --heal 0` decodes >= 2.2 times as fast; the fit takes bf16 bytes + 3 GB.
 
-The model has TinyLlama's shape with random weights (so only bytes, memory and speed are judged here, never quality). It is
-made once under `--work`. The peer is the same model in bf16 through Transformers; both are timed in one process, in
+The model has TinyLlama's shape with random weights (so only bytes, memory and speed are judged here, never quality).
+It is made once under `--work`. The peer is the same model in bf16 through Transformers; both are timed in one process, in
 turns, on the same prompt: decode is the median time of a step with a growing cache, prefill that of 512 tokens.
 
     python benchmarks/fit_makes_a_1b_llama_decode_twice_as_fast.py --work /var/tmp/tinyllama
@@ -25,10 +25,15 @@ import transformers
 import parco
 from parco.hub import embedded_path
 
-SHAPE = dict(
-    vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-    num_key_value_heads=4, max_position_embeddings=2048,
-)
+SHAPE = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+}
 
 
 def make(folder: Path) -> None:
@@ -88,15 +93,21 @@ def main() -> None:
     prefill = [a[0] / b[0] for a, b in zip(times["bf16"], times["fitted"], strict=True)]
     decode = [a[1] / b[1] for a, b in zip(times["bf16"], times["fitted"], strict=True)]
     result = {
-        "command": " ".join(command), "fit_seconds": round(seconds), "fit_peak_bytes": peak, "fit_peak_limit": int(limit),
+        "command": " ".join(command),
+        "fit_seconds": round(seconds),
+        "fit_peak_bytes": peak,
+        "fit_peak_limit": int(limit),
         "decode_speedup": {"median": statistics.median(decode), "min": min(decode), "max": max(decode)},
         "prefill_speedup": {"median": statistics.median(prefill), "min": min(prefill), "max": max(prefill)},
         "bf16_decode_tokens_per_second": 1 / statistics.median(t[1] for t in times["bf16"]),
         "fitted_decode_tokens_per_second": 1 / statistics.median(t[1] for t in times["fitted"]),
         "bf16_prefill_tokens_per_second": 512 / statistics.median(t[0] for t in times["bf16"]),
         "fitted_prefill_tokens_per_second": 512 / statistics.median(t[0] for t in times["fitted"]),
-        "machine": parco.machine.detect().cpu, "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
+        "machine": parco.machine.detect().cpu,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
     text = json.dumps(result, indent=1)
     print(text)

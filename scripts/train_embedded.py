@@ -32,11 +32,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-HELD_OUT = (
+HELD_OUT = tuple(  # noqa: SIM905
     "argparse.py bisect.py calendar.py csv.py fnmatch.py graphlib.py heapq.py json/decoder.py json/encoder.py queue.py "
     "shlex.py statistics.py string.py textwrap.py wave.py zipapp.py test/test_bisect.py test/test_csv.py "
-    "test/test_heapq.py test/test_queue.py test/test_shlex.py test/test_textwrap.py test/test_graphlib.py"
-).split()
+    "test/test_heapq.py test/test_queue.py test/test_shlex.py test/test_textwrap.py test/test_graphlib.py".split()
+)
 CONTEXT = 512
 VOCABULARY = 8192
 
@@ -89,8 +89,12 @@ def prepare(out: Path, work: Path, seed: int) -> tuple[torch.Tensor, torch.Tenso
     random.Random(seed).shuffle(train)
     tokenizer = train_tokenizer(train)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        model_max_length=CONTEXT, clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(out)
     (out / "heldout.txt").write_text("".join(held))
@@ -121,9 +125,19 @@ def prepare(out: Path, work: Path, seed: int) -> tuple[torch.Tensor, torch.Tenso
 
 def configuration() -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=320, intermediate_size=832, num_hidden_layers=5, num_attention_heads=5,
-        num_key_value_heads=1, head_dim=64, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5, tie_word_embeddings=False,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        vocab_size=VOCABULARY,
+        hidden_size=320,
+        intermediate_size=832,
+        num_hidden_layers=5,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=CONTEXT,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
     )
 
 
@@ -212,12 +226,24 @@ def main() -> None:
         adam.load_state_dict(saved["adam"])
         start, curve, spent = saved["step"], saved["curve"], saved["spent"]
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, {len(train):,} training tokens, {len(held):,} held out, from step {start}", flush=True)
+    print(
+        f"{parameters:,} parameters, {len(train):,} training tokens, {len(held):,} held out, from step {start}",
+        flush=True,
+    )
     body = torch.compile(model.model, dynamic=False)
 
     def save_checkpoint(step: int) -> None:
-        torch.save({"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "step": step,
-                    "curve": curve, "spent": spent}, checkpoint.with_suffix(".new"))
+        torch.save(
+            {
+                "model": model.state_dict(),
+                "muon": muon.state_dict(),
+                "adam": adam.state_dict(),
+                "step": step,
+                "curve": curve,
+                "spent": spent,
+            },
+            checkpoint.with_suffix(".new"),
+        )
         checkpoint.with_suffix(".new").replace(checkpoint)
 
     begin_decay = round(options.steps * (1 - options.decay))
@@ -266,10 +292,18 @@ def main() -> None:
     model.config.save_pretrained(options.out)
     model.generation_config.save_pretrained(options.out)
     record = {
-        "command": "python scripts/train_embedded.py " + " ".join(sys.argv[1:]), "seed": options.seed,
-        "steps": options.steps, "rows": options.rows, "context": CONTEXT, "parameters": parameters,
-        "training_tokens": len(train), "held_out": HELD_OUT, "python": platform.python_version(), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "seconds": round(spent), "curve": curve,
+        "command": "python scripts/train_embedded.py " + " ".join(sys.argv[1:]),
+        "seed": options.seed,
+        "steps": options.steps,
+        "rows": options.rows,
+        "context": CONTEXT,
+        "parameters": parameters,
+        "training_tokens": len(train),
+        "held_out": HELD_OUT,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "curve": curve,
     }
     (options.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
