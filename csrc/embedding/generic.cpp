@@ -11,7 +11,8 @@ using linear::store_float;
 
 // Eight codes fill whole bytes, so a row is read in windows of eight codes.
 void expand_row(const EmbeddingCall& call, std::int64_t index, std::int64_t m) {
-  const std::int64_t row_bytes = (call.columns * call.bits + 7) / 8, groups = (call.columns + call.group - 1) / call.group;
+  const std::int64_t row_bytes = (call.columns * call.bits + 7) / 8,
+                     groups = (call.columns + call.group - 1) / call.group;
   const std::uint8_t* codes = call.codes + index * row_bytes;
   const std::uint64_t mask = (1u << call.bits) - 1;
   for (std::int64_t g = 0; g < groups; g++) {
@@ -21,10 +22,12 @@ void expand_row(const EmbeddingCall& call, std::int64_t index, std::int64_t m) {
     for (std::int64_t k = g * call.group; k < end; k += 8) {
       const std::int64_t start = k * call.bits / 8;
       std::uint64_t window = 0;
-      std::memcpy(&window, codes + start, static_cast<std::size_t>(std::min<std::int64_t>(call.bits, row_bytes - start)));
+      std::memcpy(&window, codes + start,
+                  static_cast<std::size_t>(std::min<std::int64_t>(call.bits, row_bytes - start)));
       const int count = static_cast<int>(std::min<std::int64_t>(8, end - k));
       float values[8];
-      for (int i = 0; i < count; i++) values[i] = static_cast<float>(static_cast<int>(window >> i * call.bits & mask) - zero) * scale;
+      for (int i = 0; i < count; i++)
+        values[i] = static_cast<float>(static_cast<int>(window >> i * call.bits & mask) - zero) * scale;
       for (int i = 0; i < count; i++) store_float(call.y, call.y_type, m * call.columns + k + i, values[i]);
     }
   }

@@ -26,7 +26,8 @@ inline __m512 load_floats(const void* from, Type type, std::int64_t index, int c
 inline __m256i narrow_bf16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i nearest = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __m512i nearest =
+      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
   const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), quiet));
 }
@@ -38,8 +39,8 @@ inline void store_floats(void* to, Type type, std::int64_t index, int count, __m
   _mm256_mask_storeu_epi16(static_cast<char*>(to) + 2 * index, mask, halves);
 }
 
-// 16 rows of 16 dwords become 16 columns: dword i of every row goes to to[i], a vector with a lane for each row. `row(i)` gives row i.
-// Four rows at a time, so that everything stays in registers.
+// 16 rows of 16 dwords become 16 columns: dword i of every row goes to to[i], a vector with a lane for each row.
+// `row(i)` gives row i. Four rows at a time, so that everything stays in registers.
 template <class Row>
 inline void transpose(const Row& row, __m512i* to) {
   __m512i quarter[4][4];  // [rows 4q to 4q + 3][dword modulo 4]

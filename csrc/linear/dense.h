@@ -1,6 +1,8 @@
-// y = x @ weight.T + bias for few rows of x: weights are read once from memory, widened in registers and summed in fp32.
+// y = x @ weight.T + bias for few rows of x: weights are read once from memory, widened in registers and summed in
+// fp32.
 //
-// A sum is kept in 2 * lanes partial sums along k and added up in a fixed order, the same for every number of rows and threads.
+// A sum is kept in 2 * lanes partial sums along k and added up in a fixed order, the same for every number of rows and
+// threads.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
-// The dense product for vector instruction sets; see dense.h. Included by one translation unit per instruction set, V is its vector
-// type, everything is unnamed (see quantize.h).
+// The dense product for vector instruction sets; see dense.h. Included by one translation unit per instruction set, V
+// is its vector type, everything is unnamed (see quantize.h).
 #pragma once
 #include <algorithm>
 
@@ -29,7 +29,8 @@ void dense_block(const DenseCall& call, const float* x, std::int64_t padded, std
   constexpr int step = 2 * V::lanes;
   const char* weights[rows];
   for (int r = 0; r < rows; r++)
-    weights[r] = static_cast<const char*>(call.weight) + std::min(n + r, call.outputs - 1) * call.columns * size_of(type);
+    weights[r] =
+        static_cast<const char*>(call.weight) + std::min(n + r, call.outputs - 1) * call.columns * size_of(type);
   F sum[rows][columns][2];
   for (int r = 0; r < rows; r++)
     for (int c = 0; c < columns; c++) sum[r][c][0] = sum[r][c][1] = V::set(0.0f);
@@ -46,14 +47,16 @@ void dense_block(const DenseCall& call, const float* x, std::int64_t padded, std
   if (whole < call.columns) {
     for (int r = 0; r < rows; r++) {
       alignas(64) char last[step * size_of(type)] = {};
-      std::memcpy(last, weights[r] + whole * size_of(type), static_cast<std::size_t>((call.columns - whole) * size_of(type)));
+      std::memcpy(last, weights[r] + whole * size_of(type),
+                  static_cast<std::size_t>((call.columns - whole) * size_of(type)));
       add(last, r, whole);
     }
   }
   for (int r = 0; r < rows && n + r < call.outputs; r++) {
     const float bias = call.bias ? load_float(call.bias, call.bias_type, n + r) : 0.0f;
     for (int c = 0; c < columns; c++)
-      store_float(call.y, call.x_type, (m + c) * call.outputs + n + r, V::total(V::add(sum[r][c][0], sum[r][c][1])) + bias);
+      store_float(call.y, call.x_type, (m + c) * call.outputs + n + r,
+                  V::total(V::add(sum[r][c][0], sum[r][c][1])) + bias);
   }
 }
 
@@ -65,10 +68,12 @@ void dense_rows(const DenseCall& call, const float* x, std::int64_t padded, std:
       const std::int64_t left = call.rows - m;
       // Weights of `wide` outputs stay in the cache while the next rows of x pass over them.
       if (left >= 4) {
-        for (int r = 0; r < wide && n + r < last; r += wide / 4) dense_block<V, type, wide / 4, 4>(call, x, padded, n + r, m);
+        for (int r = 0; r < wide && n + r < last; r += wide / 4)
+          dense_block<V, type, wide / 4, 4>(call, x, padded, n + r, m);
         m += 4;
       } else if (left >= 2) {
-        for (int r = 0; r < wide && n + r < last; r += wide / 2) dense_block<V, type, wide / 2, 2>(call, x, padded, n + r, m);
+        for (int r = 0; r < wide && n + r < last; r += wide / 2)
+          dense_block<V, type, wide / 2, 2>(call, x, padded, n + r, m);
         m += 2;
       } else {
         dense_block<V, type, wide, 1>(call, x, padded, n, m);
@@ -89,7 +94,8 @@ void run_dense(const DenseCall& call) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int t = 0; t < threads; t++) {
     // Whole blocks of outputs, so that no two threads write the same ones.
-    const std::int64_t first = blocks * t / threads * wide, last = std::min(call.outputs, blocks * (t + 1) / threads * wide);
+    const std::int64_t first = blocks * t / threads * wide,
+                       last = std::min(call.outputs, blocks * (t + 1) / threads * wide);
     if (call.weight_type == Type::bf16)
       dense_rows<V, Type::bf16>(call, x, padded, first, last);
     else if (call.weight_type == Type::fp16)

@@ -1,5 +1,6 @@
-// The tile instructions of the processor. Written as volatile assembly: GCC's tile configuration intrinsic declares only 8 of the
-// 64 bytes as read, so the optimiser may drop the rest, and tiles are state that it must not move work across.
+// The tile instructions of the processor. Written as volatile assembly: GCC's tile configuration intrinsic declares
+// only 8 of the 64 bytes as read, so the optimiser may drop the rest, and tiles are state that it must not move work
+// across.
 #include "linear/int_tiles.h"
 
 namespace parco::linear {

@@ -1,5 +1,5 @@
-// The tile instructions written in C++, as the manual defines them, so that what is built on them is tested on machines without AMX.
-// Nothing chooses this kernel.
+// The tile instructions written in C++, as the manual defines them, so that what is built on them is tested on machines
+// without AMX. Nothing chooses this kernel.
 #include "linear/int_tiles.h"
 
 namespace parco::linear {

@@ -79,7 +79,8 @@ struct Avx2 {
 
     Reader(int code_bits, std::int64_t bytes_per_row) : bits(code_bits), row_bytes(bytes_per_row) {}
 
-    // Every eighth (nibbles) or fourth (bytes) code starts on a byte only for some widths, so codes come out of a 64-bit window.
+    // Every eighth (nibbles) or fourth (bytes) code starts on a byte only for some widths, so codes come out of a
+    // 64-bit window.
     I unpack(const std::uint8_t* from, std::int64_t left) const {
       alignas(32) std::uint8_t expanded[32] = {};
       const std::uint64_t mask = (1u << bits) - 1;
@@ -88,7 +89,8 @@ struct Avx2 {
         const std::int64_t start = 8 * per_byte * bits / 8 * i;
         if (start >= left) break;
         std::uint64_t window = 0;
-        std::memcpy(&window, from + start, static_cast<std::size_t>(std::min<std::int64_t>(8 * per_byte * bits / 8, left - start)));
+        std::memcpy(&window, from + start,
+                    static_cast<std::size_t>(std::min<std::int64_t>(8 * per_byte * bits / 8, left - start)));
         for (int byte = 0; byte < 8; byte++) {
           std::uint64_t code = window >> per_byte * byte * bits & mask;
           if (per_byte == 2) code |= (window >> (2 * byte + 1) * bits & mask) << 4;
@@ -149,8 +151,8 @@ struct Avx2 {
       for (std::int32_t g = 0; g < groups; g++) to[g * stride + lane] = load_float(rows[lane], type, g);
   }
 
-  static void quantize(const IntCall& call, const Plan& plan, std::int64_t row, std::int16_t* const* words, float* scales,
-                       std::int32_t* const* sums) {
+  static void quantize(const IntCall& call, const Plan& plan, std::int64_t row, std::int16_t* const* words,
+                       float* scales, std::int32_t* const* sums) {
     quantize_row<true>(call, plan, row, words, scales, sums);
   }
 };

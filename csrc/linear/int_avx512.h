@@ -22,8 +22,8 @@ struct Avx512 {
     return _mm512_set1_epi32(pair);
   }
   static I dot(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
-  // One block of `all` rows of words against its dwords of codes. Bytes of codes meet bytes of words, and high sums weigh 256: half
-  // the unpacking of 16-bit products.
+  // One block of `all` rows of words against its dwords of codes. Bytes of codes meet bytes of words, and high sums
+  // weigh 256: half the unpacking of 16-bit products.
   template <bool nibbles, int all>
   static void block_sums(const I* codes, std::int32_t dwords, int bits, const char* const* x, I* sum) {
     if (dwords == 4) return sums_of<nibbles, all, 4>(codes, dwords, bits, x, sum);
@@ -181,8 +181,9 @@ struct Avx512 {
       quantize_to<Order::pairs>(call, plan, m, words, scales, sums);
   }
 
-  // What 64 bytes of a quantized row hold: 32 words as they come, or in the pairs that `tile` wants, or split into high and low bytes
-  // for `decode`: per dword of codes the high and then the low bytes of every four values that a mask leaves of it.
+  // What 64 bytes of a quantized row hold: 32 words as they come, or in the pairs that `tile` wants, or split into high
+  // and low bytes for `decode`: per dword of codes the high and then the low bytes of every four values that a mask
+  // leaves of it.
   enum class Order { natural, pairs, bytes };
 
   struct alignas(64) Places {
@@ -192,7 +193,8 @@ struct Avx512 {
     Places places{};
     for (int i = 0; i < 32; i++) {
       const int to = order == Order::pairs ? i / unit * unit + paired(i % unit, unit) : i;
-      places.byte[2 * to] = static_cast<std::uint8_t>(2 * i), places.byte[2 * to + 1] = static_cast<std::uint8_t>(2 * i + 1);
+      places.byte[2 * to] = static_cast<std::uint8_t>(2 * i),
+                      places.byte[2 * to + 1] = static_cast<std::uint8_t>(2 * i + 1);
     }
     for (int i = 0; i < 32 && order == Order::bytes; i++) {  // from 32 high bytes and then 32 low ones
       const int half = unit == 8 ? i % 2 : 0, place = unit == 8 ? i % 8 / 2 : i % 4;
@@ -204,8 +206,8 @@ struct Avx512 {
 
   // The same words, scales and sums as quantize_row, 32 values at a time.
   template <Order order>
-  static void quantize_to(const IntCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words, float* scales,
-                          std::int32_t* const* sums) {
+  static void quantize_to(const IntCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words,
+                          float* scales, std::int32_t* const* sums) {
     if (call.x_type == Type::fp32)
       quantize_words<order, 2>(call, plan, m, words, scales, sums);
     else
@@ -213,8 +215,8 @@ struct Avx512 {
   }
 
   template <Order order, int word_count>
-  static void quantize_words(const IntCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words, float* scales,
-                             std::int32_t* const* sums) {
+  static void quantize_words(const IntCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words,
+                             float* scales, std::int32_t* const* sums) {
     static constexpr Places of_nibbles = places_of(order, 8), of_bytes = places_of(order, 4);
     const I places = load(plan.unit == 8 ? of_nibbles.byte : of_bytes.byte);
     const std::int64_t row = m * call.columns;
@@ -225,7 +227,8 @@ struct Avx512 {
       const int vectors = (block.length + 15) / 16;
       I largest = set(0);
       for (int i = 0; i < vectors; i++) {
-        values[i] = avx512::load_floats(call.x, call.x_type, row + block.k + 16 * i, std::min(16, block.length - 16 * i));
+        values[i] =
+            avx512::load_floats(call.x, call.x_type, row + block.k + 16 * i, std::min(16, block.length - 16 * i));
         largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(values[i]), magnitude));
       }
       if (vectors % 2) values[vectors] = set(0.0f);
@@ -254,9 +257,11 @@ struct Avx512 {
           I packed = joined;
           if constexpr (order == Order::bytes) {
             const I high_bytes = _mm512_srai_epi16(_mm512_add_epi16(joined, _mm512_set1_epi16(128)), 8);
-            packed = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(high_bytes)), _mm512_cvtepi16_epi8(joined), 1);
+            packed = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(high_bytes)),
+                                        _mm512_cvtepi16_epi8(joined), 1);
           }
-          _mm512_storeu_si512(to + block.k + 16 * i, order == Order::natural ? packed : _mm512_permutexvar_epi8(places, packed));
+          _mm512_storeu_si512(to + block.k + 16 * i,
+                              order == Order::natural ? packed : _mm512_permutexvar_epi8(places, packed));
         };
         pack(high, words[0], high_sum);
         if constexpr (word_count == 2) pack(low, words[1], low_sum);

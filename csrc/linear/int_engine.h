@@ -1,10 +1,10 @@
-// The integer product for vector instruction sets. One lane is one output (a row of the weights): `lanes` rows are read a vector
-// each and transposed, so that a vector holds the same codes of `lanes` rows, every sum of a block stays in its lane and no
-// reduction across lanes is ever needed. A vector of dwords becomes 4 (nibbles) or 2 (bytes) vectors of 16-bit pairs by a shift and a
-// mask; the words of x are stored in the order of those pairs.
+// The integer product for vector instruction sets. One lane is one output (a row of the weights): `lanes` rows are read
+// a vector each and transposed, so that a vector holds the same codes of `lanes` rows, every sum of a block stays in
+// its lane and no reduction across lanes is ever needed. A vector of dwords becomes 4 (nibbles) or 2 (bytes) vectors of
+// 16-bit pairs by a shift and a mask; the words of x are stored in the order of those pairs.
 //
-// With few words per column of x (decode), weights go from memory through registers into the products. With more, 2 * lanes rows are
-// expanded once into a panel that stays in the L2 cache and is multiplied by tiles of x.
+// With few words per column of x (decode), weights go from memory through registers into the products. With more, 2 *
+// lanes rows are expanded once into a panel that stays in the L2 cache and is multiplied by tiles of x.
 //
 // Included by one translation unit per instruction set; V is its vector type. Everything is unnamed (see quantize.h).
 #pragma once
@@ -30,7 +30,8 @@ struct Job {
   std::int64_t block_stride;
 };
 
-// What belongs to `lanes * vectors` outputs: scales and zeros turned so that a group's values of all lanes are neighbours.
+// What belongs to `lanes * vectors` outputs: scales and zeros turned so that a group's values of all lanes are
+// neighbours.
 template <class V, int vectors>
 struct Outputs {
   std::int64_t first, count;
@@ -62,7 +63,8 @@ struct Outputs {
   }
 };
 
-// Where a block's sum starts: at minus zero times the sum of its words, so that the codes themselves are used as they are.
+// Where a block's sum starts: at minus zero times the sum of its words, so that the codes themselves are used as they
+// are.
 template <class V, int vectors>
 inline typename V::I first_sum(const Outputs<V, vectors>& outputs, const Block& block, int v, std::int32_t sum) {
   if (!outputs.zero) return V::set(sum);
@@ -194,7 +196,8 @@ void tile(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V::I* 
 }
 
 template <class V, int rows, int words>
-void last_tile(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V::I* panel, std::int64_t m0, std::int64_t left) {
+void last_tile(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V::I* panel, std::int64_t m0,
+               std::int64_t left) {
   if constexpr (rows > 0) {
     if (left == rows) return tile<V, rows, words>(job, outputs, panel, m0);
     last_tile<V, rows - 1, words>(job, outputs, panel, m0, left);
@@ -202,7 +205,8 @@ void last_tile(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V
 }
 
 template <class V, int words>
-void tiles(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V::I* panel, std::int64_t first, std::int64_t last) {
+void tiles(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V::I* panel, std::int64_t first,
+           std::int64_t last) {
   constexpr int rows = words == 1 ? V::tile_rows : V::tile_rows_of_two_words;
   std::int64_t m = first;
   for (; m + rows <= last; m += rows) tile<V, rows, words>(job, outputs, panel, m);
@@ -234,7 +238,8 @@ void quantize(const Job<V>& job, std::int64_t m) {
 
 inline std::size_t rounded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// What one thread costs to wake is paid back by about this many bytes of weights read, or products of as many codes times 4 rows.
+// What one thread costs to wake is paid back by about this many bytes of weights read, or products of as many codes
+// times 4 rows.
 constexpr std::int64_t worth_a_thread = 96 * 1024;
 constexpr std::int64_t slab_rows = 1024;
 
@@ -258,7 +263,8 @@ void run(const IntCall& call) {
   const std::int64_t work = std::max(bytes, bytes * call.rows * words / 4);
   const int threads = static_cast<int>(std::clamp<std::int64_t>(work / worth_a_thread, 1, call.threads));
 
-  char* memory = static_cast<char*>(scratch(plan_size + (x_size + block_size) * words + block_size + thread_size * threads));
+  char* memory =
+      static_cast<char*>(scratch(plan_size + (x_size + block_size) * words + block_size + thread_size * threads));
   Job<V> job{call, make_plan(call, memory), words, {}, {}, {}, 0, 0, blocks};
   memory += plan_size;
   for (int w = 0; w < words; w++, memory += x_size) job.x[w] = reinterpret_cast<std::int16_t*>(memory);
@@ -273,7 +279,8 @@ void run(const IntCall& call) {
     if (decoding)
       for (std::int64_t m = 0; m < job.rows; m++) quantize(job, m);
     // Enough tasks for every thread: the rows of x are shared out too where the outputs are few.
-    const std::int64_t parts = decoding || panels >= 4 * threads ? 1 : std::clamp<std::int64_t>(job.rows / 24, 1, threads);
+    const std::int64_t parts =
+        decoding || panels >= 4 * threads ? 1 : std::clamp<std::int64_t>(job.rows / 24, 1, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       if (!decoding) {
@@ -290,7 +297,8 @@ void run(const IntCall& call) {
         for (std::int64_t task = tasks * t / threads; task < tasks * (t + 1) / threads; task++) {
           const std::int64_t output = task / parts * wide, part = task % parts;
           if (decoding) {
-            nibbles ? decode_any<V, true>(job, output, scales, zeros) : decode_any<V, false>(job, output, scales, zeros);
+            nibbles ? decode_any<V, true>(job, output, scales, zeros)
+                    : decode_any<V, false>(job, output, scales, zeros);
             continue;
           }
           Outputs<V, 2> outputs;

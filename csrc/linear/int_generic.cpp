@@ -42,7 +42,8 @@ void int_generic(const IntCall& call) {
   const std::size_t scales_size = static_cast<std::size_t>(slab * blocks) * sizeof(float);
   // The sums are not needed here; all rows may write theirs to the same place per thread.
   const std::size_t sums_size = static_cast<std::size_t>(2 * blocks * call.threads) * sizeof(std::int32_t);
-  char* memory = static_cast<char*>(scratch(plan_size + words_size + codes_size * call.threads + scales_size + sums_size));
+  char* memory =
+      static_cast<char*>(scratch(plan_size + words_size + codes_size * call.threads + scales_size + sums_size));
   const Plan plan = make_plan(call, memory);
   std::int16_t* words = reinterpret_cast<std::int16_t*>(memory + plan_size);
   std::int16_t* codes = words + slab * padded * word_count;
@@ -71,7 +72,8 @@ void int_generic(const IntCall& call) {
             const std::int16_t *high = words + m * padded, *low = words + (slab + m) * padded;
             float exact = static_cast<float>(dot(high + block.k, row_codes + block.k, block.length));
             if (word_count == 2)
-              exact = std::fma(exact, 32768.0f, static_cast<float>(dot(low + block.k, row_codes + block.k, block.length)));
+              exact =
+                  std::fma(exact, 32768.0f, static_cast<float>(dot(low + block.k, row_codes + block.k, block.length)));
             float unit = scales[m * blocks + b];
             if (plan.groups > 1) unit *= load_float(call.scale, call.scale_type, n * call.scale_stride + block.group);
             sum = std::fma(exact, unit, sum);

@@ -1,16 +1,17 @@
 // The integer product on AMX tiles: the same sums as int_engine.h's, so the same bits.
 //
-// A 16-bit word is high * 256 + low with both bytes signed, and a block's sum is that of the high bytes times 256 plus that of the
-// low ones; the codes are used unsigned (tdpbsud). A tile of x holds 16 rows by up to 64 bytes of k; a panel of the weights is
-// expanded to bytes, 32 outputs to a row. T supplies the tile instructions: the processor's, or the same written in C++.
+// A 16-bit word is high * 256 + low with both bytes signed, and a block's sum is that of the high bytes times 256 plus
+// that of the low ones; the codes are used unsigned (tdpbsud). A tile of x holds 16 rows by up to 64 bytes of k; a
+// panel of the weights is expanded to bytes, 32 outputs to a row. T supplies the tile instructions: the processor's, or
+// the same written in C++.
 #pragma once
 #include "linear/int_avx512.h"
 
 namespace parco::linear {
 namespace {
 
-// Every block takes the same `quads` (of 4 values of k) of memory, in steps of one tile of at most 16; what a short block leaves over
-// is zero in x.
+// Every block takes the same `quads` (of 4 values of k) of memory, in steps of one tile of at most 16; what a short
+// block leaves over is zero in x.
 struct Tiling {
   std::int32_t step, steps, quads;
   std::int64_t row_bytes;  // of one digit of one row of x
@@ -42,7 +43,8 @@ struct alignas(64) TileConfig {
   std::uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 3: sums of (high, low) x (left, right outputs). 4, 5: high and low bytes of x. 6, 7: left and right weights.
+// Tiles 0 to 3: sums of (high, low) x (left, right outputs). 4, 5: high and low bytes of x. 6, 7: left and right
+// weights.
 inline TileConfig tile_config(const Tiling& tiling) {
   TileConfig config;
   for (int t = 0; t < 8; t++) {
@@ -57,10 +59,12 @@ inline void split_row(const TileJob& job, std::int64_t m, std::int16_t* own) {
   const Plan& plan = job.plan;
   std::int16_t* words[2] = {own, own + plan.words};
   std::int32_t* sums[2] = {job.x_sum[0] + m * plan.block_count, job.x_sum[1] + m * plan.block_count};
-  Avx512::quantize_to<Avx512::Order::natural>(job.call, plan, job.first + m, words, job.x_scale + m * plan.block_count, sums);
+  Avx512::quantize_to<Avx512::Order::natural>(job.call, plan, job.first + m, words, job.x_scale + m * plan.block_count,
+                                              sums);
   const std::int32_t times = job.call.zero ? -1 : -(1 << (job.call.bits - 1));
   alignas(64) std::int8_t from[64];
-  for (int i = 0; i < 64; i++) from[i] = static_cast<std::int8_t>(plan.unit == 4 ? i : i / 8 * 8 + i % 8 / 4 + i % 4 * 2);
+  for (int i = 0; i < 64; i++)
+    from[i] = static_cast<std::int8_t>(plan.unit == 4 ? i : i / 8 * 8 + i % 8 / 4 + i % 4 * 2);
   const __m512i order = _mm512_load_si512(from), half = _mm512_set1_epi16(128);
   for (int w = 0; w < job.words; w++) {
     for (std::int32_t b = 0; b < plan.block_count; b++) {
@@ -79,7 +83,9 @@ inline void split_row(const TileJob& job, std::int64_t m, std::int16_t* own) {
           _mm512_mask_storeu_epi8(at + to + k, mask, _mm512_permutexvar_epi8(order, joined));
         };
         const __m512i first = part(0), second = part(32);
-        const auto high = [&](__m512i value) { return _mm512_cvtepi16_epi8(_mm512_srai_epi16(_mm512_add_epi16(value, half), 8)); };
+        const auto high = [&](__m512i value) {
+          return _mm512_cvtepi16_epi8(_mm512_srai_epi16(_mm512_add_epi16(value, half), 8));
+        };
         store(job.digits[w][0], high(first), high(second));
         store(job.digits[w][1], _mm512_cvtepi16_epi8(first), _mm512_cvtepi16_epi8(second));
       }
@@ -113,7 +119,8 @@ inline void expand_bytes(const TileJob& job, const Outputs<Avx512, 2>& outputs, 
 }
 
 template <class T>
-void tile_block(const TileJob& job, std::int64_t m0, std::int32_t b, int w, const __m512i* panel, std::int32_t (*sums)[256]) {
+void tile_block(const TileJob& job, std::int64_t m0, std::int32_t b, int w, const __m512i* panel,
+                std::int32_t (*sums)[256]) {
   const std::int64_t at = m0 * job.tiling.row_bytes + static_cast<std::int64_t>(b) * job.tiling.quads * 4;
   const __m512i* weights = panel + static_cast<std::int64_t>(b) * job.tiling.quads * 2;
   T::template zero<0>(), T::template zero<1>(), T::template zero<2>(), T::template zero<3>();
@@ -145,7 +152,8 @@ void tile_rows(const TileJob& job, const Outputs<Avx512, 2>& outputs, const __m5
         for (int w = 0; w < words; w++) {
           const __m512i high = _mm512_slli_epi32(_mm512_load_si512(sums[w][v] + 16 * m), 8);
           const __m512i both = _mm512_add_epi32(high, _mm512_load_si512(sums[w][2 + v] + 16 * m));
-          sum[w] = _mm512_add_epi32(both, first_sum(outputs, plan.blocks[b], v, job.x_sum[w][(m0 + m) * plan.block_count + b]));
+          sum[w] = _mm512_add_epi32(
+              both, first_sum(outputs, plan.blocks[b], v, job.x_sum[w][(m0 + m) * plan.block_count + b]));
         }
         const float* scale = outputs.scale + (plan.blocks[b].group * 2 + v) * 16;
         const __m512 unit = plan.groups > 1 ? _mm512_mul_ps(x_scale, _mm512_load_ps(scale)) : x_scale;
@@ -174,7 +182,8 @@ void run_tiles(const IntCall& call) {
   const std::size_t thread_size = 2 * scale_size + words_size + panel_size;
   const int threads = call.threads;
 
-  char* memory = static_cast<char*>(scratch(plan_size + (2 * digit_size + block_size) * words + block_size + thread_size * threads));
+  char* memory = static_cast<char*>(
+      scratch(plan_size + (2 * digit_size + block_size) * words + block_size + thread_size * threads));
   TileJob job{call, make_plan(call, memory), tiling, words, {}, {}, {}, 0, 0};
   memory += plan_size;
   for (int w = 0; w < words; w++)
@@ -185,7 +194,8 @@ void run_tiles(const IntCall& call) {
   memory += block_size;
   // Rows past the last fill their tile; they only have to be readable numbers.
   for (int w = 0; w < words; w++)
-    for (int d = 0; d < 2; d++) std::memset(job.digits[w][d] + slab * tiling.row_bytes, 0, (tall - slab) * tiling.row_bytes);
+    for (int d = 0; d < 2; d++)
+      std::memset(job.digits[w][d] + slab * tiling.row_bytes, 0, (tall - slab) * tiling.row_bytes);
 
   const TileConfig config = tile_config(tiling);
   for (job.first = 0; job.first < call.rows; job.first += slab) {
@@ -213,7 +223,8 @@ void run_tiles(const IntCall& call) {
           outputs.gather(call, job.plan, task / parts * 32, scales, zeros);
           expand_bytes(job, outputs, panel);
           for (std::int64_t band = bands * part / parts; band < bands * (part + 1) / parts; band++)
-            words == 1 ? tile_rows<T, 1>(job, outputs, panel, 16 * band) : tile_rows<T, 2>(job, outputs, panel, 16 * band);
+            words == 1 ? tile_rows<T, 1>(job, outputs, panel, 16 * band)
+                       : tile_rows<T, 2>(job, outputs, panel, 16 * band);
         }
         T::release();
       }

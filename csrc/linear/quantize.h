@@ -1,5 +1,6 @@
-// One row of x as 16-bit words, in plain C++. Included by one translation unit per instruction set, so everything here is unnamed:
-// a shared inline function would be kept once by the linker, perhaps in the version that this machine cannot run.
+// One row of x as 16-bit words, in plain C++. Included by one translation unit per instruction set, so everything here
+// is unnamed: a shared inline function would be kept once by the linker, perhaps in the version that this machine
+// cannot run.
 #pragma once
 #include <cstring>
 
@@ -31,7 +32,8 @@ inline std::uint16_t to_fp16(float value) {
   const std::uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return static_cast<std::uint16_t>(sign | 0x7e00);
   if (magnitude >= 0x477ff000) return static_cast<std::uint16_t>(sign | 0x7c00);  // rounds past 65504
-  if (magnitude < 0x38800000)  // below 2^-14: adding 0.5 leaves the value rounded to a multiple of 2^-24 in the low bits
+  if (magnitude <
+      0x38800000)  // below 2^-14: adding 0.5 leaves the value rounded to a multiple of 2^-24 in the low bits
     return static_cast<std::uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000));
   return static_cast<std::uint16_t>(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
@@ -64,14 +66,16 @@ inline void store_float(void* to, Type type, std::int64_t index, float value) {
   std::memcpy(bytes + 2 * index, &half, 2);
 }
 
-// What a block's words are multiples of, from the largest magnitude's bit pattern: a power of two, so that the division is exact.
+// What a block's words are multiples of, from the largest magnitude's bit pattern: a power of two, so that the division
+// is exact.
 struct BlockScale {
   float inverse;  // x * inverse is the (high) word before rounding
   float scale;    // one unit of the (low) word
 };
 
-// One word: |word| <= 32512, so that it also splits into two signed bytes high * 256 + low. The exponent goes up by one where the
-// mantissa is at least 1.984375. Two words: high in units of 2^15, |high| and |low| <= 16384, which is 30 bits with the sign.
+// One word: |word| <= 32512, so that it also splits into two signed bytes high * 256 + low. The exponent goes up by one
+// where the mantissa is at least 1.984375. Two words: high in units of 2^15, |high| and |low| <= 16384, which is 30
+// bits with the sign.
 inline BlockScale block_scale(std::uint32_t largest, int words) {
   std::uint32_t exponent = (words == 1 ? largest + 0x20000 : largest) >> 23;
   const std::uint32_t least = words == 1 ? 15 : 29;
@@ -83,9 +87,7 @@ constexpr std::uint32_t infinity_bits = 0x7f800000;
 constexpr std::uint32_t nan_bits = 0x7fc00000;
 
 // Round to nearest even for |value| < 2^22, without asking for a rounding mode.
-inline std::int32_t nearest(float value) {
-  return static_cast<std::int32_t>(bits_of(value + 0x1.8p23f) - 0x4b400000u);
-}
+inline std::int32_t nearest(float value) { return static_cast<std::int32_t>(bits_of(value + 0x1.8p23f) - 0x4b400000u); }
 
 // Where the word of code i of a dword goes: the two words that meet the same shift of the dword are neighbours.
 constexpr int paired(int i, int unit) { return unit == 8 ? 2 * (i % 4) + i / 4 : 2 * (i % 2) + i / 2; }

@@ -1,5 +1,5 @@
-// The dense product and the lookup on odd shapes at odd addresses in buffers of exactly their size, against sums in double; built
-// with sanitizers too.
+// The dense product and the lookup on odd shapes at odd addresses in buffers of exactly their size, against sums in
+// double; built with sanitizers too.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -39,22 +39,24 @@ struct Values {
   std::vector<double> exact;
 };
 
-void check(const char* name, void (*kernel)(const DenseCall&), std::int64_t rows, std::int64_t outputs, std::int64_t columns,
-           Type x_type, Type weight_type) {
+void check(const char* name, void (*kernel)(const DenseCall&), std::int64_t rows, std::int64_t outputs,
+           std::int64_t columns, Type x_type, Type weight_type) {
   const Values x(rows * columns, x_type), weight(outputs * columns, weight_type), bias(outputs, Type::bf16);
   for (int threads : {1, 3}) {
     // fp32 results can be compared exactly: products are multiples of 2^-10 and sums stay far below 2^14.
     std::vector<float> y(rows * outputs);
     if (x_type != Type::fp32) y.resize((rows * outputs + 1) / 2);
-    kernel({x.data, weight.data, bias.data, y.data(), rows, outputs, columns, threads, x_type, weight_type, Type::bf16});
+    kernel(
+        {x.data, weight.data, bias.data, y.data(), rows, outputs, columns, threads, x_type, weight_type, Type::bf16});
     for (std::int64_t i = 0; x_type == Type::fp32 && i < rows * outputs; i++) {
       double sum = bias.exact[i % outputs];
-      for (std::int64_t k = 0; k < columns; k++) sum += x.exact[i / outputs * columns + k] * weight.exact[i % outputs * columns + k];
+      for (std::int64_t k = 0; k < columns; k++)
+        sum += x.exact[i / outputs * columns + k] * weight.exact[i % outputs * columns + k];
       if (std::abs(sum - y[i]) > 1e-3) {
         failures++;
         std::printf("%s: rows %ld outputs %ld columns %ld types %d %d: %g is not %g\n", name, static_cast<long>(rows),
-                    static_cast<long>(outputs), static_cast<long>(columns), static_cast<int>(x_type), static_cast<int>(weight_type),
-                    static_cast<double>(y[i]), sum);
+                    static_cast<long>(outputs), static_cast<long>(columns), static_cast<int>(x_type),
+                    static_cast<int>(weight_type), static_cast<double>(y[i]), sum);
         break;
       }
     }
@@ -68,16 +70,16 @@ void check_lookup(int bits, std::int64_t columns, std::int64_t group) {
   const Values scale(table_rows * groups, Type::fp32);
   const std::int64_t indices[] = {8, 0, 3};
   std::vector<float> y(3 * columns);
-  parco::embedding::embedding_generic({indices, codes.data(), scale.data, nullptr, y.data(), 3, table_rows, columns, group, groups,
-                                       bits, 2, Type::fp32, Type::fp32});
+  parco::embedding::embedding_generic({indices, codes.data(), scale.data, nullptr, y.data(), 3, table_rows, columns,
+                                       group, groups, bits, 2, Type::fp32, Type::fp32});
   for (std::int64_t i = 0; i < 3 * columns; i++) {
     const std::int64_t row = indices[i / columns], k = i % columns;
     int code = 0;
     for (int b = 0; b < bits; b++) code |= (codes[row * row_bytes + (k * bits + b) / 8] >> (k * bits + b) % 8 & 1) << b;
     if (y[i] == (code - (1 << (bits - 1))) * scale.exact[row * groups + k / group]) continue;
     failures++;
-    std::printf("lookup: bits %d columns %ld group %ld differs at %ld\n", bits, static_cast<long>(columns), static_cast<long>(group),
-                static_cast<long>(i));
+    std::printf("lookup: bits %d columns %ld group %ld differs at %ld\n", bits, static_cast<long>(columns),
+                static_cast<long>(group), static_cast<long>(i));
     break;
   }
 }

@@ -1,5 +1,6 @@
-// Every instruction set of the integer product against the generic one, bit for bit, on shapes that no vector divides; built with
-// sanitizers too. Inputs lie at odd addresses in buffers of exactly their size, so that a read past an end is seen.
+// Every instruction set of the integer product against the generic one, bit for bit, on shapes that no vector divides;
+// built with sanitizers too. Inputs lie at odd addresses in buffers of exactly their size, so that a read past an end
+// is seen.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -56,7 +57,8 @@ void fill_floats(char* data, std::int64_t count, Type type) {
   }
 }
 
-void check(const std::vector<Kernel>& kernels, Shape shape, int bits, Type x_type, Type scale_type, bool asymmetric, bool one_scale) {
+void check(const std::vector<Kernel>& kernels, Shape shape, int bits, Type x_type, Type scale_type, bool asymmetric,
+           bool one_scale) {
   const std::int64_t groups = (shape.columns + shape.group - 1) / shape.group;
   const std::int64_t row_bytes = (shape.columns * bits + 7) / 8;
   Bytes x(shape.rows * shape.columns * size_of(x_type)), codes(shape.outputs * row_bytes);
@@ -65,15 +67,16 @@ void check(const std::vector<Kernel>& kernels, Shape shape, int bits, Type x_typ
   fill_floats(x.data, shape.rows * shape.columns, x_type);
   fill(codes.data, shape.outputs * row_bytes);
   fill_floats(scale.data, one_scale ? 1 : shape.outputs * groups, scale_type);
-  for (std::int64_t i = 0; i < shape.outputs * groups; i++) zero.data[i] = static_cast<char>(random_bits() & ((1 << bits) - 1));
+  for (std::int64_t i = 0; i < shape.outputs * groups; i++)
+    zero.data[i] = static_cast<char>(random_bits() & ((1 << bits) - 1));
   fill_floats(bias.data, shape.outputs, x_type);
   const auto run = [&](const Kernel& kernel, int threads) {
     Bytes y(shape.rows * shape.outputs * size_of(x_type));
     fill(y.data, shape.rows * shape.outputs * size_of(x_type));
     kernel.run({x.data, reinterpret_cast<const std::uint8_t*>(codes.data), scale.data,
-                asymmetric ? reinterpret_cast<const std::uint8_t*>(zero.data) : nullptr, shape.rows % 2 ? bias.data : nullptr, y.data,
-                shape.rows, shape.outputs, shape.columns, shape.group, one_scale ? 0 : groups, bits, threads, x_type, scale_type,
-                x_type});
+                asymmetric ? reinterpret_cast<const std::uint8_t*>(zero.data) : nullptr,
+                shape.rows % 2 ? bias.data : nullptr, y.data, shape.rows, shape.outputs, shape.columns, shape.group,
+                one_scale ? 0 : groups, bits, threads, x_type, scale_type, x_type});
     return std::string(y.data, shape.rows * shape.outputs * size_of(x_type));
   };
   const std::string expected = run(kernels[0], 1);
@@ -81,10 +84,12 @@ void check(const std::vector<Kernel>& kernels, Shape shape, int bits, Type x_typ
     for (int threads : {1, 2, 3}) {
       if (run(kernel, threads) == expected) continue;
       failures++;
-      std::printf("%s differs from %s: rows %ld outputs %ld columns %ld group %ld bits %d x_type %d scale_type %d zero %d threads %d\n",
-                  kernel.name, kernels[0].name, static_cast<long>(shape.rows), static_cast<long>(shape.outputs),
-                  static_cast<long>(shape.columns), static_cast<long>(shape.group), bits, static_cast<int>(x_type),
-                  static_cast<int>(scale_type), asymmetric, threads);
+      std::printf(
+          "%s differs from %s: rows %ld outputs %ld columns %ld group %ld bits %d x_type %d scale_type %d zero %d "
+          "threads %d\n",
+          kernel.name, kernels[0].name, static_cast<long>(shape.rows), static_cast<long>(shape.outputs),
+          static_cast<long>(shape.columns), static_cast<long>(shape.group), bits, static_cast<int>(x_type),
+          static_cast<int>(scale_type), asymmetric, threads);
     }
   }
 }
@@ -107,7 +112,8 @@ int main() {
       for (Type x_type : types) {
         const Type scale_type = types[checks % 3];
         const bool asymmetric = checks % 2;
-        check(kernels, shape, bits, x_type, scale_type, asymmetric, shape.group >= shape.columns && checks % 5 == 0 && !asymmetric);
+        check(kernels, shape, bits, x_type, scale_type, asymmetric,
+              shape.group >= shape.columns && checks % 5 == 0 && !asymmetric);
         checks++;
       }
     }
