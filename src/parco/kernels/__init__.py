@@ -1,1 +1,1 @@
-"""Kernels: one folder per operation, its reference in plain torch beside what is faster; `table.py` picks and explains."""
+"""Kernels: one folder per operation, its reference in plain torch beside what is faster; `table.py` picks."""
