@@ -11,7 +11,7 @@ from torch import Tensor
 from parco import _C, machine
 from parco.kernels import table
 from parco.kernels.linear import linear_int, reference
-from parco.kernels.linear.integer import _compiled
+from parco.kernels.linear.integer import Compiled
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -45,7 +45,7 @@ def compiled() -> Iterator[tuple[str, Callable[..., Tensor]]]:
         if kernel.isa in machine.detect().isas:
             yield kernel.name, kernel.run
     if "avx512" in machine.detect().isas:
-        yield "amx, emulated", _compiled(_C.linear_int_amx_emulated)
+        yield "amx, emulated", Compiled(_C.linear_int_amx_emulated)
 
 
 def product_bound(

@@ -7,8 +7,8 @@ fp16: nearly all values are kept exactly) or 2⁻²⁹ (fp32, which takes two wo
 AMX, to the same sums.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -39,13 +39,8 @@ class IntCall(NamedTuple):
         zero = "" if self.symmetric else ", asymmetric"
         return (
             f"{self.rows} rows of {self.dtype} x int{self.bits} codes {self.outputs}x{self.columns}, "
-            f"groups of {self.group}{zero}, {machine_threads()} threads"
+            f"groups of {self.group}{zero}, {torch.get_num_threads()} threads"
         )
-
-
-def machine_threads() -> int:
-    """Threads that a kernel may use: torch's setting."""
-    return torch.get_num_threads()
 
 
 def describe(
@@ -107,8 +102,21 @@ def check_codes(
         check_matrix(operation, "zero", zero, groups, torch.uint8)
 
 
-def _compiled(kernel: Callable[..., None]) -> Callable[..., Tensor]:
-    def run(
+Launch = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""An operation with everything but its tensors settled: x, codes, scale, zero, bias -> y."""
+
+
+@final
+class Compiled:
+    """A compiled kernel as a function of the operation's arguments; `settle` works out once what calls of a kind
+    share.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    def __call__(
+        self,
         x: Tensor,
         codes: Tensor,
         scale: Tensor,
@@ -118,33 +126,38 @@ def _compiled(kernel: Callable[..., None]) -> Callable[..., Tensor]:
         group: int,
         columns: int,
     ) -> Tensor:
-        x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
-        outputs = codes.shape[0]
-        y = x.new_empty((*x.shape[:-1], outputs))
-        # Held until the kernel returns: the addresses are of these.
-        zero = None if zero is None else zero.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        kernel(
-            x.data_ptr(),
-            codes.data_ptr(),
-            scale.data_ptr(),
-            0 if zero is None else zero.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            x.numel() // columns,
-            outputs,
-            columns,
-            group,
-            scale.shape[1] if scale.shape[0] == outputs else 0,
-            bits,
-            TYPES[x.dtype],
-            TYPES[scale.dtype],
-            0 if bias is None else TYPES[bias.dtype],
-            torch.get_num_threads(),
-        )
-        return y
+        return self.settle(x, codes, scale, bias, bits, group, columns)(x, codes, scale, zero, bias)
 
-    return run
+    def settle(
+        self, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int, group: int, columns: int
+    ) -> Launch:
+        """The launch for tensors of these shapes and dtypes. It keeps none of them."""
+        function, dtype, outputs = self.function, x.dtype, codes.shape[0]
+        shape = (*x.shape[:-1], outputs)
+        scale_stride = scale.shape[1] if scale.shape[0] == outputs else 0
+        bias_type = 0 if bias is None else TYPES[bias.dtype]
+        sizes = (x.numel() // columns, outputs, columns, group, scale_stride, bits)
+        numbers = (*sizes, TYPES[dtype], TYPES[scale.dtype], bias_type)
+
+        def launch(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+            # Names are held until the kernel returns: the addresses are of these tensors.
+            x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
+            zero = None if zero is None else zero.contiguous()
+            bias = None if bias is None else bias.contiguous()
+            y = torch.empty(shape, dtype=dtype)
+            function(
+                x.data_ptr(),
+                codes.data_ptr(),
+                scale.data_ptr(),
+                0 if zero is None else zero.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                y.data_ptr(),
+                *numbers,
+                torch.get_num_threads(),
+            )
+            return y
+
+        return launch
 
 
 def _refuses(call: IntCall) -> str | None:
@@ -162,14 +175,18 @@ table.register(
         "linear_int",
         describe,
         (
-            table.Kernel("int-linear-amx", "amx", _compiled(_C.linear_int_amx), _refuses_tiles),
-            table.Kernel("int-linear-avx512", "avx512", _compiled(_C.linear_int_avx512), _refuses),
-            table.Kernel("int-linear-avx2", "avx2", _compiled(_C.linear_int_avx2), _refuses),
-            table.Kernel("int-linear-generic", "generic", _compiled(_C.linear_int_generic), _refuses),
+            table.Kernel("int-linear-amx", "amx", Compiled(_C.linear_int_amx), _refuses_tiles),
+            table.Kernel("int-linear-avx512", "avx512", Compiled(_C.linear_int_avx512), _refuses),
+            table.Kernel("int-linear-avx2", "avx2", Compiled(_C.linear_int_avx2), _refuses),
+            table.Kernel("int-linear-generic", "generic", Compiled(_C.linear_int_generic), _refuses),
             table.Kernel("int-linear-torch", table.REFERENCE, reference.linear_int),
         ),
     )
 )
+
+_launches: dict[Hashable, Launch] = {}
+KEPT_LAUNCHES = 8192
+"""Kinds of call whose checks and choice are remembered: together they cost as much as a small product."""
 
 LIBRARY.define(
     "linear_int(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group, int columns)"
@@ -192,9 +209,46 @@ def _cpu(
     group: int,
     columns: int,
 ) -> Tensor:
+    key = (
+        machine.isa(),
+        x.dtype,
+        x.shape,
+        codes.dtype,
+        codes.shape,
+        scale.dtype,
+        scale.shape,
+        None if zero is None else (zero.dtype, zero.shape),
+        None if bias is None else (bias.dtype, bias.shape),
+        bits,
+        group,
+        columns,
+    )
+    launch = _launches.get(key)
+    if launch is None:
+        launch = _settle(x, codes, scale, zero, bias, bits, group, columns)
+        if len(_launches) >= KEPT_LAUNCHES:
+            _launches.clear()
+        _launches[key] = launch
+    return launch(x, codes, scale, zero, bias)
+
+
+def _settle(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    columns: int,
+) -> Launch:
+    """Check the arguments and choose their kernel."""
     check(x, codes, scale, zero, bias, bits, group, columns)
     call = describe(x, codes, scale, zero, bias, bits, group, columns)
-    return table.choose("linear_int", call).run(x, codes, scale, zero, bias, bits, group, columns)
+    run = table.choose("linear_int", call).run
+    if isinstance(run, Compiled):
+        return run.settle(x, codes, scale, bias, bits, group, columns)
+    return lambda x, codes, scale, zero, bias: run(x, codes, scale, zero, bias, bits, group, columns)
 
 
 def _fake(
