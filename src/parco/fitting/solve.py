@@ -65,10 +65,11 @@ def solve(
     for name in QUANTITIES:
         limit = getattr(limits, name)
         if limit is not None and limit < float("inf"):
-            # HiGHS lets a row exceed its limit by 1e-6: bytes are a promise, so theirs is drawn in by that much.
-            slack = -2e-6 if name == "bytes" else 1e-9
-            room = (limit - getattr(fixed, name, 0.0)) / scales[name] + slack
-            constraints.append(LinearConstraint(values[name][None] / scales[name], -np.inf, room))
+            # HiGHS lets a row exceed its limit by 1e-6: far below a byte in these units, and 1e-9 of noise for the rest.
+            unit = 1e4 if name == "bytes" else scales[name]
+            room = limit - getattr(fixed, name, 0.0)
+            upper = np.floor(room) / unit if name == "bytes" else room / unit + 1e-9
+            constraints.append(LinearConstraint(values[name][None] / unit, -np.inf, upper))
     for plan in exclude:
         chosen = plan.methods
         same = np.array([float(chosen.get(groups[index]) == option.method) for index, option in options])
