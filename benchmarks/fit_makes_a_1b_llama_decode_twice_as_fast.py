@@ -1,8 +1,8 @@
 """Claim: a 1.1 B Llama fitted with `--size 0.3 --heal 0` decodes >= 2.2 times as fast; the fit takes bf16 bytes + 3 GB.
 
 The model has TinyLlama's shape with random weights (so only bytes, memory and speed are judged here, never quality).
-It is made once under `--work`. The peer is the same model in bf16 through Transformers; both are timed in one process, in
-turns, on the same prompt: decode is the median time of a step with a growing cache, prefill that of 512 tokens.
+It is made once under `--work`. The peer is the same model in bf16 through Transformers; both are timed in one
+process, in turns, on the same prompt: decode is the median time of a step with a growing cache, prefill that of 512 tokens.
 
     python benchmarks/fit_makes_a_1b_llama_decode_twice_as_fast.py --work /var/tmp/tinyllama
 """

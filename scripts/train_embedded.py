@@ -32,32 +32,30 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-HELD_OUT = tuple(
-    [
-        "argparse.py",
-        "bisect.py",
-        "calendar.py",
-        "csv.py",
-        "fnmatch.py",
-        "graphlib.py",
-        "heapq.py",
-        "json/decoder.py",
-        "json/encoder.py",
-        "queue.py",
-        "shlex.py",
-        "statistics.py",
-        "string.py",
-        "textwrap.py",
-        "wave.py",
-        "zipapp.py",
-        "test/test_bisect.py",
-        "test/test_csv.py",
-        "test/test_heapq.py",
-        "test/test_queue.py",
-        "test/test_shlex.py",
-        "test/test_textwrap.py",
-        "test/test_graphlib.py",
-    ]
+HELD_OUT = (
+    "argparse.py",
+    "bisect.py",
+    "calendar.py",
+    "csv.py",
+    "fnmatch.py",
+    "graphlib.py",
+    "heapq.py",
+    "json/decoder.py",
+    "json/encoder.py",
+    "queue.py",
+    "shlex.py",
+    "statistics.py",
+    "string.py",
+    "textwrap.py",
+    "wave.py",
+    "zipapp.py",
+    "test/test_bisect.py",
+    "test/test_csv.py",
+    "test/test_heapq.py",
+    "test/test_queue.py",
+    "test/test_shlex.py",
+    "test/test_textwrap.py",
+    "test/test_graphlib.py",
 )
 CONTEXT = 512
 VOCABULARY = 8192
