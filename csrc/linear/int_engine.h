@@ -241,7 +241,7 @@ inline std::size_t rounded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 // What one thread costs to wake is paid back by about this many bytes of weights read, or products of as many codes
 // times 4 rows.
 constexpr std::int64_t worth_a_thread = 96 * 1024;
-constexpr std::int64_t slab_rows = 1024;
+constexpr std::int64_t slab_rows = 1024, rows_repaying_expansion = 128;
 
 template <class V>
 void run(const IntCall& call) {
@@ -278,12 +278,13 @@ void run(const IntCall& call) {
     job.rows = std::min(slab, call.rows - job.first);
     if (decoding)
       for (std::int64_t m = 0; m < job.rows; m++) quantize(job, m);
-    // Enough tasks for every thread: the rows of x are shared out too where the outputs are few.
-    const std::int64_t parts =
-        decoding || panels >= 4 * threads ? 1 : std::clamp<std::int64_t>(job.rows / 24, 1, threads);
+    // Threads share out the outputs, or, where each still gets rows enough to repay expanding every weight for itself, the rows of x:
+    // then none has to wait for the others' words.
+    const bool by_rows = !decoding && job.rows >= rows_repaying_expansion * threads;
+    const std::int64_t parts = decoding || panels >= 4 * threads ? 1 : std::clamp<std::int64_t>(job.rows / 24, 1, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-      if (!decoding) {
+      if (!decoding && !by_rows) {
 #pragma omp for schedule(static)
         for (std::int64_t m = 0; m < job.rows; m++) quantize(job, m);
       }
@@ -293,19 +294,25 @@ void run(const IntCall& call) {
         float* scales = reinterpret_cast<float*>(own);
         std::int32_t* zeros = reinterpret_cast<std::int32_t*>(own + scale_size);
         typename V::I* panel = reinterpret_cast<typename V::I*>(own + 2 * scale_size);
-        const std::int64_t tasks = panels * parts;
-        for (std::int64_t task = tasks * t / threads; task < tasks * (t + 1) / threads; task++) {
-          const std::int64_t output = task / parts * wide, part = task % parts;
-          if (decoding) {
-            nibbles ? decode_any<V, true>(job, output, scales, zeros)
-                    : decode_any<V, false>(job, output, scales, zeros);
-            continue;
-          }
+        const auto multiply = [&](std::int64_t output, std::int64_t from, std::int64_t to) {
           Outputs<V, 2> outputs;
           outputs.gather(call, job.plan, output, scales, zeros);
           nibbles ? expand<V, true>(job, outputs, panel) : expand<V, false>(job, outputs, panel);
-          const std::int64_t from = job.rows * part / parts, to = job.rows * (part + 1) / parts;
           words == 1 ? tiles<V, 1>(job, outputs, panel, from, to) : tiles<V, 2>(job, outputs, panel, from, to);
+        };
+        if (by_rows) {
+          const std::int64_t from = job.rows * t / threads, to = job.rows * (t + 1) / threads;
+          for (std::int64_t m = from; m < to; m++) quantize(job, m);
+          for (std::int64_t output = 0; output < call.outputs; output += wide) multiply(output, from, to);
+          continue;
+        }
+        const std::int64_t tasks = panels * parts;
+        for (std::int64_t task = tasks * t / threads; task < tasks * (t + 1) / threads; task++) {
+          const std::int64_t output = task / parts * wide, part = task % parts;
+          if (decoding)
+            nibbles ? decode_any<V, true>(job, output, scales, zeros) : decode_any<V, false>(job, output, scales, zeros);
+          else
+            multiply(output, job.rows * part / parts, job.rows * (part + 1) / parts);
         }
       }
     }
