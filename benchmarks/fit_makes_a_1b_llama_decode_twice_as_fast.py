@@ -2,7 +2,8 @@
 
 The model has TinyLlama's shape with random weights (so only bytes, memory and speed are judged here, never quality).
 It is made once under `--work`. The peer is the same model in bf16 through Transformers; both are timed in one
-process, in turns, on the same prompt: decode is the median time of a step with a growing cache, prefill that of 512 tokens.
+process, in turns, on the same prompt: decode is the median time of a step with a growing cache, prefill that of 512
+tokens.
 
     python benchmarks/fit_makes_a_1b_llama_decode_twice_as_fast.py --work /var/tmp/tinyllama
 """
