@@ -12,7 +12,7 @@ from tests.fitting import small
 from transformers import AutoModelForCausalLM
 
 import parco
-from parco.fitting import alternatives, evaluate
+from parco.fitting import alternatives, calibrate, evaluate
 from parco.fitting.result import Result
 from parco.fitting.stages import Silent, Stages
 
@@ -123,6 +123,33 @@ def test_without_healing_or_choice_the_model_is_the_original(
     found = parco.fit(small_folder, data=small_text, size=1.0, out=tmp_path / "fitted", methods=("keep",))
     assert found["fitted"]["bytes"] == found["original"]["bytes"]
     assert found["fitted"]["kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_large_model_takes_the_frugal_way(
+    small_folder: Path, small_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every bound from which on a model counts as large, put below the small one."""
+    for place in (
+        "pipeline.LARGE",
+        "candidates.LARGE",
+        "alternatives.LARGEST",
+        "apply.CROSS_PARAMETERS",
+        "heal.LARGEST",
+    ):
+        monkeypatch.setattr(f"parco.fitting.{place}", 0)
+    monkeypatch.setattr("parco.fitting.candidates.ROWS", (2048, 16))
+    monkeypatch.setattr("parco.fitting.candidates.WIDEST_FACTOR", 50)
+    monkeypatch.setattr(calibrate.Extent, "for_model", lambda parameters: calibrate.Extent(6, 2, 1, 3))
+    found = parco.fit(small_folder, data=small_text, size=0.5, out=tmp_path / "fitted", methods=METHODS)
+    assert found["target"]["met"] and found["heal"] is None
+    assert found["data"]["held_out_windows"] == 3
+    assert [row["name"] for row in found["alternatives"]] == ["chosen plan"]
+    assert len([point for point in found["frontier"] if point["measured_loss"] is not None]) == 2
+    assert any("300 M" in warning for warning in found["warnings"])
+    for row in found["groups"]:
+        considered = [row["method"], *(passed["method"] for passed in row["passed"])]
+        wide = max(max(shape) for shape in row["shapes"]) > 50
+        assert any("factor" in method for method in considered) != (wide or row["kind"] == "embed"), row["group"]
 
 
 @pytest.mark.parametrize(

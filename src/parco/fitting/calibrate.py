@@ -33,17 +33,18 @@ LOGIT_ELEMENTS = 1 << 24
 @dataclass(frozen=True)
 class Extent:
     """How many windows are looked at: `statistics` for Gram matrices, `energy` for gradients, `check` for comparing
-    plans.
+    plans, `held` at most for the final judgement.
     """
 
     statistics: int
     energy: int
     check: int
+    held: int = 1 << 20
 
     @staticmethod
     def for_model(parameters: int) -> Extent:
         """32 windows for small models; fewer from 300 M parameters on, where a window costs seconds per block."""
-        return Extent(32, 16, 16) if parameters < 300_000_000 else Extent(12, 4, 6)
+        return Extent(32, 16, 16) if parameters < 300_000_000 else Extent(12, 4, 6, 8)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Every way considered for every group, with its exact bytes and its predicted loss.
 
-Pass 1 of the fit: each candidate is made on the original inputs and judged by the second-order prediction of
-calibrate.py. Small models run the real solver for each. In large ones integer formats are rounded to nearest (their
-searched scales make that cheap) and each group's predictions are multiplied by what GPTQ gains over that on one format
-of the group, measured there; the chosen format is solved in full when it is applied. A candidate whose result is not
-finite is dropped.
+Pass 1 of the fit: each candidate is made by its real solver on the original inputs and judged by the second-order
+prediction of calibrate.py. Rows of a matrix are independent for every method but factors, so of tall matrices evenly
+spaced rows stand for all: the prediction is a sum over thousands of rows, and a sample of it is far more exact than
+the prediction itself. In large models factors are left out where their decomposition would take minutes per matrix. A
+candidate whose result is not finite is dropped.
 """
 
 from __future__ import annotations
@@ -44,10 +44,14 @@ DEFAULT = (
 """Considered when no methods are named. Group sizes that a matrix's width does not divide are left out for that matrix.
 """
 
-EXACT_PARAMETERS = 100_000_000
-"""Models up to this size are judged by the real solvers."""
+LARGE = 100_000_000
+"""Parameters from which on a model is judged on fewer rows, and without factors of wide matrices."""
 
-PROBE = "int4:64"
+ROWS = (2048, 512)
+"""Rows that stand for a taller matrix, in small and in large models."""
+
+WIDEST_FACTOR = 2560
+"""Largest side of a matrix whose factors are considered in a large model."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def _same(model: nn.Module, member: str) -> tuple[str, ...]:
     return (member,) if member.endswith("]") else tied(model, member)
 
 
-def considered(model: nn.Module, group: Group, methods: Sequence[str]) -> list[str]:
+def considered(model: nn.Module, group: Group, methods: Sequence[str], large: bool = False) -> list[str]:
     """The methods that make sense for a group, "keep" first: no factors for lookups, no group longer than a row,
     nothing that is not smaller, and routers as they are."""
     shapes = [shape_of(model, member) for member in owners(model, group)]
@@ -93,7 +97,8 @@ def considered(model: nn.Module, group: Group, methods: Sequence[str]) -> list[s
         if text == "keep" or group.kind == "router":
             continue
         method = Method.parse(text)
-        if has_lookup and "factor" in text:
+        wide = large and max(max(shape) for shape in shapes) > WIDEST_FACTOR
+        if "factor" in text and (has_lookup or wide):
             continue
         if any(_too_wide(text, columns) for _, columns in shapes):
             continue
@@ -131,9 +136,11 @@ def judge(
     for index, group in enumerate(every):
         name = f"group-{index:04}"
         if not stage.has(name):
-            texts = considered(model, group, methods)
+            large = parameters > LARGE
             with torch.no_grad():
-                rows = _judge_group(model, group, texts, calibrated, lookups, parameters <= EXACT_PARAMETERS)
+                rows = _judge_group(
+                    model, group, considered(model, group, methods, large), calibrated, lookups, ROWS[large]
+                )
             stage.write(name, [vars(row) for row in rows])
         found[group.name] = [Judged(**row) for row in stage.read(name)]
         progress.advance()
@@ -142,7 +149,7 @@ def judge(
 
 
 def _judge_group(
-    model: nn.Module, group: Group, texts: list[str], calibrated: Stage, lookups: Lookups, exact: bool
+    model: nn.Module, group: Group, texts: list[str], calibrated: Stage, lookups: Lookups, limit: int
 ) -> list[Judged]:
     statistics = statistics_of(calibrated, group)
     sums: dict[str, list[float]] = {text: [0.0, 0.0, 0.0] for text in texts}
@@ -150,19 +157,18 @@ def _judge_group(
     previous: Statistics | None = None
     known = True
     for member in owners(model, group):
-        weight = matrix(model, member).float().contiguous()
+        weight = matrix(model, member)
         shapes.append((weight.shape[0], weight.shape[1]))
         uses = _Uses.of(model, group, member, statistics, lookups)
         uses.share_root(previous)
         known = known and uses.known
-        gain = 1.0 if exact else _solver_gain(weight, uses, texts)
+        some = torch.arange(0, weight.shape[0], -(-weight.shape[0] // limit))
         for text in texts[1:] if uses.known else ():
-            loss, error, power = uses.cost(weight, text, exact)
-            factor = gain if _proxied(text, exact) else 1.0
-            for place, value in enumerate((loss * factor, error * factor, power)):
+            rows = None if "factor" in text else some
+            for place, value in enumerate(uses.cost(weight, text, rows)):
                 sums[text][place] += value
         previous = uses.statistics
-    rows: list[Judged] = []
+    judged: list[Judged] = []
     for text in texts if known else texts[:1]:
         size = (
             kept_bytes(model, group)
@@ -170,24 +176,8 @@ def _judge_group(
             else sum(Method.parse(text).spec(shape).nbytes for shape in shapes)
         )
         loss, error, power = sums[text]
-        rows.append(Judged(text, size, loss, error / power if power else 0.0))
-    return [row for row in rows if row.finite]
-
-
-def _proxied(text: str, exact: bool) -> bool:
-    """Whether rounding to nearest stands in for the solver of this method."""
-    return not exact and text.startswith("int") and "@" not in text and "+" not in text
-
-
-def _solver_gain(weight: Tensor, uses: _Uses, texts: Sequence[str]) -> float:
-    """Loss by GPTQ over loss by rounding, on one format of the list (at most 1)."""
-    probes = [text for text in texts if _proxied(text, False)]
-    if uses.statistics is None or not probes:
-        return 1.0
-    probe = PROBE if PROBE in probes else probes[len(probes) // 2]
-    solved, _, _ = uses.cost(weight, probe, True)
-    rounded, _, _ = uses.cost(weight, probe, False)
-    return min(1.0, solved / rounded) if rounded > 0 and math.isfinite(solved) else 1.0
+        judged.append(Judged(text, size, loss, error / power if power else 0.0))
+    return [row for row in judged if row.finite]
 
 
 @dataclass
@@ -216,25 +206,29 @@ class _Uses:
             if root is not None:
                 self.statistics.__dict__["root"] = root
 
-    def cost(self, weight: Tensor, text: str, exact: bool) -> tuple[float, float, float]:
+    def cost(self, weight: Tensor, text: str, rows: Tensor | None) -> tuple[float, float, float]:
         """Predicted loss (nats per token), squared error of the outputs and their power, of one method on `weight` [N,
         K].
+
+        rows: evenly spaced rows that stand for all; None for all themselves.
         """
-        method = Method.parse(f"{text}@rtn" if _proxied(text, exact) else text)
-        spec, tensors = method(weight, self.statistics)
-        delta = weight - spec.dense(*tensors)
+        share = 1.0 if rows is None else rows.shape[0] / weight.shape[0]
+        chosen = torch.arange(weight.shape[0]) if rows is None else rows
+        part = weight[chosen].float()
+        spec, tensors = Method.parse(text)(part, self.statistics)
+        delta = part - spec.dense(*tensors)
         loss = error = power = 0.0
         if self.statistics is not None:
             gram, count = self.statistics.gram, self.statistics.count
             squares = row_error(delta, gram, count)
             energy = self.statistics.row_energy
-            error, power = float(squares.sum()), float(row_error(weight, gram, count).sum())
-            loss += 0.5 * float((squares * energy).sum()) if energy is not None else error
+            error, power = float(squares.sum()), float(row_error(part, gram, count).sum())
+            loss += error if energy is None else 0.5 * float((squares * energy[chosen]).sum())
         if self.lookups is not None:
-            frequency, energy = self.lookups.frequency, self.lookups.energy
-            rows = frequency.shape[0]
-            squares = frequency @ delta[:rows].square()
-            loss += 0.5 * float((squares * energy).sum())
+            known = chosen < self.lookups.frequency.shape[0]
+            frequency = self.lookups.frequency[chosen[known]]
+            squares = frequency @ delta[known].square()
+            loss += 0.5 * float((squares * self.lookups.energy).sum())
             error += float(squares.sum())
-            power += float((frequency @ weight[:rows].square()).sum())
-        return loss, error, power
+            power += float((frequency @ part[known].square()).sum())
+        return loss / share, error / share, power / share

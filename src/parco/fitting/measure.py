@@ -105,12 +105,16 @@ def _time_shape(
 ) -> dict[str, float]:
     """Seconds of one product of each kind, rounds interleaved."""
     x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
-    runs = {key: _runner(shape, spec, x, footprint) for key, spec in kinds.items()}
-    calls = {}
-    for key, run in runs.items():
+    share = min(footprint, FOOTPRINT_LIMIT) // len(kinds)
+    runs: dict[str, Callable[[], object]] = {}
+    calls: dict[str, int] = {}
+    for key, spec in kinds.items():
+        run, copies = _runner(shape, spec, x, share if rows == 1 else 0)
         run()
         once = _seconds(run, 1)
-        calls[key] = max(1, min(64, int(2e-3 / max(once, 1e-7))))
+        # One pass over the copies at most: by the time of the next round the other kinds have displaced them.
+        calls[key] = max(1, min(copies, int(2e-3 / max(once, 1e-7))))
+        runs[key] = run
     seen: dict[str, list[float]] = {key: [] for key in runs}
     for _ in range(DECODE_ROUNDS if rows == 1 else PREFILL_ROUNDS):
         for key, run in runs.items():
@@ -130,23 +134,25 @@ def _seconds(run: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - began) / calls
 
 
-def _runner(shape: tuple[int, int], spec: Weight | None, x: Tensor, footprint: int) -> Callable[[], object]:
-    """A function that multiplies x by the next of several copies of the weight."""
+def _runner(shape: tuple[int, int], spec: Weight | None, x: Tensor, share: int) -> tuple[Callable[[], object], int]:
+    """A function that multiplies x by the next of several copies of the weight, about `share` bytes of them; their
+    number.
+    """
     if spec is None:
         tensors = [torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(x.dtype) * 0.02]
     else:
         tensors = plausible_tensors(spec)
     size = sum(tensor.nbytes for tensor in tensors)
-    # A product of many rows reads its weight once per many multiply-adds: two copies are cold enough there.
-    wanted = min(footprint, FOOTPRINT_LIMIT) // max(size, 1) + 1 if x.shape[0] == 1 else 2
-    copies = [[tensor.clone() for tensor in tensors] for _ in range(max(1, min(wanted, COPIES_LIMIT)))]
+    copies = [tensors] + [
+        [tensor.clone() for tensor in tensors] for _ in range(min(share // max(size, 1), COPIES_LIMIT) - 1)
+    ]
     turn = count()
 
     def run() -> object:
         chosen = copies[next(turn) % len(copies)]
         return nn.functional.linear(x, chosen[0]) if spec is None else spec.apply(x, *chosen)
 
-    return run
+    return run, len(copies)
 
 
 def plausible_tensors(spec: Weight) -> list[Tensor]:

@@ -24,6 +24,9 @@ from parco.fitting.plan import Fixed, Measured, Option, Plan, assemble
 from parco.fitting.result import HealRecord
 from parco.fitting.stages import Progress, Stage, Stages
 
+LARGE = 300_000_000
+"""Parameters from which on two plans are tried instead of three, and memory is given back between stages."""
+
 SUBSET = 48
 """Held-out windows on which the chosen plan is compared with uniform alternatives."""
 
@@ -112,6 +115,9 @@ class Fit:
         """Token windows, with `generated` ones that the model writes itself added to the calibration."""
         model, tokenizer = self.original.model, self.original.tokenizer
         windows = read(tokenizer, texts.window_length(model))
+        if windows.held.shape[0] > self.extent.held:
+            windows = replace(windows, held=windows.held[: self.extent.held])
+            self.warnings.append(f"a model of this size is judged on the first {self.extent.held} held-out windows")
         if generated == 0:
             return windows
         stage = self.stages.open(
@@ -158,7 +164,7 @@ class Fit:
         }
         if not all(key in self.timings for key in keys.values()):
             self.progress.stage("speed", 1)
-            rounds = 5 if self.parameters < 300_000_000 else 3
+            rounds = 5 if self.parameters <= LARGE else 3
             found = measure.interleaved(models(), self.prefill, rounds)
             self.timings.add({key: found[kind][what == "prefill"] for (kind, what), key in keys.items()})
             self.progress.advance()
@@ -193,16 +199,27 @@ class Fit:
         gc.collect()
         return self.load().model
 
+    def forget(self) -> None:
+        """Map a large original's file anew, so that what was read of it no longer counts as this process's memory."""
+        if self.parameters > LARGE:
+            self.original = self.load()
+            gc.collect()
+
     def apply(self, methods: Mapping[str, str]) -> tuple[Any, apply.Applied]:
         """A fresh model with these methods applied, from disk where it was done before."""
         named = {group: method for group, method in sorted(methods.items()) if method != "keep"}
         stage = self.stages.open("apply", **self.base, extent=vars(self.extent), methods=named)
         calibrated = self.calibrate()
+        if not stage.whole:
+            self.forget()
+            model = self.fresh()
+            apply.apply_(model, named, self.windows, self.extent, calibrated, stage, self.progress)
+            del model
+        # A second fresh model, of whose file only what is kept will be read: the first has mapped all of it into
+        # memory.
         model = self.fresh()
-        if stage.whole:
-            apply.restore(model, stage)
-            return model, apply.read_applied(stage)
-        return model, apply.apply_(model, named, self.windows, self.extent, calibrated, stage, self.progress)
+        apply.restore(model, stage)
+        return model, apply.read_applied(stage)
 
     def heal(self, model: Any, methods: Mapping[str, str]) -> HealRecord | None:
         """Heal an applied model in place; None when no steps are wanted or nothing was changed."""
@@ -238,7 +255,8 @@ class Fit:
         """Up to three plans for the goal, applied and measured; for a loss, budgets that close in on it."""
         if goal.kind == "loss":
             return self._search_loss(options, fixed, goal)
-        plans = [self.tried(plan) for plan in solve.best(options, fixed, goal)]
+        count = 3 if self.parameters <= LARGE else 2
+        plans = [self.tried(plan) for plan in solve.best(options, fixed, goal, count)]
         if goal.kind == "speed" and not any(meets(plan, goal) for plan in plans):
             slower = max((plan.measured.decode or 0) / plan.decode for plan in plans if plan.measured)
             tighter = replace(goal, value=goal.value * slower * 1.03)

@@ -65,7 +65,8 @@ def solve(
     for name in QUANTITIES:
         limit = getattr(limits, name)
         if limit is not None and limit < float("inf"):
-            # HiGHS lets a row exceed its limit by 1e-6: far below a byte in these units, and 1e-9 of noise for the rest.
+            # HiGHS lets a row exceed its limit by 1e-6: far below a byte in these units, and 1e-9 of noise for the
+            # rest.
             unit = 1e4 if name == "bytes" else scales[name]
             room = limit - getattr(fixed, name, 0.0)
             upper = np.floor(room) / unit if name == "bytes" else room / unit + 1e-9
