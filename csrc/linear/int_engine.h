@@ -101,12 +101,17 @@ void decode(const Job<V>& job, std::int64_t first_output, float* scales, std::in
   outputs.gather(job.call, plan, first_output, scales, zeros);
   const bool grouped = plan.groups > 1;
   const typename V::Reader reader(job.call.bits, plan.row_bytes);
+  // The scales of the outputs that follow, a part with each piece: their rows are too short for the processor to foresee.
+  const std::int64_t scale_bytes = V::lanes * job.call.scale_stride * size_of(job.call.scale_type);
+  const std::int64_t ahead = scale_bytes / plan.piece_count;
+  const char* next_scales = static_cast<const char*>(job.call.scale) + (first_output / V::lanes + 1) * scale_bytes;
   alignas(64) I codes[piece_dwords];
   F total[columns];
   for (int m = 0; m < columns; m++) total[m] = V::set(0.0f);
   for (std::int32_t p = 0; p < plan.piece_count; p++) {
     const Piece& piece = plan.pieces[p];
     reader.read(outputs.rows, piece.dword, piece.dwords, codes, true);
+    for (std::int64_t i = p * ahead; i < (p + 1) * ahead; i += 64) __builtin_prefetch(next_scales + i);
     const I* code = codes;
     for (std::int32_t b = piece.first; b < piece.last; b++) {
       const Block& block = plan.blocks[b];
