@@ -42,6 +42,6 @@ def generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=tokens,
-        streamer=TextStreamer(loaded.tokenizer),
+        streamer=TextStreamer(loaded.tokenizer, skip_special_tokens=True),
         **sampling,
     )
