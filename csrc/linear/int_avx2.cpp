@@ -10,6 +10,7 @@ struct Avx2 {
   using I = __m256i;
   using F = __m256;
   static constexpr int lanes = 8, tile_rows = 3, tile_rows_of_two_words = 2;
+  static constexpr int decode_words = 4;  // per column of x, up to which weights go straight from memory into the products
 
   static I set(std::int32_t value) { return _mm256_set1_epi32(value); }
   static F set(float value) { return _mm256_set1_ps(value); }
@@ -108,8 +109,8 @@ struct Avx2 {
       return load(bytes);
     }
 
-    // `dwords` dwords from dword `first` of 8 rows; `ahead`: also ask for the same bytes of the 8 rows that follow.
-    void read(const std::uint8_t* const* rows, std::int32_t first, std::int32_t dwords, I* to, bool ahead) const {
+    // `dwords` dwords from dword `first` of 8 rows. Also asks for the same bytes of the 8 rows that follow.
+    void read(const std::uint8_t* const* rows, std::int32_t first, std::int32_t dwords, I* to) const {
       const int unit = bits <= 4 ? 8 : 4, step = 8 * unit * bits / 8;
       const std::int64_t start = static_cast<std::int64_t>(first) * unit * bits / 8;
       for (std::int32_t d = 0; d < dwords; d += 8) {
@@ -117,7 +118,7 @@ struct Avx2 {
         I row[8];
         for (int i = 0; i < 8; i++) {
           const std::uint8_t* from = rows[i] + byte;
-          if (ahead) _mm_prefetch(reinterpret_cast<const char*>(from + 8 * row_bytes), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(from + 8 * row_bytes), _MM_HINT_T0);
           row[i] = read_row(from, row_bytes - byte);
         }
         transpose(row);

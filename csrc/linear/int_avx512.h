@@ -10,6 +10,7 @@ struct Avx512 {
   using I = __m512i;
   using F = __m512;
   static constexpr int lanes = 16, tile_rows = 6, tile_rows_of_two_words = 4;
+  static constexpr int decode_words = 8;  // per column of x, up to which weights go straight from memory into the products
 
   static I set(std::int32_t value) { return _mm512_set1_epi32(value); }
   static F set(float value) { return _mm512_set1_ps(value); }
@@ -35,7 +36,7 @@ struct Avx512 {
     I high[all][2], low[all][2];
     for (int r = 0; r < all; r++) high[r][0] = high[r][1] = low[r][1] = set(0), low[r][0] = sum[r];
     // Two chains of sums hide the latency of long blocks; short ones overlap with the next block instead.
-    constexpr int other = fixed == 4 ? 0 : 1;
+    constexpr int other = fixed == 4 || all > 3 ? 0 : 1;
     [[maybe_unused]] const I mask = byte_mask(bits);
     const std::int32_t count = fixed ? fixed : dwords;
 #pragma GCC unroll 4
@@ -51,13 +52,13 @@ struct Avx512 {
         }
       } else {
         for (int r = 0; r < all; r++) {
-          high[r][d & 1] = _mm512_dpbusd_epi32(high[r][d & 1], dword, broadcast(x[r] + 8 * d));
-          low[r][d & 1] = _mm512_dpbusd_epi32(low[r][d & 1], dword, broadcast(x[r] + 8 * d + 4));
+          high[r][d & other] = _mm512_dpbusd_epi32(high[r][d & other], dword, broadcast(x[r] + 8 * d));
+          low[r][d & other] = _mm512_dpbusd_epi32(low[r][d & other], dword, broadcast(x[r] + 8 * d + 4));
         }
       }
     }
     for (int r = 0; r < all; r++) {
-      if (nibbles && !other)
+      if constexpr (!other)
         sum[r] = add(_mm512_slli_epi32(high[r][0], 8), low[r][0]);
       else
         sum[r] = add(_mm512_slli_epi32(add(high[r][0], high[r][1]), 8), add(low[r][0], low[r][1]));
@@ -124,11 +125,11 @@ struct Avx512 {
       return bits < 4 ? unpack_nibbles(stream) : unpack_bytes(stream);
     }
 
-    // `dwords` dwords from dword `first` of 16 rows; `ahead`: also ask for the same bytes of the 16 rows that follow.
-    void read(const std::uint8_t* const* rows, std::int32_t first, std::int32_t dwords, I* to, bool ahead) const {
+    // `dwords` dwords from dword `first` of 16 rows. Also asks for the same bytes of the 16 rows that follow.
+    void read(const std::uint8_t* const* rows, std::int32_t first, std::int32_t dwords, I* to) const {
       const int unit = bits <= 4 ? 8 : 4, step = 16 * unit * bits / 8;
       std::int64_t byte = static_cast<std::int64_t>(first) * unit * bits / 8;
-      const std::int64_t next = ahead ? 16 * row_bytes : 0;
+      const std::int64_t next = 16 * row_bytes;
       for (std::int32_t d = 0; d < dwords; d += 16, byte += step) {
         const std::int64_t left = row_bytes - byte;
         const __mmask64 valid = left >= 64 ? ~0ull : (1ull << left) - 1;

@@ -15,9 +15,6 @@
 namespace parco::linear {
 namespace {
 
-// Words per column of x up to which weights go straight from memory into the products.
-constexpr std::int64_t decode_words = 4;
-
 template <class V>
 struct Job {
   const IntCall& call;
@@ -110,7 +107,7 @@ void decode(const Job<V>& job, std::int64_t first_output, float* scales, std::in
   for (int m = 0; m < columns; m++) total[m] = V::set(0.0f);
   for (std::int32_t p = 0; p < plan.piece_count; p++) {
     const Piece& piece = plan.pieces[p];
-    reader.read(outputs.rows, piece.dword, piece.dwords, codes, true);
+    reader.read(outputs.rows, piece.dword, piece.dwords, codes);
     for (std::int64_t i = p * ahead; i < (p + 1) * ahead; i += 64) __builtin_prefetch(next_scales + i);
     const I* code = codes;
     for (std::int32_t b = piece.first; b < piece.last; b++) {
@@ -145,7 +142,7 @@ void expand(const Job<V>& job, const Outputs<V, 2>& outputs, typename V::I* pane
   for (std::int32_t p = 0; p < job.plan.piece_count; p++) {
     const Piece& piece = job.plan.pieces[p];
     for (int v = 0; v < 2; v++) {
-      reader.read(outputs.rows + v * V::lanes, piece.dword, piece.dwords, codes, false);
+      reader.read(outputs.rows + v * V::lanes, piece.dword, piece.dwords, codes);
       I* to = panel + static_cast<std::int64_t>(piece.dword) * shifts * 2 + v;
       for (std::int32_t d = 0; d < piece.dwords; d++) {
         const I dword = V::load(codes + d);
@@ -218,16 +215,16 @@ void tiles(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V::I*
   last_tile<V, rows - 1, words>(job, outputs, panel, m, last - m);
 }
 
+template <class V, bool nibbles, int columns, int words>
+void decode_rows(const Job<V>& job, std::int64_t first_output, float* scales, std::int32_t* zeros) {
+  if (job.rows == columns) return decode<V, nibbles, columns, words>(job, first_output, scales, zeros);
+  if constexpr (columns > 1) decode_rows<V, nibbles, columns - 1, words>(job, first_output, scales, zeros);
+}
+
 template <class V, bool nibbles>
 void decode_any(const Job<V>& job, std::int64_t first_output, float* scales, std::int32_t* zeros) {
-  if (job.words == 2) {
-    if (job.rows == 1) return decode<V, nibbles, 1, 2>(job, first_output, scales, zeros);
-    return decode<V, nibbles, 2, 2>(job, first_output, scales, zeros);
-  }
-  if (job.rows == 1) return decode<V, nibbles, 1, 1>(job, first_output, scales, zeros);
-  if (job.rows == 2) return decode<V, nibbles, 2, 1>(job, first_output, scales, zeros);
-  if (job.rows == 3) return decode<V, nibbles, 3, 1>(job, first_output, scales, zeros);
-  decode<V, nibbles, 4, 1>(job, first_output, scales, zeros);
+  if (job.words == 2) return decode_rows<V, nibbles, V::decode_words / 2, 2>(job, first_output, scales, zeros);
+  decode_rows<V, nibbles, V::decode_words, 1>(job, first_output, scales, zeros);
 }
 
 template <class V>
@@ -252,7 +249,7 @@ template <class V>
 void run(const IntCall& call) {
   const int words = call.x_type == Type::fp32 ? 2 : 1;
   const std::int64_t slab = std::min(call.rows, slab_rows);
-  const bool decoding = call.rows * words <= decode_words;
+  const bool decoding = call.rows * words <= V::decode_words;
   const std::int64_t wide = decoding ? V::lanes : 2 * V::lanes;
   const std::int64_t panels = (call.outputs + wide - 1) / wide;
 

@@ -109,7 +109,7 @@ int main() {
   for (int bits = 2; bits <= 8; bits++) {
     for (Shape shape : {Shape{1, 37, 96, 32}, Shape{3, 16, 200, 48}, Shape{5, 33, 131, 131}, Shape{19, 65, 353, 32},
                         Shape{2, 7, 517, 160}, Shape{4, 50, 1, 1}, Shape{33, 34, 256, 128}, Shape{18, 5, 97, 16},
-                        Shape{389, 70, 64, 32}}) {
+                        Shape{389, 70, 64, 32}, Shape{7, 35, 160, 32}, Shape{8, 18, 256, 128}}) {
       for (Type x_type : types) {
         const Type scale_type = types[checks % 3];
         const bool asymmetric = checks % 2;
