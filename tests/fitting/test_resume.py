@@ -23,7 +23,7 @@ from parco.fitting.stages import Silent
 
 folder, text, out, whole = sys.argv[1:5]
 evaluate.peak_memory = lambda folder: None
-alternatives.FAMILIES = ("int4:32",)
+alternatives.FAMILIES = (("int4:32",),)
 options = dict(data=text, size=0.5, methods=["int8:row", "int4:16"], heal=25, seed=2)
 
 class Killed(Silent):

@@ -1,13 +1,12 @@
 """Uniform alternatives: one method for every matrix, at most as large as the chosen plan, equally healed, on the same
 windows.
 
-They are what the plan has to beat to be worth its trouble. Factors get the largest ratio that fits, one for all
-matrices.
+They are what the plan has to beat to be worth its trouble.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,21 +18,30 @@ from parco.fitting.pipeline import Chosen, Fit
 from parco.fitting.result import Alternative
 from parco.nn.blocks import groups
 
-FAMILIES = ("int5:64", "int4:32", "int4:128", "int3:32", "factor>>int8:row", "factor>>int4:64", "factor")
+FAMILIES = (
+    ("int5:64",),
+    ("int4:32", "int4:64", "int4:128"),
+    ("int3:32", "int3:64"),
+    ("factor>>int8:row",),
+    ("factor>>int4:64",),
+    ("factor",),
+)
+"""Of each family the first that fits runs; a factor takes the largest ratio that fits."""
+
 LARGEST = 300_000_000
 """Larger models are not compared with uniform alternatives: each would cost as much as the plan itself."""
 RATIOS = tuple(step / 100 for step in range(96, 3, -4))
 
 
-def uniform(model: nn.Module, family: str, budget: int) -> dict[str, str] | None:
-    """One method of the family for all groups but routers, at most `budget` bytes in all; None where it takes more."""
-    if not family.startswith("factor"):
-        methods = everywhere(model, family)
-        return methods if total_bytes(model, methods) <= budget else None
-    for ratio in RATIOS:
-        methods = everywhere(model, f"factor({ratio:g}){family.removeprefix('factor')}")
-        if total_bytes(model, methods) <= budget:
-            return methods
+def uniform(model: nn.Module, family: Sequence[str], budget: int) -> dict[str, str] | None:
+    """The family's first method that takes at most `budget` bytes with all groups but routers in it; None without one."""
+    for text in family:
+        ratios = RATIOS if text.startswith("factor") else (None,)
+        for ratio in ratios:
+            method = text if ratio is None else f"factor({ratio:g}){text.removeprefix('factor')}"
+            methods = everywhere(model, method)
+            if total_bytes(model, methods) <= budget:
+                return methods
     return None
 
 
@@ -64,7 +72,7 @@ def compare(fit: Fit, chosen: Chosen, subset: int) -> list[Alternative]:
     for family in FAMILIES:
         methods = uniform(fit.original.model, family, chosen.plan.bytes)
         if methods is None:
-            fit.warnings.append(f"uniform {family} does not fit into the chosen plan's {chosen.plan.bytes} bytes")
+            fit.warnings.append(f"no uniform {family[-1]} fits into the chosen plan's {chosen.plan.bytes} bytes")
             continue
         model, _ = fit.apply(methods)
         fit.heal(model, methods)
