@@ -34,7 +34,7 @@ RATIOS = tuple(step / 100 for step in range(96, 3, -4))
 
 
 def uniform(model: nn.Module, family: Sequence[str], budget: int) -> dict[str, str] | None:
-    """The family's first method that takes at most `budget` bytes with all groups but routers in it; None without one."""
+    """The family's first method that takes at most `budget` bytes for all groups but routers; None without one."""
     for text in family:
         ratios = RATIOS if text.startswith("factor") else (None,)
         for ratio in ratios:
