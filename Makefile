@@ -42,8 +42,14 @@ sanitize: $(VENV)/ready
 docs: build $(VENV)/ready-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# What `pip install .` installs, tried from a folder of its own (-S: without the editable install): extension, model, page.
 wheel: build
+	rm -rf dist build/installed
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(PIP) --no-deps --target build/installed dist/parco-*.whl
+	cd build/installed && PYTHONPATH=.:$$(../../$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+	  ../../$(BIN)/python -S -c 'import parco.cli, sys; assert parco.__file__.startswith(sys.argv[1]), parco; sys.exit(parco.cli.main(["machine"]))' "$$PWD" >/dev/null
+	test -s build/installed/parco/hub/embedded/model.safetensors -a -s build/installed/parco/report/page.html.j2
 
 # The environment. The CPU build of torch is asked for by name; where the package index has none, the default one is taken.
 $(VENV)/ready: constraints.txt pyproject.toml
