@@ -10,7 +10,8 @@ struct Avx2 {
   using I = __m256i;
   using F = __m256;
   static constexpr int lanes = 8, tile_rows = 3, tile_rows_of_two_words = 2;
-  static constexpr int decode_words = 4;  // per column of x, up to which weights go straight from memory into the products
+  static constexpr int decode_words =
+      4;  // per column of x, up to which weights go straight from memory into the products
 
   static I set(std::int32_t value) { return _mm256_set1_epi32(value); }
   static F set(float value) { return _mm256_set1_ps(value); }

@@ -10,7 +10,8 @@ struct Avx512 {
   using I = __m512i;
   using F = __m512;
   static constexpr int lanes = 16, tile_rows = 6, tile_rows_of_two_words = 4;
-  static constexpr int decode_words = 8;  // per column of x, up to which weights go straight from memory into the products
+  static constexpr int decode_words =
+      8;  // per column of x, up to which weights go straight from memory into the products
 
   static I set(std::int32_t value) { return _mm512_set1_epi32(value); }
   static F set(float value) { return _mm512_set1_ps(value); }

@@ -98,7 +98,8 @@ void decode(const Job<V>& job, std::int64_t first_output, float* scales, std::in
   outputs.gather(job.call, plan, first_output, scales, zeros);
   const bool grouped = plan.groups > 1;
   const typename V::Reader reader(job.call.bits, plan.row_bytes);
-  // The scales of the outputs that follow, a part with each piece: their rows are too short for the processor to foresee.
+  // The scales of the outputs that follow, a part with each piece: their rows are too short for the processor to
+  // foresee.
   const std::int64_t scale_bytes = V::lanes * job.call.scale_stride * size_of(job.call.scale_type);
   const std::int64_t ahead = scale_bytes / plan.piece_count;
   const char* next_scales = static_cast<const char*>(job.call.scale) + (first_output / V::lanes + 1) * scale_bytes;
@@ -280,10 +281,11 @@ void run(const IntCall& call) {
     job.rows = std::min(slab, call.rows - job.first);
     if (decoding)
       for (std::int64_t m = 0; m < job.rows; m++) quantize(job, m);
-    // Threads share out the outputs, or, where each still gets rows enough to repay expanding every weight for itself, the rows of x:
-    // then none has to wait for the others' words.
+    // Threads share out the outputs, or, where each still gets rows enough to repay expanding every weight for itself,
+    // the rows of x: then none has to wait for the others' words.
     const bool by_rows = !decoding && job.rows >= rows_repaying_expansion * threads;
-    const std::int64_t parts = decoding || panels >= 4 * threads ? 1 : std::clamp<std::int64_t>(job.rows / 24, 1, threads);
+    const std::int64_t parts =
+        decoding || panels >= 4 * threads ? 1 : std::clamp<std::int64_t>(job.rows / 24, 1, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       if (!decoding && !by_rows) {
@@ -312,7 +314,8 @@ void run(const IntCall& call) {
         for (std::int64_t task = tasks * t / threads; task < tasks * (t + 1) / threads; task++) {
           const std::int64_t output = task / parts * wide, part = task % parts;
           if (decoding)
-            nibbles ? decode_any<V, true>(job, output, scales, zeros) : decode_any<V, false>(job, output, scales, zeros);
+            nibbles ? decode_any<V, true>(job, output, scales, zeros)
+                    : decode_any<V, false>(job, output, scales, zeros);
           else
             multiply(output, job.rows * part / parts, job.rows * (part + 1) / parts);
         }
