@@ -4,6 +4,7 @@ weights."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,9 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], s
         made = tiny.store(tiny.model(architecture), format, embeddings)
         folders[case] = hub.save(made, tiny.tokenizer(), root / case.replace(" ", "_"))
     command = [sys.executable, "-c", LOADER, *map(str, folders.values())]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
+    # As a person's own process is: another test in this one may have asked Transformers to be quiet.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root, env=environment)
     assert run.returncode == 0, run.stderr
     by_folder = json.loads(run.stdout.splitlines()[-1])
     return {case: by_folder[str(folder)] for case, folder in folders.items()}, run.stderr
