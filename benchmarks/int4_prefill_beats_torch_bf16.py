@@ -8,6 +8,7 @@ faster peer.
 """
 
 import argparse
+from typing import cast
 
 import torch
 from interleaved import interleave, random_codes, ratio, save, spread
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    peak = machine.peaks().multiply_adds_per_second["int16"]
+    peak = machine.peaks(refresh=True).multiply_adds_per_second["int16"]
     rows: list[dict[str, object]] = []
     for outputs, columns in SHAPES:
         x, dense = torch.randn(options.rows, columns).bfloat16(), torch.randn(outputs, columns).bfloat16()
@@ -49,9 +50,13 @@ def main() -> None:
             speed = options.rows * outputs * columns / (median["median_us"] * 1e-6)
             rows.append(
                 {"rows": options.rows, "weights": f"{outputs}x{columns}", "format": name, **median}
-                | {"G_multiply_adds_per_s": speed / 1e9, "of_peak": speed / peak}
+                | {"G_multiply_adds_per_s": speed / 1e9}
                 | {"times_torch_bf16": ratio(seconds["torch bf16"], seconds[name])}
             )
+    # The probe too is slowed by other work: the better of before and after counts.
+    peak = max(peak, machine.peaks(refresh=True).multiply_adds_per_second["int16"])
+    for row in rows:
+        row["of_peak"] = cast(float, row["G_multiply_adds_per_s"]) * 1e9 / peak
     save(__file__, rows)
 
 

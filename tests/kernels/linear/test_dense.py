@@ -96,7 +96,7 @@ def test_wrong_arguments_are_named() -> None:
 class TestLinearDense(KernelLaws):
     operation = "linear_dense"
 
-    @pytest.fixture(params=[(1, torch.bfloat16), (8, torch.float32), (3, torch.float16)], ids=str)
+    @pytest.fixture(params=[(1, torch.bfloat16), (4, torch.float32), (3, torch.float16)], ids=str)
     def call(self, request: pytest.FixtureRequest) -> tuple[Any, ...]:
         rows, dtype = request.param
         x, weight = inputs(rows, 96, dtype=dtype), inputs(21, 96, dtype=dtype, seed=6)
