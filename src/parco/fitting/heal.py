@@ -32,7 +32,7 @@ LARGEST = 300_000_000
 """Models with more parameters are not healed unless steps are asked for."""
 
 STEPS = 40
-RATES = {"low_rank": 2e-3, "scale": 3e-4, "dense": 1e-4}
+RATES = {"low_rank": 1e-3, "scale": 3e-4, "dense": 1e-4}
 """Adam's rates for a model that has lost FULL_RATE_KL or more. A smaller loss leaves less to learn and the same noise
 in every step, so the rates fall with its square root."""
 FULL_RATE_KL = 0.05
