@@ -46,14 +46,14 @@ def judge(
         raise ValueError(
             f"--against {against.path} and {loaded.path} read the text differently: give models of one tokenizer"
         )
-    other = None if against is None else evaluate.quality(against.model, windows, progress)
     quality = evaluate.quality(loaded.model, windows, progress, None if against is None else against.model)
     progress.stage("speed and memory", 1 + len(models))
     speeds = measure.interleaved({name: each.model for name, each in models.items()}, length, ROUNDS)
     progress.advance()
     column = _column("model", loaded, quality, speeds["model"], windows, progress)
-    if against is None or other is None:
+    if against is None:
         return column, None
+    other = evaluate.Quality(quality.original_loss, 0.0, 1.0, quality.original_loss)
     return column, _column("against", against, other, speeds["against"], windows, progress)
 
 
