@@ -84,12 +84,6 @@ def test_against_another_model_kl_and_agreement_are_measured(
     assert same["model"]["top1"] == 1
 
 
-def test_the_size_is_a_share_of_the_bf16_checkpoint_whatever_is_stored(dense: Path, fitted: Path):
-    whole = judge.dense_bytes(hub.load(dense).model)
-    assert whole == evaluate.checkpoint_bytes(hub.load(dense).model)
-    assert judge.dense_bytes(hub.load(fitted).model) == whole
-
-
 def test_models_of_different_tokenizers_are_not_compared(
     dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -12,7 +12,7 @@ from tests.fitting.conftest import EXTENT, Calibrated
 from torch import nn
 
 from parco.fitting import apply, calibrate, evaluate
-from parco.fitting.alternatives import total_bytes
+from parco.fitting.size import planned_bytes, stored_bytes
 from parco.fitting.stages import Silent, Stages
 from parco.nn import Linear, StoredWeight, groups
 
@@ -49,7 +49,7 @@ def test_the_named_groups_change_and_no_others(calibrated: Calibrated, tmp_path:
         if isinstance(model.get_submodule(member), Linear)
     }
     assert changed == set(METHODS) - {"embed"}
-    assert evaluate.stored_bytes(model) == total_bytes(calibrated.model(), METHODS)
+    assert stored_bytes(model) == planned_bytes(calibrated.model(), METHODS)
     assert set(applied.errors) == set(METHODS)
     assert all(0 < error < 1 for error in applied.errors.values())
     assert {part.dtype for part in model.modules() if isinstance(part, StoredWeight)} == {torch.bfloat16}
@@ -112,4 +112,4 @@ def test_tied_embeddings_and_experts(
         model = fresh()
         applied = apply.apply_(model, methods, calibrated.windows, EXTENT, stage, stages.open("apply"), Silent())
     assert 0 < applied.kl < 0.1
-    assert evaluate.stored_bytes(model) == total_bytes(fresh(), methods)
+    assert stored_bytes(model) == planned_bytes(fresh(), methods)

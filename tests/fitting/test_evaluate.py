@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from tests.fitting import small
 from tests.fitting.conftest import Calibrated
 
@@ -37,15 +36,6 @@ def test_divergence_and_agreement_are_zero_and_one_for_the_same_model_only(calib
     assert other.kl > 0.1
     assert other.top1 < 0.9
     assert other.original_loss == pytest.approx(same.loss, abs=1e-6)
-
-
-def test_stored_bytes_are_the_files(small_folder: Path) -> None:
-    model = hub.load(small_folder).model
-    with safe_open(small_folder / "model.safetensors", "pt") as file:
-        tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
-    assert evaluate.stored_bytes(model) == sum(tensor.nbytes for tensor in tensors) == evaluate.checkpoint_bytes(model)
-    tied = small.model(tie_word_embeddings=True)
-    assert evaluate.stored_bytes(model) - evaluate.stored_bytes(tied) == 2 * small.VOCABULARY * 48
 
 
 def test_a_completion_goes_on_from_the_prompt_within_the_context(small_folder: Path, calibrated: Calibrated) -> None:

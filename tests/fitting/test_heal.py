@@ -12,6 +12,7 @@ from tests.fitting.conftest import EXTENT, Calibrated
 from parco.fitting import apply, evaluate, heal
 from parco.fitting.latent import IntegerLeaf, RoundThrough, Trained, gather, spread
 from parco.fitting.result import HealRecord
+from parco.fitting.size import stored_bytes
 from parco.fitting.stages import Progress, Silent, Stages
 from parco.nn import StoredWeight, groups
 from parco.weights import Quantized
@@ -48,7 +49,7 @@ def test_the_divergence_falls_and_the_bytes_stay(
     with Stages(tmp_path, Silent()) as stages:
         unhealed = calibrated.model()
         apply.restore(unhealed, stages.open("apply"))
-        assert evaluate.stored_bytes(model) == evaluate.stored_bytes(unhealed)
+        assert stored_bytes(model) == stored_bytes(unhealed)
         assert {p.dtype for p in model.parameters()} == {p.dtype for p in unhealed.parameters()}
         heal.restore(unhealed, stages.open("heal"))
     for name, parameter in model.named_parameters():

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import parco
 from parco.fitting import alternatives, calibrate, evaluate
 from parco.fitting.result import Result
+from parco.fitting.size import stored_bytes
 from parco.fitting.stages import Silent, Stages
 
 METHODS = ("int8:row", "int4:16", "factor(0.5)>>int8:row")
@@ -52,7 +53,8 @@ def test_the_size_is_kept_and_the_columns_are_measured(result: Result) -> None:
 
 def test_the_saved_folder_holds_what_the_result_says(result: Result, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
-    assert evaluate.stored_bytes(model) == result["fitted"]["bytes"] == result["plan"]["bytes"]
+    assert stored_bytes(model) == result["fitted"]["bytes"] == result["plan"]["bytes"]
+    assert (out / "model.safetensors").stat().st_size <= 0.5 * result["checkpoint_bytes"]
     assert {path.name for path in out.iterdir()} >= {
         "report.html",
         "result.json",

@@ -12,7 +12,7 @@ from tests.hub import tiny
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 from parco import hub, nn, weights
-from parco.hub.tensors import describe
+from parco.nn.saved import describe
 
 hub.register()
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from tests.hub import tiny
 
 from parco import hub
-from parco.hub.tensors import HINT
+from parco.nn.saved import HINT
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from parco.fitting import evaluate
-from parco.fitting.candidates import kept_bytes, owners, shape_of
-from parco.fitting.methods import Method
 from parco.fitting.pipeline import Chosen, Fit
 from parco.fitting.result import Alternative
+from parco.fitting.size import planned_bytes
 from parco.nn.blocks import groups
 
 FAMILIES = (
@@ -40,26 +38,13 @@ def uniform(model: nn.Module, family: Sequence[str], budget: int) -> dict[str, s
         for ratio in ratios:
             method = text if ratio is None else f"factor({ratio:g}){text.removeprefix('factor')}"
             methods = everywhere(model, method)
-            if total_bytes(model, methods) <= budget:
+            if planned_bytes(model, methods) <= budget:
                 return methods
     return None
 
 
 def everywhere(model: nn.Module, method: str) -> dict[str, str]:
     return {group.name: method for group in groups(model) if group.kind != "router"}
-
-
-def total_bytes(model: nn.Module, methods: Mapping[str, str]) -> int:
-    """Bytes of the model with these methods, everything stored counted."""
-    total = evaluate.stored_bytes(model)
-    for group in groups(model):
-        text = methods.get(group.name, "keep")
-        if text == "keep":
-            continue
-        method = Method.parse(text)
-        made = sum(method.spec(shape_of(model, member)).nbytes for member in owners(model, group))
-        total += made - kept_bytes(model, group)
-    return total
 
 
 def compare(fit: Fit, chosen: Chosen, subset: int) -> list[Alternative]:
@@ -77,7 +62,7 @@ def compare(fit: Fit, chosen: Chosen, subset: int) -> list[Alternative]:
         model, _ = fit.apply(methods)
         fit.heal(model, methods)
         name = next(iter(methods.values()))
-        rows.append(_row(fit, name, total_bytes(fit.original.model, methods), model, methods, subset, steps, False))
+        rows.append(_row(fit, name, planned_bytes(fit.original.model, methods), model, methods, subset, steps, False))
     return rows
 
 

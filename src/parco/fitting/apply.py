@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from parco import weights
 from parco.fitting.calibrate import Extent, block_groups, rows_of, statistics_of, vocabulary_of
-from parco.fitting.candidates import owners
 from parco.fitting.methods import Method
 from parco.fitting.observe import Moments, See, expert_of, observed, site
+from parco.fitting.size import owners
 from parco.fitting.stages import Progress, Stage
 from parco.fitting.statistics import Statistics, row_error
 from parco.fitting.stream import Stream, windows_in_batches

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from parco.fitting.calibrate import Lookups, lookups_of, statistics_of
 from parco.fitting.methods import Method
 from parco.fitting.observe import is_lookup
+from parco.fitting.size import group_bytes, owners, same, shape_of
 from parco.fitting.stages import Progress, Stage
 from parco.fitting.statistics import Statistics, row_error
 from parco.nn.blocks import Group, groups, matrix
-from parco.nn.ties import tied
 
 DEFAULT = (
     "keep",
@@ -74,19 +74,6 @@ def parse_methods(texts: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(["keep", *parsed]))
 
 
-def owners(model: nn.Module, group: Group) -> list[str]:
-    """Members that hold a matrix of their own: of tied members the first."""
-    held: list[str] = []
-    for member in group.members:
-        if not any(other in held for other in _same(model, member)):
-            held.append(member)
-    return held
-
-
-def _same(model: nn.Module, member: str) -> tuple[str, ...]:
-    return (member,) if member.endswith("]") else tied(model, member)
-
-
 def considered(model: nn.Module, group: Group, methods: Sequence[str], large: bool = False) -> list[str]:
     """The methods that make sense for a group, "keep" first: no factors for lookups, no group longer than a row,
     nothing that is not smaller, and routers as they are."""
@@ -96,14 +83,12 @@ def considered(model: nn.Module, group: Group, methods: Sequence[str], large: bo
     for text in methods:
         if text == "keep" or group.kind == "router":
             continue
-        method = Method.parse(text)
         wide = large and max(max(shape) for shape in shapes) > WIDEST_FACTOR
         if "factor" in text and (has_lookup or wide):
             continue
         if any(_too_wide(text, columns) for _, columns in shapes):
             continue
-        size = sum(method.spec(shape).nbytes for shape in shapes)
-        if size < kept_bytes(model, group):
+        if group_bytes(model, group, text) < group_bytes(model, group, "keep"):
             kept.append(text)
     return kept
 
@@ -112,17 +97,6 @@ def _too_wide(text: str, columns: int) -> bool:
     """Whether a group size in the text exceeds the row: the format would then be a row scale under another name."""
     sizes = [int(part.split("@")[0].split("+")[0].split(":")[0]) for part in text.split(":")[1:] if part[:1].isdigit()]
     return any(size > columns for size in sizes)
-
-
-def shape_of(model: nn.Module, member: str) -> tuple[int, int]:
-    """(N, K) of a member's matrix."""
-    rows, columns = matrix(model, member).shape
-    return rows, columns
-
-
-def kept_bytes(model: nn.Module, group: Group) -> int:
-    """Bytes of the group's matrices as they are."""
-    return sum(matrix(model, member).nbytes for member in owners(model, group))
 
 
 def judge(
@@ -153,12 +127,10 @@ def _judge_group(
 ) -> list[Judged]:
     statistics = statistics_of(calibrated, group)
     sums: dict[str, list[float]] = {text: [0.0, 0.0, 0.0] for text in texts}
-    shapes: list[tuple[int, int]] = []
     previous: Statistics | None = None
     known = True
     for member in owners(model, group):
         weight = matrix(model, member)
-        shapes.append((weight.shape[0], weight.shape[1]))
         uses = _Uses.of(model, group, member, statistics, lookups)
         uses.share_root(previous)
         known = known and uses.known
@@ -170,13 +142,8 @@ def _judge_group(
         previous = uses.statistics
     judged: list[Judged] = []
     for text in texts if known else texts[:1]:
-        size = (
-            kept_bytes(model, group)
-            if text == "keep"
-            else sum(Method.parse(text).spec(shape).nbytes for shape in shapes)
-        )
         loss, error, power = sums[text]
-        judged.append(Judged(text, size, loss, error / power if power else 0.0))
+        judged.append(Judged(text, group_bytes(model, group, text), loss, error / power if power else 0.0))
     return [row for row in judged if row.finite]
 
 
@@ -189,7 +156,7 @@ class _Uses:
 
     @staticmethod
     def of(model: nn.Module, group: Group, member: str, statistics: dict[str, Statistics], lookups: Lookups) -> _Uses:
-        names = [other for other in group.members if other in _same(model, member)]
+        names = [other for other in group.members if other in same(model, member)]
         multiplied = next((statistics[name] for name in names if name in statistics), None)
         looked_up = any(is_lookup(model, name) for name in names)
         return _Uses(multiplied, lookups if looked_up else None)

@@ -14,7 +14,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,18 +67,6 @@ def quality(model: nn.Module, windows: Tensor, progress: Progress, original: nn.
 def _surprise(logs: Tensor, tokens: Tensor) -> float:
     """Summed −log p of every token but the first of each window, for log-probabilities [B, T, V]."""
     return float(nn.functional.nll_loss(logs[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
-
-
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, tied ones once, and of the buffers that a checkpoint holds."""
-    tensors: Iterable[Tensor] = model.state_dict(keep_vars=True).values()
-    distinct = {(tensor.data_ptr(), tensor.nbytes): tensor.nbytes for tensor in tensors if tensor.nbytes}
-    return sum(distinct.values())
-
-
-def checkpoint_bytes(model: nn.Module) -> int:
-    """Bytes of the model as a bf16 checkpoint: two for every parameter, tied ones once."""
-    return 2 * sum(parameter.numel() for parameter in model.parameters())
 
 
 PROMPT_TOKENS = 48

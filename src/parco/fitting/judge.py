@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from parco.fitting import evaluate, measure, texts
+from parco.fitting import evaluate, measure, size, texts
 from parco.fitting.result import Column
 from parco.fitting.stages import Progress
-from parco.nn.stored import StoredWeight
 
 ROUNDS = 5
 
@@ -66,13 +65,13 @@ def _column(
     progress: Progress,
 ) -> Column:
     decode, prefill = speeds
-    size = evaluate.stored_bytes(loaded.model)
+    stored = size.stored_bytes(loaded.model)
     memory = evaluate.peak_memory(loaded.path)
     progress.advance()
     return Column(
         name=name,
-        bytes=size,
-        fraction=size / dense_bytes(loaded.model),
+        bytes=stored,
+        fraction=stored / size.checkpoint_bytes(loaded.model),
         loss=quality.loss,
         perplexity=quality.perplexity,
         kl=quality.kl,
@@ -81,21 +80,3 @@ def _column(
         prefill=windows.shape[1] / prefill,
         memory=memory,
     )
-
-
-def dense_bytes(model: nn.Module) -> int:
-    """Bytes of the model as a bf16 checkpoint, however it is stored: two for every number, tied matrices once."""
-    numbers = 0
-    inside: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, StoredWeight) and id(module) not in inside:
-            rows, columns = module.spec.shape
-            numbers += rows * columns
-            inside.update(id(part) for part in module.modules())
-    parameters = (
-        parameter
-        for module in model.modules()
-        if id(module) not in inside
-        for parameter in module.parameters(recurse=False)
-    )
-    return 2 * (numbers + sum(parameter.numel() for parameter in {id(each): each for each in parameters}.values()))

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from parco import machine
-from parco.fitting import apply, calibrate, candidates, evaluate, measure, solve, table, texts
+from parco.fitting import apply, calibrate, candidates, evaluate, measure, size, solve, table, texts
 from parco.fitting import heal as healing
 from parco.fitting.plan import Fixed, Measured, Option, Plan, assemble
 from parco.fitting.result import HealRecord
@@ -95,7 +95,7 @@ class Fit:
         self.dtype: torch.dtype = self.original.model.dtype
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.footprint = sum(parameter.nbytes for parameter in model.parameters())
-        self.checkpoint = evaluate.checkpoint_bytes(model)
+        self.checkpoint = size.checkpoint_bytes(model)
         self.extent = calibrate.Extent.for_model(self.parameters)
         self.steps = healing.automatic_steps(self.parameters) if settings.heal is None else settings.heal
         self.windows = self._windows(read, generated)
@@ -179,7 +179,7 @@ class Fit:
             model,
             judged,
             (decode, prefill),
-            evaluate.stored_bytes(model),
+            size.stored_bytes(model),
             self.prefill,
             self.footprint,
             self.dtype,

@@ -1,7 +1,7 @@
 """What a fit leaves behind: the schema of `result.json`, from which the page and the tables are made.
 
 Plain TypedDicts, because the file is read by people and by programs that do not import parco. Units are in the names or
-here: bytes are bytes of stored tensors, losses are nats per token, times are seconds, rates are tokens per second. A
+here: bytes are those of the safetensors, headers counted, losses are nats per token, times are seconds, rates are tokens per second. A
 value that was not measured is None, never a guess.
 """
 
@@ -16,7 +16,7 @@ class Column(TypedDict):
     """One model measured end to end on the held-out windows and on this machine."""
 
     name: str  # "original", "fitted"
-    bytes: int  # stored tensors: parameters, scales, norms, biases; tied tensors once
+    bytes: int  # of the safetensors: parameters, scales, norms, biases, headers; tied tensors once
     fraction: float  # bytes / bytes of the bf16 checkpoint
     loss: float  # mean cross entropy, nats per token, whole held-out text
     perplexity: float  # exp(loss)

@@ -29,6 +29,7 @@ from parco.fitting.result import (
     StageTime,
     Target,
 )
+from parco.fitting.size import stored_bytes
 from parco.fitting.solve import Goal
 from parco.fitting.table import owners_shapes, products, reason
 from parco.kernels.table import explain
@@ -138,8 +139,8 @@ def versions() -> dict[str, str]:
 def _columns(fit: Fit, chosen: Chosen, measured: Final) -> tuple[Column, Column]:
     columns: list[Column] = []
     for name, judged, size, memory in (
-        ("original", measured.original, evaluate.stored_bytes(fit.original.model), measured.memory[0]),
-        ("fitted", measured.fitted, evaluate.stored_bytes(chosen.model), measured.memory[1]),
+        ("original", measured.original, stored_bytes(fit.original.model), measured.memory[0]),
+        ("fitted", measured.fitted, stored_bytes(chosen.model), measured.memory[1]),
     ):
         decode, prefill = measured.speeds[name]
         columns.append(

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from parco.fitting.candidates import Judged, owners
+from parco.fitting.candidates import Judged
 from parco.fitting.measure import Timings, kernel_key, measure_kernels, native
 from parco.fitting.methods import Method
 from parco.fitting.observe import expert_of, is_lookup
 from parco.fitting.plan import Fixed, Option
+from parco.fitting.size import owners
 from parco.fitting.stages import Progress
 from parco.nn.blocks import Group, groups, matrix
 from parco.weights import Weight

@@ -19,8 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from parco import weights
-from parco.hub import tensors
-from parco.nn import StoredWeight, replace_
+from parco.hub.names import keep_ties, resolve
+from parco.nn import StoredWeight, replace_, saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,8 +62,8 @@ class ParcoConfig(QuantizationConfigMixin):
     @classmethod
     def of(cls, model: PreTrainedModel) -> ParcoConfig:
         """The configuration of a model in memory, read off its modules."""
-        description = tensors.describe(model)
-        dtype = str(tensors.compute_dtype(model)).removeprefix("torch.")
+        description = saved.describe(model)
+        dtype = str(saved.compute_dtype(model)).removeprefix("torch.")
         return cls({name: str(spec) for name, spec in description.weights.items()}, description.tied, dtype)
 
     def specs(self) -> dict[str, weights.Weight]:
@@ -105,9 +105,9 @@ class ParcoQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
-        names = {name: tensors.resolve(model, name) for name in config.weights | config.tied}
+        names = {name: resolve(model, name) for name in config.weights | config.tied}
         tied = {here: names[owner] for name, owner in config.tied.items() if (here := names[name])}
-        tensors.keep_ties(model, [here for here in names.values() if here], {k: v for k, v in tied.items() if v})
+        keep_ties(model, [here for here in names.values() if here], {k: v for k, v in tied.items() if v})
         # Inside from_pretrained every new tensor is on the meta device, even a constant that a module computes.
         with torch.device("cpu"):
             for name, spec in config.specs().items():
@@ -117,9 +117,9 @@ class ParcoQuantizer(HfQuantizer):
             for here, owner in tied.items():
                 if owner is not None:
                     _share(model, here, owner)
-        self._loaded_names = {name for name, _ in tensors.stored_parameters(model)}
+        self._loaded_names = {name for name, _ in saved.stored_parameters(model)}
         ignored: set[str] = set(model._keys_to_ignore_on_load_unexpected or ())
-        clashing = [*tensors.clashing_names(config.weights), tensors.HINT]
+        clashing = [*saved.clashing_names(config.weights), saved.HINT]
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(name)}$" for name in clashing}
         return model
 
@@ -131,7 +131,7 @@ class ParcoQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         missing: list[str] = []
-        for name, parameter in tensors.stored_parameters(model):
+        for name, parameter in saved.stored_parameters(model):
             if parameter.device.type == "meta":
                 continue
             if not getattr(parameter, "_is_hf_initialized", False):
@@ -151,7 +151,7 @@ class ParcoQuantizer(HfQuantizer):
         self.quantization_config = ParcoConfig.of(model)
         model.config.quantization_config = self.quantization_config
         vars(model)["_weight_conversions"] = []
-        return tensors.tensors_to_save(model), {}
+        return saved.tensors_to_save(model), {}
 
     def is_serializable(self) -> bool:
         return True

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from parco.hub import tensors
+from parco.nn import saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ def save(
     name or is taken, and OSError where the disk is full or cannot be written: then nothing is left behind."""
     target = Path(folder).expanduser().resolve()
     refuse_foreign(target)
-    content = tensors.tensors_to_save(model)
+    content = saved.tensors_to_save(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
     _refuse_if_full(target, sum(tensor.nbytes for tensor in content.values()))
@@ -124,7 +124,7 @@ def _write_settings(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedT
 
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = tensors.compute_dtype(model)
+    config.dtype = saved.compute_dtype(model)
     config.quantization_config = ParcoConfig.of(model)
     config.save_pretrained(folder)
     if model.can_generate():

@@ -10,13 +10,13 @@ prints before it refuses."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from parco.nn import StoredWeight
+from parco.nn.stored import StoredWeight
 from parco.weights import Weight
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def compute_dtype(model: PreTrainedModel) -> torch.dtype:
     return getattr(torch, found) if isinstance(found, str) else found
 
 
-def tensors_to_save(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def tensors_to_save(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Name -> tensor for the file: the state without tied copies, the clashing names, and the hint; in the order of
     the names.
 
@@ -103,44 +103,11 @@ def clashing_names(weights: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def resolve(model: PreTrainedModel, name: str) -> str | None:
-    """`name` as `model` has it: itself, or without or with the prefix of the base model, or None if the model has no
-    such module."""
-    prefix = f"{model.base_model_prefix}."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        expert = _EXPERT.fullmatch(candidate)
-        path = expert[1].rpartition(".")[0] if expert else candidate
-        try:
-            model.get_submodule(path)
-        except AttributeError:
-            continue
-        return candidate
-    return None
-
-
 def stored_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """(name, parameter) of every tensor that a stored weight owns, under each of its names."""
     for path, module in _stored(model):
         for name, parameter in module.named_parameters():
             yield f"{path}.{name}", parameter
-
-
-def keep_ties(model: PreTrainedModel, weights: Iterable[str], tied: dict[str, str]) -> None:
-    """Drops from Transformers' records each pair of parameters that the architecture ties and the saved model does not.
-
-    Such a pair has a stored weight on a side and no entry in `tied` (a checkpoint may hold an embedding and a head
-    that differ although its configuration says that they are one). `nn.replace_` and loading then leave the two
-    apart."""
-    names = {*weights, *tied}
-
-    def kept(target: str, source: str) -> bool:
-        first, second = target.removesuffix(".weight"), source.removesuffix(".weight")
-        is_stored = first in names or second in names
-        return not is_stored or tied.get(first) == second or tied.get(second) == first
-
-    for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
-        pairs: dict[str, str] = getattr(model, attribute, None) or {}
-        setattr(model, attribute, {target: source for target, source in pairs.items() if kept(target, source)})
 
 
 def _stored(model: torch.nn.Module) -> Iterator[tuple[str, StoredWeight]]:
