@@ -1,8 +1,8 @@
 """What a fit leaves behind: the schema of `result.json`, from which the page and the tables are made.
 
 Plain TypedDicts, because the file is read by people and by programs that do not import parco. Units are in the names or
-here: bytes are those of the safetensors, headers counted, losses are nats per token, times are seconds, rates are tokens per second. A
-value that was not measured is None, never a guess.
+here: bytes are those of the safetensors, headers counted; losses are nats per token, times seconds, rates tokens per
+second. A value that was not measured is None, never a guess.
 """
 
 from __future__ import annotations
