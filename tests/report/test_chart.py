@@ -15,6 +15,18 @@ def test_every_plan_and_every_uniform_choice_is_a_mark():
     assert traces["uniform, healed"]["y"] == [row["kl"] for row in result["alternatives"] if not row["chosen"]]
 
 
+def test_nothing_is_called_healed_that_was_not():
+    result = example.result()
+    result["heal"] = None
+    for point in result["frontier"]:
+        point["healed_loss"] = None
+    for row in result["alternatives"]:
+        row["healed_steps"] = 0
+    traces = chart.frontier(result)["traces"]
+    assert "uniform" in {trace["name"] for trace in traces}
+    assert not [text for trace in traces for text in (trace["name"], *trace["text"]) if "healed" in text]
+
+
 def test_the_chosen_plan_is_ringed_at_its_latest_measurement():
     result = example.result()
     traces = {trace["name"]: trace for trace in chart.frontier(result)["traces"]}

@@ -127,8 +127,8 @@ def reason(option: Option, chosen: Option) -> str:
     parts: list[str] = []
     if option.loss > chosen.loss:
         parts.append(f"costs {option.loss - chosen.loss:.2g} nats more")
-    if option.bytes > chosen.bytes:
-        parts.append(f"takes {(option.bytes - chosen.bytes) / 1e6:.2f} MB more")
+    if option.bytes > chosen.bytes * 1.001:
+        parts.append(f"takes {(option.bytes - chosen.bytes) / 1e6:.2g} MB more")
     if option.decode > chosen.decode * 1.02:
         parts.append(f"decodes {(option.decode - chosen.decode) * 1e6:.0f} µs slower")
     if option.prefill > chosen.prefill * 1.02:

@@ -27,11 +27,12 @@ class Mark(NamedTuple):
 def frontier(result: Result) -> dict[str, Any]:
     """What page.js draws. Every text is escaped: Plotly reads a little HTML in its labels."""
     points, rivals = result["frontier"], result["alternatives"]
+    uniform = "uniform, healed" if result["heal"] else "uniform"
     stages = (
         ("predicted", "circle-open", 9, [_mark(point, "predicted_loss") for point in points]),
         ("measured", "circle", 9, _marks(points, "measured_loss")),
         ("measured, healed", "diamond", 10, _marks(points, "healed_loss")),
-        ("uniform, healed", "square", 9, [_rival(rival) for rival in rivals if not rival["chosen"]]),
+        (uniform, "square", 9, [_rival(rival) for rival in rivals if not rival["chosen"]]),
         ("chosen plan", "circle-open", 20, _chosen(points, rivals)),
     )
     traces = [
@@ -43,7 +44,7 @@ def frontier(result: Result) -> dict[str, Any]:
             "y": [mark.y for mark in marks],
             "seconds": [mark.seconds and 1e3 * mark.seconds for mark in marks],
             "text": [mark.text for mark in marks],
-            "plain": name in ("uniform, healed", "chosen plan"),
+            "plain": name in (uniform, "chosen plan"),
         }
         for name, symbol, size, marks in stages
         if marks
@@ -72,23 +73,25 @@ def _marks(points: Iterable[FrontierPoint], field: str) -> list[Mark]:
 def _mark(point: FrontierPoint, field: str) -> Mark:
     measured = point["measured_decode_seconds"]
     seconds = point["decode_seconds"] if measured is None else measured
+    losses = {"predicted": "predicted_loss", "measured": "measured_loss", "healed": "healed_loss"}
+    known = [f"{word} {units.nats(point[field])}" for word, field in losses.items() if point[field] is not None]
     lines = [
         f"<b>{escape(point['name'])}</b>",
         *(escape(part) for part in point["summary"].split(", ")),
         f"{units.percent(point['fraction'])} of the checkpoint, {units.size(point['bytes'])}",
-        f"KL predicted {units.nats(point['predicted_loss'])}, measured {units.nats(point['measured_loss'])}, "
-        f"healed {units.nats(point['healed_loss'])}",
+        f"KL {', '.join(known)}",
         f"decode {units.duration(seconds)} per token ({'predicted' if measured is None else 'measured'})",
     ]
     return Mark(point["fraction"], point[field], seconds, "<br>".join(lines))
 
 
 def _rival(rival: Alternative) -> Mark:
+    healed = f"healed {rival['healed_steps']} steps, " if rival["healed_steps"] else ""
     text = (
         f"<b>{escape(rival['name'])}</b>"
         f"<br>{units.percent(rival['fraction'])} of the checkpoint, {units.size(rival['bytes'])}"
         f"<br>KL {units.nats(rival['kl'])}, loss {units.nats(rival['loss'])}"
-        f"<br>healed {rival['healed_steps']} steps, held-out text"
+        f"<br>{healed}held-out text"
     )
     return Mark(rival["fraction"], rival["kl"], None, text)
 
