@@ -11,15 +11,15 @@ using linear::store_float;
 
 // Eight codes fill whole bytes, so a row is read in windows of eight codes.
 void expand_row(const EmbeddingCall& call, std::int64_t index, std::int64_t m) {
-  const std::int64_t row_bytes = (call.columns * call.bits + 7) / 8,
-                     groups = (call.columns + call.group - 1) / call.group;
+  const std::int64_t row_bytes = (call.columns * call.bits + 7) / 8, group = std::min(call.group, call.columns),
+                     groups = (call.columns + group - 1) / group;
   const std::uint8_t* codes = call.codes + index * row_bytes;
   const std::uint64_t mask = (1u << call.bits) - 1;
   for (std::int64_t g = 0; g < groups; g++) {
     const float scale = load_float(call.scale, call.scale_type, index * call.scale_stride + g);
     const int zero = call.zero ? call.zero[index * groups + g] : 1 << (call.bits - 1);
-    const std::int64_t end = std::min(call.columns, (g + 1) * call.group);
-    for (std::int64_t k = g * call.group; k < end; k += 8) {
+    const std::int64_t end = std::min(call.columns, (g + 1) * group);
+    for (std::int64_t k = g * group; k < end; k += 8) {
       const std::int64_t start = k * call.bits / 8;
       std::uint64_t window = 0;
       std::memcpy(&window, codes + start,

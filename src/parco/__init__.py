@@ -4,8 +4,8 @@
     parco.convert_(model, parco.Quantize("int4:32"))     # one method everywhere, in place
     parco.fit("folder", size=0.35, out="smaller")        # the main job, as `parco fit` runs it
 
-Importing parco also makes `AutoModelForCausalLM.from_pretrained` understand the folders that it saves. The rest is
-loaded when it is first asked for.
+Importing parco also makes `AutoModelForCausalLM.from_pretrained` understand the folders that it saves. The main job
+(fitting, the page) is loaded when it is first asked for.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import shlex
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -70,7 +69,8 @@ def fit(
     )
     candidates.parse_methods(settings.methods)
     text = None if data is None else _read(Path(data))
-    folder = Path(out) if out is not None else default_folder(model, kind, value)
+    folder = Path(out).expanduser() if out is not None else default_folder(model, kind, value)
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
     hub.refuse_foreign(folder)
     source = hub.embedded_path() if model is None else model
     command = _command(model, data, kind, value, methods, heal, out, seed)
@@ -82,13 +82,16 @@ def fit(
 
     try:
         with Stages(work, told, fresh) as stages:
-            result = _run(settings, load, text, data, model, stages, folder, command, told)
+            try:
+                result = _run(settings, load, text, data, model, stages, folder, command, told)
+                stages.remove()
+            except BaseException:
+                stages.remove_if_empty()
+                raise
     except BaseException as error:
-        _forget_if_empty(work)
         if is_full(error) and not isinstance(error, OSError):
             raise OSError(errno.ENOSPC, f"the disk is full: nothing was saved to {folder}") from error
         raise
-    shutil.rmtree(work, ignore_errors=True)
     return result
 
 
@@ -215,9 +218,3 @@ def _command(
         if option is not None:
             words += [name, str(option)]
     return shlex.join(words)
-
-
-def _forget_if_empty(work: Path) -> None:
-    """A job that was refused before its first stage leaves no work folder."""
-    if work.is_dir() and not any(child.is_dir() for child in work.iterdir()):
-        shutil.rmtree(work, ignore_errors=True)

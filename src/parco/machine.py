@@ -74,15 +74,31 @@ def detect() -> Machine:
     found = _C.machine_features()
     return Machine(
         cpu=found.model,
-        isas=("generic", *(name for name in ISAS[1:] if getattr(found, name))),
+        isas=_isas(),
         features=tuple(name for name in _FEATURES if getattr(found, name)),
         cores=len(os.sched_getaffinity(0)),
         l1d=found.l1d,
         l2=found.l2,
         l3=found.l3,
         memory=_memory(),
-        gpus=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
+        gpus=_gpus(),
     )
+
+
+@functools.cache
+def _isas() -> tuple[str, ...]:
+    """The usable instruction sets, the least first. Apart from `detect`, because every operation asks, and looking for
+    GPUs starts CUDA."""
+    found = _C.machine_features()
+    return ("generic", *(name for name in ISAS[1:] if getattr(found, name)))
+
+
+def _gpus() -> tuple[str, ...]:
+    """Names of the GPUs; none where CUDA cannot be started here (a forked process, a broken driver)."""
+    try:
+        return tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    except RuntimeError:
+        return ()
 
 
 def _memory() -> int:
@@ -101,7 +117,7 @@ def isa() -> str:
 
     Read once. Raises ValueError where PARCO_ISA is not one of the machine's, naming those that are.
     """
-    usable = detect().isas
+    usable = _isas()
     forced = os.environ.get("PARCO_ISA")
     if not forced:
         return usable[-1]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.hub import tiny
 
-from parco import machine
+from parco import hub, machine
 from parco.cli import main
 
 Edit = Callable[[Path], None]
@@ -204,3 +204,10 @@ def test_the_exit_code_reaches_the_shell():
 def test_debug_shows_where_it_happened():
     with pytest.raises(FileNotFoundError):
         main(["fit", "/nowhere/at/all", "--debug"])
+
+
+def test_a_fitted_model_is_not_fitted_again(copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    hub.save(tiny.store(tiny.model("llama")), tiny.tokenizer(), tmp_path / "small")
+    line = refused(capfd, "fit", str(tmp_path / "small"), "--size", "0.5", "--out", str(tmp_path / "smaller"))
+    assert "made by parco already" in line
+    assert not list(tmp_path.glob("smaller*"))

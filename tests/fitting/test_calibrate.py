@@ -23,6 +23,12 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gemma": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": 8},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 56},
+    # Its blocks return tuples.
+    "gpt_neo": {
+        "num_hidden_layers": 5,
+        "attention_types": [[["global", "local"], 2], [["global"], 1]],
+        "window_size": 8,
+    },
 }
 
 
@@ -38,6 +44,7 @@ def test_a_stream_computes_what_the_model_does_and_leaves_it_as_it_was(architect
         with stream.block(index) as run:
             hidden = run(hidden)
     logits = stream.leave(hidden)
+    assert torch.equal(Stream(model).leave(hidden), logits)
     assert {name: (p.data_ptr(), p.dtype) for name, p in model.named_parameters()} == before
     torch.testing.assert_close(logits, model.float()(tokens).logits, rtol=1e-4, atol=1e-4)
 
@@ -147,3 +154,23 @@ def test_experts_are_seen_one_by_one_and_compute_the_same() -> None:
         for kind in ("gate_up", "down")
     ]
     assert per_kind == [2 * tokens.numel()] * 2
+
+
+def test_a_model_whose_blocks_see_the_text_is_refused(calibrated: Calibrated, tmp_path: Path) -> None:
+    """Embeddings of the tokens at every block, as Gemma 4 has them: a stream would hand all windows those of one."""
+    model = calibrated.model()
+
+    class Takes(type(model.model.layers[1])):
+        def forward(self, hidden_states: torch.Tensor, extra: torch.Tensor, **rest: Any) -> Any:
+            return super().forward(hidden_states + 3 * extra.roll(1, -1), **rest)
+
+    with Stages(tmp_path, Silent()) as stages:
+        calibrate.calibrate(model, calibrated.windows, EXTENT, 0, stages.open("plain"), Silent())
+        for layer in model.model.layers:
+            layer.__class__ = Takes
+        forward = model.model.forward
+        model.model.forward = lambda input_ids, **rest: forward(
+            input_ids=input_ids, extra=model.get_input_embeddings()(input_ids), **rest
+        )
+        with pytest.raises(ValueError, match="LlamaForCausalLM cannot be fitted: run block by block"):
+            calibrate.calibrate(model, calibrated.windows, EXTENT, 0, stages.open("strange"), Silent())

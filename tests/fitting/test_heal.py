@@ -137,3 +137,37 @@ def test_divergence_to_nan_is_an_error(calibrated: Calibrated, tmp_path: Path, m
     monkeypatch.setattr(heal, "RATES", {"low_rank": float("nan"), "scale": 1.0, "dense": 1.0})
     with pytest.raises(ValueError, match=r"healing diverged at step 1.*--heal 0"):
         healed(calibrated, tmp_path, "int3:16")
+
+
+def test_a_checkpoint_holds_what_the_optimizer_has_not_met(calibrated: Calibrated, tmp_path: Path) -> None:
+    """An expert that no token reached has no gradient, hence no state."""
+    seen = torch.nn.Parameter(torch.ones(3))
+    unseen = torch.nn.Parameter(torch.ones(2))
+
+    class Patient:
+        def __init__(self) -> None:
+            self.parameters = [seen, unseen]
+            self.groups = [{"params": [seen, unseen], "lr": 0.1, "rate": 0.1}]
+
+        def state(self) -> list[torch.Tensor]:
+            return [parameter.detach().clone() for parameter in self.parameters]
+
+        def load(self, values: list[torch.Tensor]) -> None:
+            for parameter, value in zip(self.parameters, values, strict=True):
+                parameter.data.copy_(value)
+
+    def run(stage: Any) -> Any:
+        return heal._Run(Patient(), None, torch.zeros(0, 8), stage, 4, stage)  # pyright: ignore
+
+    with Stages(tmp_path, Silent()) as stages:
+        stage = stages.open("heal")
+        first = run(stage)
+        first.best = Patient().state()
+        seen.grad = torch.ones(3)
+        first.optimizer.step()
+        first._checkpoint()
+        again = run(stage)
+        again.resume()
+    assert float(again.optimizer.state[seen]["step"]) == 1
+    assert float(again.optimizer.state[unseen]["step"]) == 0
+    assert torch.equal(again.optimizer.state[seen]["exp_avg"], first.optimizer.state[seen]["exp_avg"])

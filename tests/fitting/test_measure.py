@@ -95,3 +95,13 @@ def test_whole_models_are_timed_in_turn() -> None:
     found = measure.interleaved({"a": small.model(), "b": small.model()}, 16, 1)
     assert set(found) == {"a", "b"}
     assert all(seconds > 0 for pair in found.values() for seconds in pair)
+
+
+def test_damaged_timings_are_measured_again(tmp_path: Path) -> None:
+    first = measure.Timings("1", tmp_path)
+    first.add({"a": 1.0})
+    first.path.write_text('{"seconds": {"a"')
+    again = measure.Timings("1", tmp_path)
+    assert "a" not in again
+    again.add({"a": 2.0})
+    assert measure.Timings("1", tmp_path)["a"] == 2.0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import parco
 from parco.fitting.stages import Silent, Stages, seeded, void, write_whole
 
 SCRIPT = """
@@ -115,3 +116,10 @@ def test_draws_depend_on_the_seed_and_the_purpose() -> None:
     draws = {seeded(seed, name).initial_seed() for seed in (0, 1) for name in ("a", "b")}
     assert len(draws) == 4
     assert seeded(0, "a").initial_seed() in draws
+
+
+def test_a_second_job_leaves_the_first_ones_folder_alone(small_folder: Path, small_text: Path, tmp_path: Path) -> None:
+    with Stages(tmp_path / "out.work", Silent()):
+        with pytest.raises(ValueError, match="another parco fit is working"):
+            parco.fit(small_folder, data=small_text, size=0.5, out=tmp_path / "out")
+        assert (tmp_path / "out.work" / "lock").exists()

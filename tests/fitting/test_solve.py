@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import random
+import sys
+from typing import Any
 
 import pytest
 
 from parco.fitting.plan import Fixed, Measured, Option, Plan, assemble
 from parco.fitting.solve import Goal, Limits, best, frontier, solve
 
+solving = sys.modules["parco.fitting.solve"]
 FIXED = Fixed(100, 2e-4, 3e-3)
 
 
@@ -101,3 +105,17 @@ def test_a_plan_survives_json_and_its_name_depends_on_the_choices_alone() -> Non
     assert Plan((("a", "int8:row"), ("b", "keep")), 10, 0.1, 1e-3, 2e-3).name != plan.name
     with pytest.raises(ValueError, match="choices"):
         Plan.from_json({"bytes": 1, "loss": 0, "decode": 0, "prefill": 0})
+
+
+def test_what_the_solver_prints_is_not_seen(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some versions of HiGHS leave a debugging line on standard output, from C."""
+    real = solving.milp
+
+    def noisy(*arguments: Any, **options: Any) -> Any:
+        ctypes.CDLL(None).puts(b"noise of C")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(solving, "milp", noisy)
+    assert solve(table(), FIXED, Limits(), {"loss": 1.0}) is not None
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == ""

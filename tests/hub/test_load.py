@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +274,65 @@ def test_shipped_model_knows_python() -> None:
     tokens = shipped.tokenizer(hub.embedded_texts().heldout[:6000], return_tensors="pt").input_ids[:, :512]
     with torch.no_grad():
         assert shipped.model(tokens, labels=tokens).loss < 5.0
+
+
+def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path) -> None:
+    folder = tiny.folder(tmp_path / "model", shard="20KB")
+    index = folder / "model.safetensors.index.json"
+    shards = json.loads(index.read_text())
+    shard = next(iter(shards["weight_map"].values()))
+    (folder / shard).rename(tmp_path / shard)
+    shards["weight_map"] |= {key: f"../{shard}" for key, value in shards["weight_map"].items() if value == shard}
+    index.write_text(json.dumps(shards))
+    assert "no file of its own folder" in refused(folder)
+    index.write_text('{"weight_map": []}')
+    assert "weight_map" in refused(folder)
+
+
+def test_what_is_checked_is_what_is_loaded(copy: Path) -> None:
+    """Beside a whole file an index is not read, by Transformers neither."""
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
+    hub.load(copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+    assert "other.safetensors" in refused(copy)
+
+
+def header(folder: Path) -> None:
+    text = b'{"model.norm.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}'
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"1234")
+
+
+def nested(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+def no_heads(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("head_dim", None)
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
+
+
+def hidden_text(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "36"}))
+
+
+def other_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
+
+
+@pytest.mark.parametrize("spoil", [header, nested, no_heads, hidden_text, other_tokenizer])
+def test_malformed_files_are_refused_in_a_line(copy: Path, spoil: Callable[[Path], None]) -> None:
+    spoil(copy)
+    refused(copy)
+
+
+def test_views_of_one_storage_stay_apart_when_owned(copy: Path) -> None:
+    model = tiny.model("llama")
+    both = torch.randn(2, *model.model.layers[0].self_attn.q_proj.weight.shape).to(torch.bfloat16)
+    model.model.layers[0].self_attn.q_proj.weight.data = both[0]
+    model.model.layers[1].self_attn.q_proj.weight.data = both[1]
+    sys.modules["parco.hub.load"]._own(model)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, both[0])
+    assert torch.equal(model.model.layers[1].self_attn.q_proj.weight, both[1])

@@ -18,6 +18,8 @@ assert "transformers" not in sys.modules
 assert any(type(finder).__module__ == "parco.hub.registration" for finder in sys.meta_path)
 parco.hub.register()
 import transformers
+[hook] = [finder for finder in sys.meta_path if type(finder).__module__ == "parco.hub.registration"]
+hook.find_spec("transformers.quantizers.auto", None)  # looking for a module does not use the hook up
 assert "transformers.quantizers.auto" not in sys.modules
 import transformers.quantizers.auto as auto
 assert "parco" in auto.AUTO_QUANTIZER_MAPPING and "parco" in auto.AUTO_QUANTIZATION_CONFIG_MAPPING

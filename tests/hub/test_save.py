@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tests.hub import tiny
 
+import parco
 from parco import hub
 from parco.nn.saved import HINT
 
@@ -179,3 +180,21 @@ def test_a_former_folder_comes_back_if_the_swap_was_killed(fitted: Any, tmp_path
         hub.save(fitted, tiny.tokenizer(), tmp_path / "out", extra={"a/b": ""})
     assert os.listdir(tmp_path) == ["out"]
     assert digests(folder) == before
+
+
+def test_a_matrix_shared_without_being_declared_is_written_twice(tmp_path: Path) -> None:
+    model = tiny.model("llama", tie_word_embeddings=False)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    parco.convert_(model, "int8:row")
+    hub.save(model, tiny.tokenizer(), tmp_path / "out")
+    loaded = hub.load(tmp_path / "out").model
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+    assert loaded.lm_head.weight.data_ptr() != loaded.model.embed_tokens.weight.data_ptr()
+
+
+def test_what_a_kill_left_is_found_under_any_name(fitted: Any, tmp_path: Path) -> None:
+    folder = hub.save(fitted, tiny.tokenizer(), tmp_path / "out[v1]")
+    folder.rename(tmp_path / ".out[v1].parco-999999999-former")
+    with pytest.raises(ValueError, match="extra="):
+        hub.save(fitted, tiny.tokenizer(), tmp_path / "out[v1]", extra={"a/b": ""})
+    assert os.listdir(tmp_path) == ["out[v1]"]

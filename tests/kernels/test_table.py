@@ -1,13 +1,16 @@
 """The dispatch table as data, and explain on what a person holds."""
 
+import importlib
 from typing import NamedTuple
 
 import pytest
 import torch
+from tests.laws.kernel_laws import KernelLaws
 
-import parco.kernels.linear  # noqa: F401  its operations fill the table
-from parco import machine
+import parco.kernels.linear
+from parco import machine, nn
 from parco.kernels import table
+from parco.weights import Quantized
 
 
 class Case(NamedTuple):
@@ -29,7 +32,7 @@ def operation(monkeypatch: pytest.MonkeyPatch) -> table.Operation:
             table.Kernel("made-amx", "amx", run),
             table.Kernel("made-avx2", "avx2", run, lambda call: "it is Sunday"),
             table.Kernel("made-generic", "generic", run),
-            table.Kernel("made-torch", table.REFERENCE, run),
+            table.Kernel("made-torch", table.TORCH, run),
         ),
     )
     table.register(made)
@@ -75,3 +78,20 @@ def test_explains_a_weight_and_a_module() -> None:
     assert [part.operation for part in both] == ["linear_dense", "linear_int"]
     with pytest.raises(TypeError, match="neither"):
         table.explain(3)
+
+
+def test_every_operation_is_under_the_laws() -> None:
+    importlib.import_module("tests.kernels.linear.test_dense")
+    importlib.import_module("tests.kernels.linear.test_embedding")
+    importlib.import_module("tests.kernels.linear.test_integer")
+    assert set(table.operations()) <= {laws.operation for laws in KernelLaws.__subclasses__()}
+
+
+def test_an_embedding_is_explained_by_its_lookup() -> None:
+    spec = Quantized("int4:32", (64, 96))
+    held = nn.StoredWeight.empty(spec, device="meta")
+    (looked_up,) = parco.explain(nn.Embedding(held), rows=3)
+    assert looked_up.operation == "embedding_int"
+    (multiplied,) = parco.explain(nn.Linear(held), rows=3)
+    assert multiplied.operation == "linear_int"
+    assert parco.explain(nn.Embedding(nn.StoredWeight.empty(Quantized("nf4:32", (64, 96)), device="meta"))) == ()

@@ -5,7 +5,8 @@
         def format(self):
             return formats.parse("int4:32")
 
-A new element, block or scale rule that `formats.NAMES` mentions is checked by these without a further line.
+A new element or block that `formats.NAMES` mentions is checked by these without a further line. A new Scale also needs
+a branch in `scale_of_each`, which is written apart from the implementation.
 """
 
 import math
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from parco import formats
-from parco.formats import Format, Integer, ScaleAbsmean, ScaleDelayed, ScaleE4M3, ScaleE8M0, Table
+from parco.formats import Format, Integer, ScaleAbsmean, ScaleDelayed, ScaleE4M3, ScaleE8M0
 from parco.kernels.cast import ROUNDINGS, decode, decode_tensors, encode, tiles
 
 SHAPE = (37, 151)
@@ -238,7 +239,7 @@ class FormatLaws:
 
     def test_rows_are_apart(self, format):
         if format.block.rows != 1 or isinstance(format.scale, ScaleE4M3 | ScaleAbsmean):
-            return
+            pytest.skip("rows share a scale")
         x = sample()
         whole, part = encode(x, format), encode(x[11:20], format)
         for name, tensor in part.tensors.items():
@@ -257,9 +258,3 @@ class FormatLaws:
                 decode_tensors(format, SHAPE, rest)
             with pytest.raises(ValueError, match=f"{name!r} is .* needs"):
                 decode_tensors(format, SHAPE, {**rest, name: encoded.tensors[name].to(torch.int64)})
-
-    def test_a_table_holds_its_ends(self, format):
-        if isinstance(format.element, Table):
-            assert format.element.entries[0] == -1
-            assert format.element.entries[-1] == 1
-            assert list(format.element.entries) == sorted(format.element.entries)

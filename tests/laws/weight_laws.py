@@ -5,6 +5,8 @@ class TestMine(WeightLaws):
     @pytest.fixture
     def make(self):
         return lambda shape: Mine(shape)
+
+A Weight that takes only some shapes overrides `shapes`, `small` and `odd`.
 """
 
 from collections.abc import Callable
@@ -14,12 +16,13 @@ import torch
 from safetensors.torch import load, save
 
 from parco import weights
+from parco.fitting.latent import Trained
 from parco.nn import Linear, StoredWeight
 from parco.weights import Weight
 
-Make = Callable[[tuple[int, int]], Weight]
+Shape = tuple[int, int]
+Make = Callable[[Shape], Weight]
 
-SHAPES = [(33, 50), (1, 17), (130, 129)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -51,64 +54,78 @@ def assert_within(spec: Weight, tensors: tuple[torch.Tensor, ...], x: torch.Tens
 
 
 class WeightLaws:
+    shapes: tuple[Shape, ...] = ((33, 50), (1, 17), (130, 129))
+    small: Shape = (24, 80)
+    odd: Shape = (33, 50)
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    def test_apply_multiplies_by_the_dense_matrix(self, make: Make, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        spec = make(shape)
-        tensors = stored_tensors(spec)
-        for rows in (1, 5, 40):
-            x = inputs(rows, shape[1], dtype=dtype)
-            assert_within(spec, tensors, x, spec.apply(x, *tensors))
+    def test_apply_multiplies_by_the_dense_matrix(self, make: Make, dtype: torch.dtype) -> None:
+        for shape in self.shapes:
+            spec = make(shape)
+            tensors = stored_tensors(spec)
+            for rows in (1, 5, 40):
+                x = inputs(rows, shape[1], dtype=dtype)
+                assert_within(spec, tensors, x, spec.apply(x, *tensors))
 
     def test_apply_keeps_leading_dimensions_and_adds_the_bias(self, make: Make) -> None:
-        spec = make((24, 80))
+        spec = make(self.small)
         tensors = stored_tensors(spec)
-        x, bias = inputs(2, 3, 80), inputs(24, seed=6)
+        rows, columns = self.small
+        x, bias = inputs(2, 3, columns), inputs(rows, seed=6)
         assert_within(spec, tensors, x, spec.apply(x, *tensors, bias=bias) - bias)
         assert_within(spec, tensors, x[0, 0], spec.apply(x[0, 0], *tensors))
 
     def test_apply_takes_an_empty_batch(self, make: Make) -> None:
-        spec = make((24, 80))
-        assert spec.apply(inputs(0, 80), *stored_tensors(spec)).shape == (0, 24)
-        assert spec.apply(inputs(2, 0, 80), *stored_tensors(spec)).shape == (2, 0, 24)
+        spec = make(self.small)
+        rows, columns = self.small
+        assert spec.apply(inputs(0, columns), *stored_tensors(spec)).shape == (0, rows)
+        assert spec.apply(inputs(2, 0, columns), *stored_tensors(spec)).shape == (2, 0, rows)
 
     def test_apply_takes_a_non_contiguous_input(self, make: Make) -> None:
-        spec = make((24, 80))
+        spec = make(self.small)
         tensors = stored_tensors(spec)
-        for x in (inputs(80, 6).T, inputs(6, 160)[:, ::2], inputs(1, 80).expand(6, 80), inputs(6, 81)[:, 1:]):
+        n = self.small[1]
+        for x in (inputs(n, 6).T, inputs(6, 2 * n)[:, ::2], inputs(1, n).expand(6, n), inputs(6, n + 1)[:, 1:]):
             assert not x.is_contiguous()
             assert_within(spec, tensors, x, spec.apply(x, *tensors))
 
     def test_gradient_with_respect_to_the_input(self, make: Make) -> None:
-        spec = make((24, 80))
+        spec = make(self.small)
         tensors = stored_tensors(spec)
-        x, grad_output = inputs(4, 80).requires_grad_(), inputs(4, 24, seed=7)
+        rows, columns = self.small
+        x, grad_output = inputs(4, columns).requires_grad_(), inputs(4, rows, seed=7)
         (grad,) = torch.autograd.grad(spec.apply(x, *tensors), x, grad_output)
-        # Transposed, the same product has the length 24 in place of 80, so the bound of `apply` covers it.
+        # Transposed, the same product is shorter, so the bound of `apply` covers it.
         reference = grad_output.double() @ spec.dense(*tensors, dtype=torch.float64)
         bound = spec.tolerance(torch.float32) * (grad_output.abs() @ spec.magnitude(*tensors))
         assert ((grad - reference).abs() <= bound).all()
 
     def test_gradient_with_respect_to_the_bias(self, make: Make) -> None:
-        spec = make((24, 80))
-        bias, grad_output = inputs(24).requires_grad_(), inputs(4, 24, seed=7)
-        (grad,) = torch.autograd.grad(spec.apply(inputs(4, 80), *stored_tensors(spec), bias=bias), bias, grad_output)
+        spec = make(self.small)
+        rows, columns = self.small
+        bias, grad_output = inputs(rows).requires_grad_(), inputs(4, rows, seed=7)
+        y = spec.apply(inputs(4, columns), *stored_tensors(spec), bias=bias)
+        (grad,) = torch.autograd.grad(y, bias, grad_output)
         torch.testing.assert_close(grad, grad_output.sum(0))
 
     def test_lookup_returns_rows_of_the_dense_matrix(self, make: Make) -> None:
-        spec = make((33, 50))
+        spec = make(self.odd)
         tensors = stored_tensors(spec)
-        indices = torch.tensor([[0, 32, 5], [5, 5, 17]])
+        last, columns = self.odd[0] - 1, self.odd[1]
+        indices = torch.tensor([[0, last, 5], [5, 5, last // 2]])
         rows = spec.lookup(indices, *tensors, dtype=torch.float32)
         # Parts may be multiplied and added in another order: a few units of rounding of what is added up.
         bound = 8 * torch.finfo(torch.float32).eps * spec.magnitude(*tensors)[indices]
-        assert rows.shape == (2, 3, 50)
+        assert rows.shape == (2, 3, columns)
         assert ((rows - spec.dense(*tensors)[indices]).abs() <= bound).all()
         assert spec.lookup(indices, *tensors, dtype=torch.bfloat16).dtype == torch.bfloat16
-        assert spec.lookup(indices[:, :0], *tensors, dtype=torch.float32).shape == (2, 0, 50)
+        assert spec.lookup(indices[:, :0], *tensors, dtype=torch.float32).shape == (2, 0, columns)
+        for outside in (-1, last + 1):
+            with pytest.raises(IndexError):
+                spec.lookup(torch.tensor([0, outside]), *tensors)
 
     def test_tensors_are_what_the_spec_says(self, make: Make) -> None:
-        for shape in SHAPES:
+        for shape in self.shapes:
             spec = make(shape)
             tensors = stored_tensors(spec)
             assert [(tuple(t.shape), t.dtype) for t in tensors] == [(s.shape, s.dtype) for s in spec.tensors().values()]
@@ -117,30 +134,52 @@ class WeightLaws:
             )
 
     def test_magnitude_bounds_the_dense_matrix(self, make: Make) -> None:
-        spec = make((33, 50))
+        spec = make(self.odd)
         tensors = stored_tensors(spec)
         assert (spec.magnitude(*tensors) * (1 + 1e-5) >= spec.dense(*tensors).abs()).all()
 
     def test_text_round_trip(self, make: Make) -> None:
-        spec = make((33, 50))
+        spec = make(self.odd)
         again = weights.parse(str(spec))
         assert again == spec
         assert hash(again) == hash(spec)
-        assert again != make((34, 50))
+        assert again != make(self.shapes[-1])
 
     def test_safetensors_round_trip(self, make: Make) -> None:
-        spec = make((33, 50))
+        spec = make(self.odd)
         layer = Linear(StoredWeight(spec, stored_tensors(spec)))
         loaded = Linear(StoredWeight.empty(weights.parse(str(spec))))
         loaded.load_state_dict(load(save(layer.state_dict())))
-        x = inputs(3, 50)
+        x = inputs(3, self.odd[1])
         assert torch.equal(loaded(x), layer(x))
         assert list(layer.state_dict()) == [f"weight.{name}" for name in spec.tensors()]
 
     def test_meta_device(self, make: Make) -> None:
-        spec = make((33, 50))
+        spec = make(self.odd)
         layer = Linear(StoredWeight.empty(spec, dtype=torch.bfloat16, device="meta"))
         assert layer.weight.device.type == "meta"
         assert layer.weight.nbytes == spec.nbytes
-        y = layer(torch.empty(4, 50, dtype=torch.bfloat16, device="meta"))
-        assert (y.shape, y.dtype, y.device.type) == ((4, 33), torch.bfloat16, "meta")
+        y = layer(torch.empty(4, self.odd[1], dtype=torch.bfloat16, device="meta"))
+        assert (y.shape, y.dtype, y.device.type) == ((4, self.odd[0]), torch.bfloat16, "meta")
+
+    def test_parts_put_together_again(self, make: Make) -> None:
+        spec = make(self.odd)
+        parts = tuple(spec.parts().values())
+        if parts:
+            assert spec.with_parts(*parts) == spec
+            with pytest.raises(TypeError):
+                spec.encode(torch.zeros(self.odd))
+        else:
+            with pytest.raises(TypeError):
+                spec.with_parts(spec)
+
+    def test_healing_multiplies_and_looks_up_as_the_weight_does(self, make: Make) -> None:
+        """`Trained` begins where the stored tensors are, whatever the composition."""
+        spec = make(self.odd)
+        stored = StoredWeight(spec, stored_tensors(spec))
+        trained = Trained(torch.Generator().manual_seed(0))
+        trained.add(stored, None)
+        x, indices = inputs(3, self.odd[1]), torch.tensor([0, self.odd[0] - 1])
+        assert_within(spec, stored.tensors(), x, trained.product(stored, x).detach())
+        bound = 8 * torch.finfo(torch.float32).eps * spec.magnitude(*stored.tensors())[indices]
+        assert ((trained.rows(stored, indices) - stored.dense()[indices]).abs() <= bound).all()

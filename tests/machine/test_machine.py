@@ -148,3 +148,15 @@ def test_the_extension_shares_the_openmp_runtime_of_torch() -> None:
     runtimes = {line.split()[-1] for line in ran.stdout.splitlines() if "libgomp" in line}
     assert len(runtimes) == 1, ran.stdout + ran.stderr
     assert Path(runtimes.pop()).is_relative_to(Path(torch.__file__).parent)
+
+
+def test_kernels_do_not_wait_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a forked process, where CUDA cannot be started again."""
+
+    def fails() -> int:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "device_count", fails)
+    machine.isa.cache_clear()
+    assert machine.isa() in machine.ISAS
+    assert machine.detect.__wrapped__().gpus == ()

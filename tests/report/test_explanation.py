@@ -5,7 +5,8 @@ from tests.hub import tiny
 from tests.report import example
 from tests.report.test_tables import printed
 
-from parco.report.explanation import LOOKUP, NATIVE, explain_groups
+from parco.kernels.table import NATIVE
+from parco.report.explanation import explain_groups
 
 
 def test_every_group_names_how_it_is_stored_and_the_kernel_that_runs_it():
@@ -23,7 +24,7 @@ def test_every_group_names_how_it_is_stored_and_the_kernel_that_runs_it():
 
 def test_what_parco_does_not_store_is_run_by_pytorch():
     explained = explain_groups(tiny.model("gpt2"), [], 64)
-    assert {one.kernels for one in explained} == {NATIVE, f"{LOOKUP}, {NATIVE}"}
+    assert {one.kernels for one in explained} == {NATIVE}
     assert any(one.choice == "bfloat16 36x36" for one in explained)
 
 

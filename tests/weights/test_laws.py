@@ -1,7 +1,8 @@
 import pytest
 from tests.laws.weight_laws import WeightLaws
 
-from parco.weights import Dense, LowRank, Quantized, Sum
+from parco import formats
+from parco.weights import Dense, LowRank, Quantized, Sum, Weight
 
 
 def rank(shape):
@@ -15,11 +16,12 @@ def low_rank(shape, form):
     return LowRank(Quantized(form, left), Quantized(form, right))
 
 
+# Of the formats with a name one of each kind of scale and element, and what has no name but its own way through.
 QUANTIZED = [
     "int8:row", "int8:128", "int8:tensor", "int4:tensor:asym", "int7:64:fp32",
     "int4:32", "int4:row", "int4:32:asym", "int3:64",
-    "int2:16:fp16",
-    "nf4:64", "ternary", "ternary:32", "fp8_e4m3:row", "fp8_e5m2:1x128", "fp8_e4m3:128x128", "mxfp8_e4m3",
+    "int2:16:fp16", "int4:1",
+    "nf4:64", "fp8_e4m3", "ternary", "ternary:32", "fp8_e4m3:row", "fp8_e5m2:1x128", "fp8_e4m3:128x128", "mxfp8_e4m3",
     "mxfp6_e2m3", "mxfp4:floor", "nvfp4",
 ]  # fmt: skip
 MAKERS = {
@@ -39,3 +41,21 @@ class TestWeights(WeightLaws):
     @pytest.fixture(params=MAKERS)
     def make(self, request):
         return MAKERS[request.param]
+
+
+def kinds(spec):
+    return {type(spec)}.union(*map(kinds, spec.parts().values()))
+
+
+def test_every_weight_is_under_the_laws():
+    made = set().union(*(kinds(make((16, 32))) for make in MAKERS.values()))
+    assert {weight for weight in Weight.__subclasses__() if weight.__module__.startswith("parco.")} <= made
+
+
+def test_every_kind_of_format_is_under_the_laws():
+    def kind(format):
+        return type(format.element), type(format.scale)
+
+    stored = {kind(format) for name in formats.NAMES if not (format := formats.parse(name)).is_dense}
+    delayed = {pair for pair in stored if pair[1] is formats.ScaleDelayed}
+    assert stored - delayed <= {kind(formats.parse(name)) for name in QUANTIZED}

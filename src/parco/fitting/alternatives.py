@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from parco.fitting import size
 from parco.fitting.pipeline import Chosen, Fit
 from parco.fitting.result import Alternative
 from parco.fitting.size import planned_bytes
@@ -26,8 +27,6 @@ FAMILIES = (
 )
 """Of each family the first that fits runs; a factor takes the largest ratio that fits."""
 
-LARGEST = 300_000_000
-"""Larger models are not compared with uniform alternatives: each would cost as much as the plan itself."""
 RATIOS = tuple(step / 100 for step in range(96, 3, -4))
 
 
@@ -51,8 +50,10 @@ def compare(fit: Fit, chosen: Chosen, subset: int) -> list[Alternative]:
     """The chosen plan and every uniform alternative that fits into its bytes, on `subset` held-out windows."""
     steps = 0 if chosen.healed is None else chosen.healed["steps"]
     rows = [_row(fit, "chosen plan", chosen.plan.bytes, chosen.model, chosen.plan.methods, subset, steps, True)]
-    if fit.parameters > LARGEST:
-        fit.warnings.append("uniform alternatives were not run: the model has more than 300 M parameters")
+    if fit.parameters > size.LARGE:  # each would cost as much as the plan itself
+        fit.warnings.append(
+            f"uniform alternatives were not run: the model has more than {size.LARGE // 10**6} M parameters"
+        )
         return rows
     for family in FAMILIES:
         methods = uniform(fit.original.model, family, chosen.plan.bytes)

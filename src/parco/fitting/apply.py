@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from parco import weights
+from parco.fitting import size
 from parco.fitting.calibrate import Extent, block_groups, rows_of, statistics_of, vocabulary_of
 from parco.fitting.methods import Method
 from parco.fitting.observe import Moments, See, expert_of, observed, site
@@ -25,10 +26,6 @@ from parco.fitting.stream import Stream, windows_in_batches
 from parco.fitting.texts import Windows
 from parco.nn import StoredWeight
 from parco.nn.blocks import Group, matrix, replace_
-
-CROSS_PARAMETERS = 300_000_000
-"""Models above this size are solved on shifted inputs without the original's beside them: it saves a third of the time.
-"""
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,9 @@ class _Pass:
         self.counted = min(extent.statistics, windows.calibration.shape[0])
         self.rows = rows_of(windows.length)
         parameters = sum(parameter.numel() for parameter in stream.model.parameters())
-        self.paired = parameters <= CROSS_PARAMETERS
+        self.paired = (
+            parameters <= size.LARGE
+        )  # without the original's states beside the shifted ones: a third less time
         self.original = torch.empty(0)
         self.changed = torch.empty(0)
 

@@ -1,10 +1,10 @@
 """Every way considered for every group, with its exact bytes and its predicted loss.
 
 Pass 1 of the fit: each candidate is made by its real solver on the original inputs and judged by the second-order
-prediction of calibrate.py. Rows of a matrix are independent for every method but factors, so of tall matrices evenly
-spaced rows stand for all: the prediction is a sum over thousands of rows, and a sample of it is far more exact than
-the prediction itself. In large models factors are left out where their decomposition would take minutes per matrix. A
-candidate whose result is not finite is dropped.
+prediction of calibrate.py. Most methods store each row by itself, so of tall matrices evenly spaced rows stand for all:
+the prediction is a sum over thousands of rows, and a sample of it is far more exact than the prediction itself. In
+large models factors are left out where their decomposition would take minutes per matrix. A candidate whose result is
+not finite is dropped.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from parco.fitting.size import group_bytes, owners, same, shape_of
 from parco.fitting.stages import Progress, Stage
 from parco.fitting.statistics import Statistics, row_error
 from parco.nn.blocks import Group, groups, matrix
+from parco.weights import Quantized, Weight
 
 DEFAULT = (
     "keep",
@@ -41,8 +42,7 @@ DEFAULT = (
     "factor(0.75)>>int4:64",
     "int4:64+factor(rank=16)",
 )
-"""Considered when no methods are named. Group sizes that a matrix's width does not divide are left out for that matrix.
-"""
+"""Considered when no methods are named. Group sizes above a matrix's width are left out for that matrix."""
 
 LARGE = 100_000_000
 """Parameters from which on a model is judged on fewer rows, and without factors of wide matrices."""
@@ -83,20 +83,23 @@ def considered(model: nn.Module, group: Group, methods: Sequence[str], large: bo
     for text in methods:
         if text == "keep" or group.kind == "router":
             continue
+        method = Method.parse(text)
         wide = large and max(max(shape) for shape in shapes) > WIDEST_FACTOR
-        if "factor" in text and (has_lookup or wide):
+        if method.has_factors and (has_lookup or wide):
             continue
-        if any(_too_wide(text, columns) for _, columns in shapes):
+        if any(_too_wide(method.spec(shape)) for shape in shapes):
             continue
         if group_bytes(model, group, text) < group_bytes(model, group, "keep"):
             kept.append(text)
     return kept
 
 
-def _too_wide(text: str, columns: int) -> bool:
-    """Whether a group size in the text exceeds the row: the format would then be a row scale under another name."""
-    sizes = [int(part.split("@")[0].split("+")[0].split(":")[0]) for part in text.split(":")[1:] if part[:1].isdigit()]
-    return any(size > columns for size in sizes)
+def _too_wide(spec: Weight) -> bool:
+    """Whether a block of scales is wider than the rows: the format would then be another one under its name."""
+    parts = spec.parts().values()
+    if parts:
+        return any(map(_too_wide, parts))
+    return isinstance(spec, Quantized) and (spec.format.block.columns or 0) > spec.shape[1]
 
 
 def judge(
@@ -136,7 +139,7 @@ def _judge_group(
         known = known and uses.known
         some = torch.arange(0, weight.shape[0], -(-weight.shape[0] // limit))
         for text in texts[1:] if uses.known else ():
-            rows = None if "factor" in text else some
+            rows = some if Method.parse(text).rows_apart else None
             for place, value in enumerate(uses.cost(weight, text, rows)):
                 sums[text][place] += value
         previous = uses.statistics

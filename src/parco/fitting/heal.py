@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parco.fitting import size
 from parco.fitting.latent import IntegerLeaf, Trained
 from parco.fitting.result import HealRecord
 from parco.fitting.stages import Progress, Stage, seeded
@@ -27,9 +28,6 @@ from parco.nn import Embedding, Experts, Linear, StoredWeight, matrix
 
 ROWS = 2
 """Windows per step."""
-
-LARGEST = 300_000_000
-"""Models with more parameters are not healed unless steps are asked for."""
 
 STEPS = 40
 RATES = {"low_rank": 1e-3, "scale": 3e-4, "dense": 1e-4}
@@ -41,7 +39,7 @@ EVERY = 20
 
 
 def automatic_steps(parameters: int) -> int:
-    return STEPS if parameters <= LARGEST else 0
+    return STEPS if parameters <= size.LARGE else 0
 
 
 @dataclass
@@ -251,7 +249,7 @@ class _Run:
         self.best = [tensors[f"best/{i:05}"] for i in range(len(self.patient.parameters))]
         for i, parameter in enumerate(self.patient.parameters):
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.step)),
+                "step": tensors[f"step/{i:05}"],
                 "exp_avg": tensors[f"mean/{i:05}"],
                 "exp_avg_sq": tensors[f"square/{i:05}"],
             }
@@ -297,11 +295,13 @@ class _Run:
     def _checkpoint(self) -> None:
         tensors: dict[str, Tensor] = {}
         for i, (parameter, best) in enumerate(zip(self.patient.parameters, self.best, strict=True)):
-            state = self.optimizer.state[parameter]
+            # Of an expert that no token has reached yet the optimizer keeps nothing.
+            state: dict[str, Tensor] = dict(self.optimizer.state.get(parameter, {}))
             tensors[f"now/{i:05}"] = parameter.data
             tensors[f"best/{i:05}"] = best
-            tensors[f"mean/{i:05}"] = state["exp_avg"]
-            tensors[f"square/{i:05}"] = state["exp_avg_sq"]
+            tensors[f"step/{i:05}"] = state.get("step", torch.zeros(()))
+            tensors[f"mean/{i:05}"] = state.get("exp_avg", torch.zeros_like(parameter))
+            tensors[f"square/{i:05}"] = state.get("exp_avg_sq", torch.zeros_like(parameter))
         self.stage.write_tensors("checkpoint", tensors, note={"step": self.step, "curve": self.curve})
 
     def record(self) -> HealRecord:

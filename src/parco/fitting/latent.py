@@ -13,15 +13,15 @@ forward pass too.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from parco.formats import TERNARY, Integer
 from parco.kernels.cast.packing import pack, unpack
 from parco.nn import StoredWeight
-from parco.weights import Dense, LowRank, Quantized, Sum
+from parco.weights import Dense, Quantized, Weight
 
 RANK = 16
 SNUG = 0.49
@@ -205,34 +205,30 @@ class Trained:
         spec = stored.spec
         if isinstance(spec, Dense):
             return DenseLeaf(stored)
-        assert isinstance(spec, Quantized)
-        element = spec.format.element
-        if isinstance(element, Integer) and element != TERNARY and spec.format.block.rows == 1:
+        if isinstance(spec, Quantized) and spec.format.is_plain_integer and spec.format.block.rows == 1:
             return IntegerLeaf(stored, original, self.generator)
         return FrozenLeaf(stored)
 
     def product(self, stored: StoredWeight, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] to [..., N] through the values of the leaves."""
-        spec = stored.spec
-        if isinstance(spec, LowRank):
-            return self.product(_part(stored, "left"), self.product(_part(stored, "right"), x), bias)
-        if isinstance(spec, Sum):
-            first, *rest = (self.product(_part(stored, name), x) for name in spec.parts())
-            total = sum(rest, first)
-            return total if bias is None else total + bias
-        return nn.functional.linear(x, self.leaves[id(stored)].value(), bias)
+        return dense_like(stored.spec).apply(x, *self._values(stored), bias=bias)
 
     def rows(self, stored: StoredWeight, indices: Tensor) -> Tensor:
         """Rows [..., K] of the matrix."""
-        spec = stored.spec
-        if isinstance(spec, LowRank):
-            narrow = self.rows(_part(stored, "left"), indices)
-            identity = torch.eye(spec.shape[1], device=narrow.device)
-            return narrow @ self.product(_part(stored, "right"), identity).T
-        if isinstance(spec, Sum):
-            first, *rest = (self.rows(_part(stored, name), indices) for name in spec.parts())
-            return sum(rest, first)
-        return nn.functional.embedding(indices, self.leaves[id(stored)].value())
+        return dense_like(stored.spec).lookup(indices, *self._values(stored), dtype=torch.float32)
+
+    def _values(self, stored: StoredWeight) -> tuple[Tensor, ...]:
+        names = stored.spec.parts()
+        if not names:
+            return (self.leaves[id(stored)].value(),)
+        return sum((self._values(_part(stored, name)) for name in names), ())
+
+
+@functools.lru_cache(maxsize=4096)
+def dense_like(spec: Weight) -> Weight:
+    """`spec` with fp32 matrices for leaves: what its formula is when nothing is rounded."""
+    parts = spec.parts().values()
+    return spec.with_parts(*map(dense_like, parts)) if parts else Dense(spec.shape)
 
 
 def _part(stored: StoredWeight, name: str) -> StoredWeight:

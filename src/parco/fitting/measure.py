@@ -40,9 +40,7 @@ class Timings:
         here = machine.detect()
         self.key = {"cpu": here.cpu, "isa": machine.isa(), "threads": torch.get_num_threads(), "parco": version}
         self.path = (folder or machine.cache_folder()) / f"timings-{digest(self.key)}.json"
-        self._seconds: dict[str, float] = {}
-        if self.path.exists():
-            self._seconds = json.loads(self.path.read_text())["seconds"]
+        self._seconds = self._on_disk()
 
     def __contains__(self, key: str) -> bool:
         return key in self._seconds
@@ -52,10 +50,16 @@ class Timings:
 
     def add(self, found: Mapping[str, float]) -> None:
         """Keep new measurements; what another process has added meanwhile is kept too, and ours is the newer."""
-        if self.path.exists():
-            self._seconds = json.loads(self.path.read_text())["seconds"] | self._seconds
+        self._seconds = self._on_disk() | self._seconds
         self._seconds |= {key: float(value) for key, value in found.items()}
         write_json(self.path, {"key": self.key, "seconds": self._seconds})
+
+    def _on_disk(self) -> dict[str, float]:
+        """What the file holds; nothing where there is none, or a damaged one, which the next addition replaces."""
+        try:
+            return dict(json.loads(self.path.read_text())["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
 
 def kernel_key(kind: str, rows: int, dtype: torch.dtype, footprint: int) -> str:

@@ -33,7 +33,7 @@ from parco.fitting.factor import factorize, rank_for, refit_left
 from parco.fitting.gptq import Integers, gptq, rtn
 from parco.fitting.search import IntegerGrid
 from parco.fitting.statistics import Statistics, row_error
-from parco.formats import Format
+from parco.formats import DTYPE_NAMES, Format
 from parco.kernels.cast import pack
 from parco.weights import Dense, LowRank, Quantized, Sum, Weight
 
@@ -46,12 +46,14 @@ KNOWN = (
     "keep, a format (bf16, int8:row, int4:32, int3:64, int2:32:asym, nf4:64, fp8_e4m3:row, mxfp4, ...), "
     "format@rtn, format@gptq, factor(0.5), factor(rank=32), factor(0.5)>>int4:32, int4:32+factor(rank=16)"
 )
-_DENSE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _CORRECTION_SWEEPS = 2
 
 
 class Method(abc.ABC):
-    """How a matrix becomes a Weight. Subclasses are final frozen dataclasses."""
+    """How a matrix becomes a Weight. Subclasses are final frozen dataclasses.
+
+    A new one is also read in `parse` and named in `KNOWN`; what it composes with is said in `__rshift__` and `__add__`.
+    """
 
     @abc.abstractmethod
     def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
@@ -67,6 +69,16 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def __str__(self) -> str: ...
+
+    @property
+    @abc.abstractmethod
+    def rows_apart(self) -> bool:
+        """Whether a row of the result depends on that row of the matrix alone, so that some rows can stand for all."""
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether the result has low-rank factors: costly to find, and no use to a matrix whose rows are looked up."""
+        return False
 
     @staticmethod
     def parse(text: str | Method) -> Method:
@@ -95,9 +107,13 @@ class Keep(Method):
         return spec, cast(Dense, spec).encode(weight)
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
-        if dtype not in _DENSE_NAMES:
+        if dtype not in DTYPE_NAMES:
             raise ValueError(f"dtype {dtype} cannot be kept; dense matrices are fp32, bf16 or fp16")
-        return Dense(shape, _DENSE_NAMES[dtype])
+        return Dense(shape, DTYPE_NAMES[dtype])
+
+    @property
+    def rows_apart(self) -> bool:
+        return True
 
     def __str__(self) -> str:
         return "keep"
@@ -146,6 +162,12 @@ class Quantize(Method):
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
         return Dense(shape, self.format) if self.format.is_dense else Quantized(self.format, shape)
+
+    @property
+    def rows_apart(self) -> bool:
+        return self.format.is_dense or (
+            self.format.block.rows == 1 and "global_scale" not in self.format.tensors((1, 1))
+        )
 
     def __str__(self) -> str:
         return str(self.format) if self.solver == "auto" else f"{self.format}@{self.solver}"
@@ -215,6 +237,14 @@ class Factor(Method):
         rank = self.rank_of(shape)
         return LowRank(Dense((shape[0], rank), self.format), Dense((rank, shape[1]), self.format))
 
+    @property
+    def rows_apart(self) -> bool:
+        return False
+
+    @property
+    def has_factors(self) -> bool:
+        return True
+
     def __str__(self) -> str:
         arguments = [f"{self.ratio:g}" if self.ratio is not None else f"rank={self.rank}"]
         arguments += [f"metric={self.metric}"] if self.metric != "auto" else []
@@ -251,6 +281,14 @@ class QuantizedFactors(Method):
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
         rank = self.factor.rank_of(shape)
         return LowRank(self.quantize.spec((shape[0], rank)), self.quantize.spec((rank, shape[1])))
+
+    @property
+    def rows_apart(self) -> bool:
+        return False
+
+    @property
+    def has_factors(self) -> bool:
+        return True
 
     def __str__(self) -> str:
         return f"{self.factor}>>{self.quantize}"
@@ -290,6 +328,14 @@ class Corrected(Method):
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
         return Sum(self.quantize.spec(shape), self.correction.spec(shape))
+
+    @property
+    def rows_apart(self) -> bool:
+        return False
+
+    @property
+    def has_factors(self) -> bool:
+        return True
 
     def __str__(self) -> str:
         return f"{self.quantize}+{self.correction}"

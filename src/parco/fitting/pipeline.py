@@ -23,9 +23,7 @@ from parco.fitting import heal as healing
 from parco.fitting.plan import Fixed, Measured, Option, Plan, assemble
 from parco.fitting.result import HealRecord
 from parco.fitting.stages import Progress, Stage, Stages
-
-LARGE = 300_000_000
-"""Parameters from which on two plans are tried instead of three, and memory is given back between stages."""
+from parco.nn.saved import describe
 
 SUBSET = 48
 """Held-out windows on which the chosen plan is compared with uniform alternatives."""
@@ -92,6 +90,8 @@ class Fit:
         self.original = load()
         progress.advance()
         model: nn.Module = self.original.model
+        if describe(model).weights:
+            raise ValueError(f"{str(self.original.path)!r} was made by parco already: fit the model that it came from")
         self.dtype: torch.dtype = self.original.model.dtype
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.footprint = sum(parameter.nbytes for parameter in model.parameters())
@@ -164,7 +164,7 @@ class Fit:
         }
         if not all(key in self.timings for key in keys.values()):
             self.progress.stage("speed", 1)
-            rounds = 5 if self.parameters <= LARGE else 3
+            rounds = 5 if self.parameters <= size.LARGE else 3
             found = measure.interleaved(models(), self.prefill, rounds)
             self.timings.add({key: found[kind][what == "prefill"] for (kind, what), key in keys.items()})
             self.progress.advance()
@@ -201,7 +201,7 @@ class Fit:
 
     def forget(self) -> None:
         """Map a large original's file anew, so that what was read of it no longer counts as this process's memory."""
-        if self.parameters > LARGE:
+        if self.parameters > size.LARGE:
             self.original = self.load()
             gc.collect()
 
@@ -255,7 +255,7 @@ class Fit:
         """Up to three plans for the goal, applied and measured; for a loss, budgets that close in on it."""
         if goal.kind == "loss":
             return self._search_loss(options, fixed, goal)
-        count = 3 if self.parameters <= LARGE else 2
+        count = 3 if self.parameters <= size.LARGE else 2
         plans = [self.tried(plan) for plan in solve.best(options, fixed, goal, count)]
         if goal.kind == "speed" and not any(meets(plan, goal) for plan in plans):
             slower = max((plan.measured.decode or 0) / plan.decode for plan in plans if plan.measured)

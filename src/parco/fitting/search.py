@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parco.formats import TENSOR, Format, Integer, ScaleAbsmax, ScaleRange
+from parco.formats import TENSOR, Format
 
 _LARGEST_CLIP = {2: (0.70, 1.75, 11), 3: (0.85, 1.60, 10), 4: (0.90, 1.40, 8), 5: (0.95, 1.30, 6)}
 _PASS_ELEMENTS = 1 << 17
@@ -45,9 +45,7 @@ class IntegerGrid:
         formats.
         """
         block = format.block
-        if not isinstance(format.element, Integer) or not isinstance(format.scale, ScaleAbsmax | ScaleRange):
-            return None
-        if block.rows != 1 and block != TENSOR:
+        if not format.is_plain_integer or (block.rows != 1 and block != TENSOR):
             return None
         dtype = format.tensors((1, 16))["scale"].dtype
         return cls(format.bits, format.is_asymmetric, block.columns, block.rows == 1, dtype)

@@ -29,6 +29,10 @@ _DTYPES = {  # the longest name stands for those not listed
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+LARGE = 300_000_000
+"""Parameters above which every pass over the model costs minutes: fewer windows, plans and rounds, no healing unless
+steps are asked for, no uniform alternatives, no second stream of the original's states."""
+
 _ENVELOPE = len('{"__metadata__":{"format":"pt"}}') + 8 + 8
 """What is not any tensor's: the header's braces, its length, and spaces up to a multiple of 8."""
 

@@ -7,7 +7,11 @@ exact is additivity, which is why the pipeline applies several plans and measure
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -75,18 +79,35 @@ def solve(
         chosen = plan.methods
         same = np.array([float(chosen.get(groups[index]) == option.method) for index, option in options])
         constraints.append(LinearConstraint(same[None], -np.inf, len(groups) - min(distance, len(groups))))
-    answer = milp(  # pyright: ignore[reportUnknownVariableType]
-        objective * 1e4,  # HiGHS also stops at an absolute gap of 1e-6, which must be small beside the objective
-        integrality=np.ones(columns),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": GAP},
-    )
+    with _muted():
+        answer = milp(  # pyright: ignore[reportUnknownVariableType]
+            objective * 1e4,  # HiGHS also stops at an absolute gap of 1e-6, which must be small beside the objective
+            integrality=np.ones(columns),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": GAP},
+        )
     if answer.x is None:  # pyright: ignore[reportUnknownMemberType]
         return None
     picked = np.flatnonzero(np.asarray(answer.x) > 0.5)  # pyright: ignore[reportUnknownMemberType,reportUnknownArgumentType]
     assert len(picked) == len(groups), "the solver's answer is not one option per group"
     return assemble([(groups[options[i][0]], options[i][1]) for i in picked], fixed)
+
+
+@contextmanager
+def _muted() -> Generator[None]:
+    """Nothing written to the process's standard output: some versions of HiGHS leave a debugging line there."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what C has buffered goes nowhere too
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _largest(values: np.ndarray, options: Sequence[tuple[int, Option]], groups: int) -> float:

@@ -54,7 +54,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     Raises OSError (ENOSPC) naming the disk when it is full; nothing is left of the file then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(temporary)
         with temporary.open("rb+") as file:
@@ -186,7 +186,12 @@ class Stages:
 
     def remove(self) -> None:
         """Delete the work folder: the job is done and its result is saved."""
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remove_if_empty(self) -> None:
+        """A job that was refused before its first stage leaves no work folder."""
+        if not any(child.is_dir() for child in self.folder.iterdir()):
+            self.remove()
 
 
 def seeded(seed: int, *names: object) -> torch.Generator:

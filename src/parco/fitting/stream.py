@@ -38,7 +38,7 @@ class Stream:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.names = [name for name, _ in blocks(model)]
-        self._tuples = False
+        self._tuples: bool | None = None
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     @property
@@ -65,7 +65,6 @@ class Stream:
         def run(hidden: Tensor) -> Tensor:
             args, kwargs = self._arguments_for(index, hidden)
             out = module(hidden, *args, **kwargs)
-            self._tuples = isinstance(out, tuple)
             return out[0] if isinstance(out, tuple) else out
 
         with in_float32(module):
@@ -106,10 +105,15 @@ class Stream:
 
     @contextmanager
     def _stubs(self, stub: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]) -> Generator[None]:
-        """Blocks whose forward is `stub(index, hidden, args, kwargs)`."""
+        """Blocks whose forward is `stub(index, hidden, args, kwargs)`. The first call of all runs the block too, to see
+        whether this architecture's blocks return tuples.
+        """
 
-        def forward_of(index: int) -> Callable[..., Any]:
+        def forward_of(index: int, module: nn.Module) -> Callable[..., Any]:
             def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+                if self._tuples is None:
+                    with torch.no_grad(), in_float32(module):
+                        self._tuples = isinstance(type(module).forward(module, hidden_states, *args, **kwargs), tuple)
                 out = stub(index, hidden_states, args, kwargs)
                 return (out,) if self._tuples else out
 
@@ -118,7 +122,7 @@ class Stream:
         current = self.blocks
         try:
             for index, module in enumerate(current):
-                module.forward = forward_of(index)
+                module.forward = forward_of(index, module)
             yield
         finally:
             for module in current:

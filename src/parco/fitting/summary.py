@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from parco import machine
-from parco.fitting import alternatives, evaluate, measure
+from parco.fitting import alternatives, evaluate, measure, size
 from parco.fitting.evaluate import Quality
 from parco.fitting.methods import Method
 from parco.fitting.pipeline import SUBSET, Chosen, Fit, correction
@@ -29,10 +29,11 @@ from parco.fitting.result import (
     StageTime,
     Target,
 )
-from parco.fitting.size import stored_bytes
+from parco.fitting.size import shape_of, stored_bytes
 from parco.fitting.solve import Goal
 from parco.fitting.table import owners_shapes, products, reason
-from parco.kernels.table import explain
+from parco.kernels.table import DECODED, NATIVE, explain
+from parco.nn import Embedding, StoredWeight
 from parco.nn.blocks import Group, groups
 
 VERSIONS = ("parco", "torch", "transformers", "tokenizers", "safetensors", "scipy", "numpy")
@@ -57,7 +58,7 @@ def final(fit: Fit, chosen: Chosen, saved: Path) -> Final:
     if not stage.whole:
         model = fit.original.model
         fit.progress.stage("final", 3)
-        rounds = 7 if fit.parameters < 300_000_000 else 3
+        rounds = 7 if fit.parameters <= size.LARGE else 3
         speeds = measure.interleaved({"original": model, "fitted": chosen.model}, fit.prefill, rounds)
         fit.progress.advance()
         prompt = evaluate.sample_prompt(fit.original.tokenizer, fit.windows.held)
@@ -138,7 +139,7 @@ def versions() -> dict[str, str]:
 
 def _columns(fit: Fit, chosen: Chosen, measured: Final) -> tuple[Column, Column]:
     columns: list[Column] = []
-    for name, judged, size, memory in (
+    for name, judged, stored, memory in (
         ("original", measured.original, stored_bytes(fit.original.model), measured.memory[0]),
         ("fitted", measured.fitted, stored_bytes(chosen.model), measured.memory[1]),
     ):
@@ -146,8 +147,8 @@ def _columns(fit: Fit, chosen: Chosen, measured: Final) -> tuple[Column, Column]
         columns.append(
             Column(
                 name=name,
-                bytes=size,
-                fraction=size / fit.checkpoint,
+                bytes=stored,
+                fraction=stored / fit.checkpoint,
                 loss=judged.loss,
                 perplexity=judged.perplexity,
                 kl=judged.kl,
@@ -248,14 +249,18 @@ def _group_row(fit: Fit, group: Group, chosen: Chosen, options: list[Option]) ->
 
 
 def kernel_name(fit: Fit, group: Group, method: str) -> str:
-    """The kernel that the group's first product runs on at batch 1, or what happens instead."""
-    work = products(fit.original.model, group)
-    if not work.shapes:
-        return "row lookup"
+    """The kernel that the group's first product (or lookup) runs on at batch 1, or what runs instead."""
     if method == "keep":
-        return "torch linear"
-    found = explain(Method.parse(method).spec(work.shapes[0][0]), rows=1, dtype=fit.dtype)
-    return " + ".join(dict.fromkeys(each.kernel for each in found)) or "torch decode + linear"
+        return NATIVE
+    model = fit.original.model
+    work = products(model, group)
+    if work.shapes:
+        runs = Method.parse(method).spec(work.shapes[0][0])
+    else:
+        spec = Method.parse(method).spec(shape_of(model, group.members[0]))
+        runs = Embedding(StoredWeight.empty(spec, device="meta"))
+    found = explain(runs, rows=1, dtype=fit.dtype)
+    return " + ".join(dict.fromkeys(each.kernel for each in found)) or DECODED
 
 
 def _remainder(fixed: Fixed, goal: Goal) -> Remainder:

@@ -31,6 +31,7 @@ from parco.formats.elements import (
 )
 from parco.formats.format import Format, TensorSpec
 from parco.formats.scales import (
+    DTYPE_NAMES,
     SCALE_RULES,
     Scale,
     ScaleAbsmax,
@@ -59,6 +60,7 @@ def parse(text: str | Format) -> Format:
 __all__ = [
     "BF16",
     "COLUMN",
+    "DTYPE_NAMES",
     "E2M1",
     "E2M3",
     "E3M2",

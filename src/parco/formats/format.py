@@ -86,6 +86,13 @@ class Format:
         """Whether every block has a zero point."""
         return isinstance(self.scale, ScaleRange)
 
+    @property
+    def is_plain_integer(self) -> bool:
+        """Whether the numbers are (code - zero) · scale with a stored float scale: what integer kernels, GPTQ and
+        healing work on. Ternary is not: its scale is a mean, and its codes are its own.
+        """
+        return isinstance(self.element, Integer) and isinstance(self.scale, ScaleAbsmax | ScaleRange)
+
     def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """The tensors that hold a matrix of `shape` = (N, K), in order.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -51,6 +51,10 @@ def check_folder(folder: Path) -> dict[str, Any]:
                 f"{str(folder)!r} needs code of its own ({content['auto_map']['AutoModelForCausalLM']}), which parco"
                 " never runs: give a model whose architecture Transformers has"
             )
+    if content.get("transformers_weights") is not None:
+        raise ValueError(
+            f"{str(config)!r} keeps its weights in {content['transformers_weights']!r}: rename the file to {SINGLE!r}"
+        )
     quantized = content.get("quantization_config")
     if isinstance(quantized, dict) and quantized.get("quant_method") != "parco":
         raise ValueError(
@@ -76,16 +80,16 @@ def weight_files(folder: Path) -> list[Path]:
     Raises ValueError where there are none, one named by the index is absent, or one is truncated or not safetensors.
     """
     for index, single in ((INDEX, SINGLE), (PICKLE_INDEX, PICKLE_SINGLE)):
+        if (folder / single).is_file():  # what Transformers loads, whether or not an index is there
+            files = [folder / single]
+            break
         if (folder / index).is_file():
-            names = sorted(set(read_json(folder / index).get("weight_map", {}).values()))
+            names = _shards(folder / index)
             absent = [name for name in names if not (folder / name).is_file()]
             if absent or not names:
                 missing = absent[0] if absent else "every shard"
                 raise ValueError(f"{str(folder)!r} lacks {missing}, which {index} names: copy or download it again")
             files = [folder / name for name in names]
-            break
-        if (folder / single).is_file():
-            files = [folder / single]
             break
     else:
         raise ValueError(f"{str(folder)!r} has no weights: neither {SINGLE} nor {INDEX} nor {PICKLE_SINGLE} is there")
@@ -93,6 +97,18 @@ def weight_files(folder: Path) -> list[Path]:
         if file.suffix == ".safetensors":
             check_safetensors(file)
     return files
+
+
+def _shards(index: Path) -> list[str]:
+    """The names of the shards in an index, in order. Raises ValueError for one that is no plain file name."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"{str(index)!r} has no weight_map: copy or download it again")
+    names = sorted({str(name) for name in cast(dict[str, Any], shards).values()})
+    for name in names:
+        if name != Path(name).name:
+            raise ValueError(f"{str(index)!r} names {name!r}, which is no file of its own folder: parco reads no other")
+    return names
 
 
 def check_safetensors(file: Path) -> None:
@@ -104,8 +120,10 @@ def check_safetensors(file: Path) -> None:
             raise ValueError(f"{str(file)!r} is truncated or not safetensors ({size:,} bytes): download it again")
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            end = max(
+                (int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(f"{str(file)!r} is not safetensors (no header in it): download it again") from error
     if size != 8 + length + end:
         state = "truncated" if size < 8 + length + end else "followed by foreign bytes"
@@ -123,7 +141,10 @@ def check_finite(files: list[Path]) -> None:
     """
     for file in files:
         if file.suffix == ".safetensors":
-            _check_finite_file(*_state(file))
+            try:
+                _check_finite_file(*_state(file))
+            except SafetensorError as error:
+                raise ValueError(f"{str(file)!r} is not safetensors ({error}): download it again") from error
 
 
 def check_finite_tensors(tensors: Iterator[tuple[str, torch.Tensor]], place: str) -> None:
@@ -191,7 +212,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; ValueError, naming the file, if it holds anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} is not JSON ({error}): copy or download it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(file)!r} holds no JSON object: copy or download it again")

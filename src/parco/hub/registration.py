@@ -2,8 +2,8 @@
 
 Transformers keeps quantizers in two dictionaries of `transformers.quantizers.auto`, and importing that module takes
 seconds (it pulls the modelling code, and torchao where that is installed). So if it is not loaded yet, a finder at
-the front of `sys.meta_path` waits for its import, lets the usual finders and loader do it, registers, and removes
-itself. `import parco` alone thus costs nothing."""
+the front of `sys.meta_path` waits for its import, lets the usual finders and loader do it, registers, and is removed
+once that has succeeded. `import parco` alone thus does not import Transformers."""
 
 from __future__ import annotations
 
@@ -47,9 +47,8 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != AWAITED:
             return None
-        sys.meta_path.remove(self)
         for finder in sys.meta_path:
-            spec = finder.find_spec(fullname, path, target)
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
                     spec.loader = _Loader(spec.loader)
@@ -71,3 +70,4 @@ class _Loader(importlib.abc.Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         _register_with(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -193,7 +194,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
 def _remove_abandoned(target: Path) -> None:
     """Removes what saves of this target left that were killed (their process is gone); a former target comes back if
     it is the only one."""
-    for path in sorted(target.parent.glob(f".{target.name}.parco-*")):
+    for path in sorted(target.parent.glob(f".{escape(target.name)}.parco-*")):
         owner = path.name.removeprefix(f".{target.name}.parco-").removesuffix("-former")
         if not owner.isdigit() or (int(owner) != os.getpid() and Path(f"/proc/{owner}").exists()):
             continue

@@ -1,27 +1,36 @@
 """The dispatch table: for each operation its kernels, best first, as data.
 
 A kernel's name reads type-operation-isa. For a call the first kernel whose instruction set is usable and that does not
-refuse the call is chosen; the reference in plain torch ends every list and refuses nothing. `explain` prints the
-choice and why every better kernel was passed over. Choices depend on shapes, dtypes and `parco.machine.isa()` only,
-so they are cached.
+refuse the call is chosen; the reference, in plain torch, is the last of every list and refuses nothing. `explain`
+prints the choice and why every better kernel was passed over. Choices depend on shapes, dtypes and
+`parco.machine.isa()` only, so they are cached.
 """
 
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parco import machine
 
-REFERENCE = "torch"
-"""The `isa` of a kernel written in plain torch: usable on every device."""
+TORCH = "torch"
+"""The `isa` of a kernel written in plain torch, as the reference is: usable on every device."""
+
+
+NATIVE = "PyTorch"
+"""What runs a matrix that parco does not store: the model's own layer."""
+
+DECODED = "PyTorch, on the decoded matrix"
+"""What runs a stored matrix that no operation of the table covers."""
 
 
 class Call(Protocol):
-    """What a choice may depend on: a hashable description of one call, printable. `device` is a device's type."""
+    """What a choice may depend on: a hashable, printable description of one call. A NamedTuple with, among its fields,
+    `device` (a device's type) and `isa`.
+    """
 
     @property
     def device(self) -> str: ...
@@ -31,17 +40,20 @@ class Call(Protocol):
 
     def __hash__(self) -> int: ...
 
+    def _replace(self, **fields: Any) -> Self: ...
+
 
 @dataclass(frozen=True)
 class Kernel:
     """One way to run an operation. `refuses(call)` is None where the kernel can run it, else the reason why not.
 
-    `run` takes the arguments of the operation. `isa` is one of `parco.machine.ISAS`, or "torch".
+    `run` takes the arguments of the operation and returns what it does, a tensor or several. `isa` is one of
+    `parco.machine.ISAS`, or "torch".
     """
 
     name: str
     isa: str
-    run: Callable[..., torch.Tensor]
+    run: Callable[..., Any]
     refuses: Callable[[Any], str | None] = lambda call: None
 
 
@@ -78,7 +90,7 @@ def register(operation: Operation) -> None:
     """
     if operation.name in _operations:
         raise ValueError(f"operation {operation.name!r} is registered already")
-    if not operation.kernels or operation.kernels[-1].isa != REFERENCE:
+    if not operation.kernels or operation.kernels[-1].isa != TORCH:
         raise ValueError(f"the kernels of {operation.name!r} must end with its reference in plain torch")
     _operations[operation.name] = operation
 
@@ -107,7 +119,7 @@ def explain_call(name: str, call: Call) -> Explanation:
 
 
 def _passes_over(kernel: Kernel, call: Call) -> str | None:
-    if kernel.isa == REFERENCE:
+    if kernel.isa == TORCH:
         return kernel.refuses(call)
     if call.device != "cpu":
         return f"it runs on the CPU, the tensors are on {call.device}"
@@ -129,19 +141,21 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "parco" and name in _operations:
-            call = cast(Any, _operations[name].describe(*args, **(kwargs or {})))
-            self.explanations.append(explain_call(name, call._replace(device="cpu")))
+            call = _operations[name].describe(*args, **(kwargs or {}))
+            self.explanations.append(explain_call(name, call._replace(device="cpu")))  # pyright: ignore[reportPrivateUsage]
         return func(*args, **(kwargs or {}))
 
 
 def explain(
     thing: object, *arguments: Any, rows: int = 1, dtype: torch.dtype = torch.float32
 ) -> tuple[Explanation, ...]:
-    """Which kernels run `thing`, one Explanation per operation of the table in the order in which they run.
+    """Which kernels run `thing` on this CPU, one Explanation per operation of the table in the order in which they run.
 
-    `thing` is the name of an operation, followed by the arguments of an example call; or a Weight; or a module that
-    holds one (`thing.weight.spec`, as `parco.nn.Linear` does). For the last two `rows` and `dtype` say of what the
-    input consists. An empty answer means that plain torch runs it. Raises TypeError for anything else.
+    `thing` is the name of an operation, followed by the arguments of an example call; or a Weight, of which the product
+    is explained; or a module that holds one: `parco.nn.Linear`, or `parco.nn.Embedding`, of which the lookup is. For
+    these `rows` and `dtype` say of what the input (or the looked-up rows) consists. An empty answer means that no
+    operation of the table covers how the matrix is stored: it is decoded and multiplied in plain torch. On another
+    device than the CPU every operation runs as its reference. Raises TypeError for anything else.
     """
     if isinstance(thing, str):
         if thing not in _operations:
@@ -154,6 +168,10 @@ def explain(
     with torch.device("meta"):
         x = torch.empty(rows, weight.shape[1], dtype=dtype)
         tensors = [torch.empty(spec.shape, dtype=spec.dtype) for spec in weight.tensors().values()]
+        indices = torch.empty(rows, dtype=torch.int64)
     with torch.inference_mode(), _Recorder() as recorder:
-        weight.apply(x, *tensors)
+        if hasattr(thing, "num_embeddings"):
+            weight.lookup(indices, *tensors, dtype=dtype)
+        else:
+            weight.apply(x, *tensors)
     return tuple(recorder.explanations)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from parco.formats import DTYPE_NAMES
 from parco.nn.experts import Experts
 from parco.nn.linear import Embedding, Linear
 from parco.nn.sites import EXPERT_PARAMETERS, Site, embedding_scale, site
 from parco.nn.stored import StoredWeight
 from parco.nn.ties import rename, tied
 from parco.weights import Dense
-
-_DENSE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def replace_(model: torch.nn.Module, name: str, stored: StoredWeight) -> None:
@@ -71,9 +70,9 @@ def _separate(module: torch.nn.Module) -> Experts:
 
 
 def _dense_name(dtype: torch.dtype) -> str:
-    if dtype not in _DENSE_NAMES:
+    if dtype not in DTYPE_NAMES:
         raise ValueError(f"experts are stored in {dtype}; parco stores dense matrices as fp32, bf16 or fp16")
-    return _DENSE_NAMES[dtype]
+    return DTYPE_NAMES[dtype]
 
 
 def _compute_dtype(weight: torch.Tensor | torch.nn.Module) -> torch.dtype:

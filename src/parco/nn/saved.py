@@ -65,7 +65,7 @@ def compute_dtype(model: PreTrainedModel) -> torch.dtype:
 
 def tensors_to_save(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Name -> tensor for the file: the state without tied copies, the clashing names, and the hint; in the order of
-    the names.
+    the names. Tensors that share memory without being tied by the architecture are copied.
 
     Raises ValueError if a tensor lies on the meta device (offloaded): there is nothing to write.
     """
@@ -74,15 +74,19 @@ def tensors_to_save(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     ignored: set[str] = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     state = {name: value for name, value in model.state_dict().items() if name not in ignored}
     found: dict[str, torch.Tensor] = {}
-    seen: dict[tuple[int, tuple[int, ...], int], str] = {}
-    for name in sorted(state, key=lambda name: (name in targets, name)):
+    seen: set[tuple[object, ...]] = set()
+    tied = tuple(f"{path}." for path in clashing_names(dict.fromkeys(description.tied, "")))
+    for name in sorted(state, key=lambda name: (name in targets or name.startswith(tied), name)):
         value = state[name]
         if value.device.type == "meta":
             raise ValueError(f"tensor {name!r} is on the meta device: load the model without offloading to save it")
-        identity = (value.data_ptr(), tuple(value.shape), value.storage_offset())
+        identity = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
         if value.numel() and identity in seen:
-            continue
-        seen[identity] = name
+            if name in targets or name.startswith(tied):
+                continue
+            value = value.clone()
+        else:
+            seen.add(identity)
         found[name] = value
     for name, text in clashing_names({name: str(spec) for name, spec in description.weights.items()}).items():
         found[name] = torch.frombuffer(bytearray(text.encode("utf-8")), dtype=torch.uint8)

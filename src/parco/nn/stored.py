@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 
-from parco.weights import Dense, Quantized, Weight
+from parco.weights import Weight
 
 
 class StoredWeight(torch.nn.Module):
@@ -53,6 +53,7 @@ class StoredWeight(torch.nn.Module):
             stop = start + len(part.tensors())
             self.add_module(name, StoredWeight(part, tensors[start:stop], dtype))
             start = stop
+        assert not parts or start == len(tensors), f"{spec} names tensors that belong to none of its parts"
 
     @classmethod
     def empty(
@@ -62,9 +63,9 @@ class StoredWeight(torch.nn.Module):
         return cls(spec, [torch.empty(t.shape, dtype=t.dtype, device=device) for t in spec.tensors().values()], dtype)
 
     @classmethod
-    def encode(cls, spec: Dense | Quantized, matrix: torch.Tensor, dtype: torch.dtype | None = None) -> StoredWeight:
+    def encode(cls, spec: Weight, matrix: torch.Tensor, dtype: torch.dtype | None = None) -> StoredWeight:
         """`matrix` [N, K] stored as `spec` says, rounded to nearest; computes in `dtype`, by default the matrix's
-        own.
+        own. Raises TypeError for a composite, ValueError for another shape.
         """
         return cls(spec, spec.encode(matrix), dtype or matrix.dtype)
 

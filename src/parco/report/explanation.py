@@ -9,17 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from parco.kernels.table import Explanation, explain
+from parco.kernels.table import DECODED, NATIVE, Explanation, explain
 from parco.nn.blocks import Group, groups, site
 
 if TYPE_CHECKING:
     from parco.fitting.result import GroupRow
-
-NATIVE = "PyTorch"
-"""What runs a matrix that parco does not store: the model's own layer."""
-
-LOOKUP = "row lookup"
-"""What an embedding does instead of a product."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +97,11 @@ def _member(model: nn.Module, name: str, prefill_tokens: int) -> Member:
     rows, columns = where.shape
     spec = getattr(held, "spec", None)
     stored = f"{str(held.dtype).removeprefix('torch.')} {rows}x{columns}" if spec is None else str(spec)
-    if where.kind == "embedding":
-        return Member(name, stored, (), (), LOOKUP)
     if spec is None:
         return Member(name, stored, (), ())
-    found = [explain(spec, rows=tokens, dtype=held.dtype) for tokens in (1, prefill_tokens)]
-    return Member(name, stored, found[0], found[1], "PyTorch, on the decoded matrix")
+    runs = where.module if where.kind == "embedding" else spec
+    found = [explain(runs, rows=tokens, dtype=held.dtype) for tokens in (1, prefill_tokens)]
+    return Member(name, stored, found[0], found[1], DECODED)
 
 
 def _unknown(name: str, known: Sequence[Group]) -> list[Group]:

@@ -43,6 +43,9 @@ class LowRank(Weight):
     def parts(self) -> dict[str, Weight]:
         return {"left": self.left, "right": self.right}
 
+    def with_parts(self, *parts: Weight) -> LowRank:
+        return LowRank(*parts)
+
     def tensors(self) -> dict[str, TensorSpec]:
         return {f"{name}.{leaf}": spec for name, part in self.parts().items() for leaf, spec in part.tensors().items()}
 

@@ -8,6 +8,7 @@ Grammar, with `NxK` the shape and `format` a name that `Format.parse` knows:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from parco.formats import Format
 from parco.weights.dense import Dense
@@ -28,19 +29,10 @@ def parse(text: str) -> Weight:
             f"weight {text!r} is not of the form name(arguments); for example quantized(int4:32, 1024x4096)"
         )
     name, arguments = call[1], _arguments(call[2], text)
-    if name == "dense":
-        form, shape = _stored(name, arguments, text)
-        return Dense(shape, form)
-    if name == "quantized":
-        form, shape = _stored(name, arguments, text)
-        return Quantized(form, shape)
-    if name == "lowrank":
-        if len(arguments) != 2:
-            raise ValueError(f"weight {text!r}: lowrank takes 2 weights, left and right, not {len(arguments)}")
-        return LowRank(parse(arguments[0]), parse(arguments[1]))
-    if name == "sum":
-        return Sum(*(parse(argument) for argument in arguments))
-    raise ValueError(f"weight {text!r}: {name!r} is unknown; known are dense, quantized, lowrank, sum")
+    reader = _READERS.get(name)
+    if reader is None:
+        raise ValueError(f"weight {text!r}: {name!r} is unknown; known are {', '.join(_READERS)}")
+    return reader(arguments, text)
 
 
 def _arguments(inner: str, text: str) -> list[str]:
@@ -66,3 +58,31 @@ def _stored(name: str, arguments: list[str], text: str) -> tuple[Format, tuple[i
             f"weight {text!r}: {name} takes a format and a shape, as in {name}({arguments[0].strip()}, 1024x4096)"
         )
     return Format.parse(arguments[0].strip()), (int(shape[1]), int(shape[2]))
+
+
+def _dense(arguments: list[str], text: str) -> Weight:
+    form, shape = _stored("dense", arguments, text)
+    return Dense(shape, form)
+
+
+def _quantized(arguments: list[str], text: str) -> Weight:
+    return Quantized(*_stored("quantized", arguments, text))
+
+
+def _low_rank(arguments: list[str], text: str) -> Weight:
+    if len(arguments) != 2:
+        raise ValueError(f"weight {text!r}: lowrank takes 2 weights, left and right, not {len(arguments)}")
+    return LowRank(*map(parse, arguments))
+
+
+def _sum(arguments: list[str], text: str) -> Weight:
+    return Sum(*map(parse, arguments))
+
+
+_READERS: dict[str, Callable[[list[str], str], Weight]] = {
+    "dense": _dense,
+    "quantized": _quantized,
+    "lowrank": _low_rank,
+    "sum": _sum,
+}
+"""What reads the arguments of each name; a new Weight adds its line here and in the grammar above."""

@@ -12,7 +12,7 @@ from typing import final
 
 import torch
 
-from parco.formats import TENSOR, TERNARY, Format, Integer, TensorSpec
+from parco.formats import TENSOR, Format, TensorSpec
 from parco.kernels.cast import Rounding, decode_tensors, encode
 from parco.kernels.linear import embedding_int, linear_int
 from parco.weights.weight import Weight, check_shape, product_tolerance
@@ -84,7 +84,10 @@ class Quantized(Weight):
             return torch.nn.functional.embedding(indices, self.dense(*tensors, dtype=dtype))
         rows = indices.reshape(-1)
         per_row = ("codes", "scale", "zero") if block_rows == 1 else ("codes",)
-        taken = {name: tensor[rows] if name in per_row else tensor for name, tensor in self._named(tensors).items()}
+        taken = {
+            name: tensor.index_select(0, rows) if name in per_row else tensor
+            for name, tensor in self._named(tensors).items()
+        }
         decoded = decode_tensors(self.format, (rows.numel(), self.shape[1]), taken, dtype)
         return decoded.reshape(*indices.shape, self.shape[1])
 
@@ -102,9 +105,12 @@ class Quantized(Weight):
 
 def _integer_arguments(form: Format, columns: int) -> tuple[int, int, int] | None:
     """(bits, group, columns) of the integer kernels where they cover `form`: integers scaled along a row, or symmetric
-    ones under one scale for all. None elsewhere.
+    ones under one scale for all, in groups of a multiple of 16. None elsewhere.
     """
     covered = form.block.rows == 1 or (form.block == TENSOR and not form.is_asymmetric)
-    if not isinstance(form.element, Integer) or form.element == TERNARY or not covered:
+    if not form.is_plain_integer or not covered:
         return None
-    return form.bits, min(form.block.columns or columns, columns), columns
+    group = min(form.block.columns or columns, columns)
+    if group < columns and group % 16:
+        return None
+    return form.bits, group, columns

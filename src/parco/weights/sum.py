@@ -42,6 +42,9 @@ class Sum(Weight):
     def parts(self) -> dict[str, Weight]:
         return {str(index): term for index, term in enumerate(self.terms)}
 
+    def with_parts(self, *parts: Weight) -> Sum:
+        return Sum(*parts)
+
     def tensors(self) -> dict[str, TensorSpec]:
         return {f"{name}.{leaf}": spec for name, part in self.parts().items() for leaf, spec in part.tensors().items()}
 

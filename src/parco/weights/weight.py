@@ -40,8 +40,21 @@ class Weight(abc.ABC):
     """Whether the tensors of this very Weight (not of its parts) may receive gradients. Only `Dense` says yes."""
 
     def parts(self) -> dict[str, Weight]:
-        """The Weights that this one is made of, by name and in order; empty for one that holds tensors itself."""
+        """The Weights that this one is made of, by name and in order; empty for one that holds tensors itself.
+
+        A Weight with parts holds no tensors besides theirs: a vector of its own is a part `Dense((1, K))`.
+        """
         return {}
+
+    def with_parts(self, *parts: Weight) -> Weight:
+        """The same composite of other Weights of the same shapes, in the order of `parts()`."""
+        raise TypeError(f"{self} is made of no other Weights")
+
+    def encode(self, matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The stored tensors for `matrix` [N, K], rounded to nearest. Raises TypeError for a composite: a method of
+        `parco.fitting` says what each part gets. ValueError for another shape.
+        """
+        raise TypeError(f"{self} is made of parts, and how a matrix is shared among them is a method's choice")
 
     @abc.abstractmethod
     def tensors(self) -> dict[str, TensorSpec]:
@@ -61,8 +74,8 @@ class Weight(abc.ABC):
 
     @abc.abstractmethod
     def lookup(self, indices: torch.Tensor, *tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The rows `indices` (integers, any shape [...]) of the matrix: [..., K] in `dtype`, without decoding the
-        others.
+        """The rows `indices` (integers, any shape [...]) of the matrix: [..., K] in `dtype`. Other rows are decoded
+        only where rows share a scale. Raises IndexError for an index that is no row.
         """
 
     @abc.abstractmethod

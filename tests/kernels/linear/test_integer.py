@@ -1,5 +1,6 @@
 """linear_int: the same bits from every instruction set, batch size and thread count, and two errors told apart."""
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from parco import _C, machine
 from parco.kernels import table
-from parco.kernels.linear import linear_int, reference
+from parco.kernels.linear import embedding_int, integer, linear_int, reference
 from parco.kernels.linear.integer import Compiled
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -289,3 +290,37 @@ class TestLinearInt(KernelLaws):
         bound = product_bound(x.detach(), codes, scale, zero, bits, group, columns) * 2
         slack = torch.finfo(x.dtype).eps * expected.detach().double().abs() + 2.0**-22
         assert ((found.double() - expected.double()).abs() <= bound + slack).all(), name
+
+
+def test_one_scale_does_not_serve_two_groups_even_of_one_row() -> None:
+    codes, scale, _ = stored(1, 64, 4, 32)
+    with pytest.raises(ValueError, match="one scale for all needs group=64"):
+        linear_int(inputs(1, 64), codes, scale[:, :1].contiguous(), None, None, 4, 32, 64)
+    with pytest.raises(ValueError, match="one scale for all needs group=64"):
+        embedding_int(torch.tensor([0]), codes, scale[:, :1].contiguous(), None, 4, 32, 64, torch.float32)
+
+
+def test_a_group_beyond_the_row_is_the_row() -> None:
+    codes, scale, _ = stored(5, 48, 4, 48)
+    x = inputs(3, 48).requires_grad_()
+    grads = []
+    for group in (48, sys.maxsize):
+        y = linear_int(x, codes, scale, None, None, 4, group, 48)
+        grads.append(torch.autograd.grad(y.sum(), x)[0])
+        assert torch.equal(y, linear_int(x, codes, scale, None, None, 4, 48, 48))
+    assert torch.equal(*grads)
+
+
+def test_the_gradient_expands_a_part_of_the_matrix_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, scale, _ = stored(37, 48, 4, 48)
+    x, grad = inputs(3, 48).requires_grad_(), inputs(3, 37, seed=9)
+    whole = torch.autograd.grad(linear_int(x, codes, scale, None, None, 4, 48, 48), x, grad)[0]
+    monkeypatch.setattr(integer, "EXPANDED", 48 * 5)
+    parts = torch.autograd.grad(linear_int(x, codes, scale, None, None, 4, 48, 48), x, grad)[0]
+    torch.testing.assert_close(parts, whole)
+
+
+def test_there_is_no_forward_derivative_and_that_is_said() -> None:
+    codes, scale, _ = stored(5, 48, 4, 48)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(lambda x: linear_int(x, codes, scale, None, None, 4, 48, 48), (inputs(3, 48),), (inputs(3, 48),))

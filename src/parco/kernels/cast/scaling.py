@@ -101,12 +101,14 @@ def nvfp4_global_scale(block_amax: Tensor) -> Tensor:
 
 def poison(scale: Tensor, format: Format, has_nan: Tensor) -> Tensor:
     """`scale` with NaN in place of the scales of the blocks that `has_nan`, both [R, C]."""
-    if isinstance(format.scale, ScaleE8M0):
-        return torch.where(has_nan, E8M0.nan_code, scale)
-    if isinstance(format.scale, ScaleE4M3):
-        assert E4M3.nan_code is not None
-        return torch.where(has_nan, E4M3.nan_code, scale)
-    return torch.where(has_nan, float("nan"), scale)
+    match format.scale:
+        case ScaleE8M0():
+            return torch.where(has_nan, E8M0.nan_code, scale)
+        case ScaleE4M3():
+            assert E4M3.nan_code is not None
+            return torch.where(has_nan, E4M3.nan_code, scale)
+        case Unscaled() | ScaleAbsmax() | ScaleAbsmean() | ScaleRange() | ScaleDelayed():
+            return torch.where(has_nan, float("nan"), scale)
 
 
 def scale_numbers(format: Format, tensors: Mapping[str, Tensor]) -> Tensor | None:
@@ -118,7 +120,7 @@ def scale_numbers(format: Format, tensors: Mapping[str, Tensor]) -> Tensor | Non
             return from_codes(tensors["scale"], E8M0)
         case ScaleE4M3():
             return from_codes(tensors["scale"], E4M3) * tensors["global_scale"]
-        case _:
+        case ScaleAbsmax() | ScaleAbsmean() | ScaleRange() | ScaleDelayed():
             return tensors["scale"].to(torch.float32)
 
 
@@ -134,7 +136,7 @@ def scale_reciprocals(format: Format, tensors: Mapping[str, Tensor]) -> Tensor |
         case ScaleE4M3():
             scale = from_codes(tensors["scale"], E4M3)
             return torch.where(scale == 0, 0.0, (1.0 / tensors["global_scale"]) / scale)
-        case _:
+        case Unscaled() | ScaleAbsmax() | ScaleAbsmean() | ScaleRange() | ScaleDelayed():
             return None
 
 

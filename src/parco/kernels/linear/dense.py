@@ -13,8 +13,8 @@ from torch import Tensor
 
 from parco import _C, machine
 from parco.kernels import table
+from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate
 from parco.kernels.linear import reference
-from parco.kernels.linear.library import LIBRARY, TYPES, check_float, differentiate
 
 STREAMED_ROWS = 4
 """Rows of x up to which reading the weights is the cost and torch's product of one dtype is slower: 1.4 times at 1
@@ -126,8 +126,8 @@ table.register(
             table.Kernel("dense-linear-avx512", "avx512", _compiled(_C.linear_dense_avx512), _refuses),
             table.Kernel("dense-linear-avx2", "avx2", _compiled(_C.linear_dense_avx2), _refuses),
             table.Kernel("dense-linear-generic", "generic", _compiled(_C.linear_dense_generic), _refuses),
-            table.Kernel("dense-linear-torch-native", table.REFERENCE, _native, _refuses_native),
-            table.Kernel("dense-linear-torch-widened", table.REFERENCE, reference.linear_dense),
+            table.Kernel("dense-linear-torch-native", table.TORCH, _native, _refuses_native),
+            table.Kernel("dense-linear-torch-widened", table.TORCH, reference.linear_dense),
         ),
     )
 )

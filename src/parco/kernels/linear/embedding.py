@@ -7,9 +7,9 @@ from torch import Tensor
 
 from parco import _C, machine
 from parco.kernels import table
+from parco.kernels.library import LIBRARY, TYPES
 from parco.kernels.linear import reference
 from parco.kernels.linear.integer import check_codes
-from parco.kernels.linear.library import LIBRARY, TYPES
 
 
 class EmbeddingCall(NamedTuple):
@@ -103,7 +103,7 @@ table.register(
         describe,
         (
             table.Kernel("int-embedding-generic", "generic", _compiled),
-            table.Kernel("int-embedding-torch", table.REFERENCE, reference.embedding_int),
+            table.Kernel("int-embedding-torch", table.TORCH, reference.embedding_int),
         ),
     )
 )

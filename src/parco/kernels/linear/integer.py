@@ -15,8 +15,8 @@ from torch import Tensor
 
 from parco import _C, machine
 from parco.kernels import table
+from parco.kernels.library import LIBRARY, TYPES, check_float, check_matrix, differentiate
 from parco.kernels.linear import reference
-from parco.kernels.linear.library import LIBRARY, TYPES, check_float, check_matrix, differentiate
 
 AMX_ROWS = 16
 """Rows of x from which tiles pay: a tile has 16."""
@@ -96,7 +96,7 @@ def check_codes(
     groups = (codes.shape[0], (columns + group - 1) // group)
     if tuple(scale.shape) != groups and tuple(scale.shape) != (1, 1):
         raise ValueError(f"{operation}: scale has the shape {tuple(scale.shape)}; {groups} or (1, 1) is needed")
-    if groups[1] > 1 and tuple(scale.shape) == (1, 1) and groups[0] != 1:
+    if groups[1] > 1 and tuple(scale.shape) == (1, 1):
         raise ValueError(f"{operation}: one scale for all needs group={columns}, all columns; it is {group}")
     if zero is not None:
         check_matrix(operation, "zero", zero, groups, torch.uint8)
@@ -179,7 +179,7 @@ table.register(
             table.Kernel("int-linear-avx512", "avx512", Compiled(_C.linear_int_avx512), _refuses),
             table.Kernel("int-linear-avx2", "avx2", Compiled(_C.linear_int_avx2), _refuses),
             table.Kernel("int-linear-generic", "generic", Compiled(_C.linear_int_generic), _refuses),
-            table.Kernel("int-linear-torch", table.REFERENCE, reference.linear_int),
+            table.Kernel("int-linear-torch", table.TORCH, reference.linear_int),
         ),
     )
 )
@@ -275,16 +275,29 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
 
 
+EXPANDED = 1 << 24
+"""Numbers of W that the backward pass holds in fp32 at a time."""
+
+
+def _grad_x(
+    grad: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, columns: int
+) -> Tensor:
+    """grad [..., N] @ W, some rows of W expanded at a time."""
+    total = grad.new_zeros((*grad.shape[:-1], columns))
+    step = max(1, EXPANDED // columns)
+    for first in range(0, codes.shape[0], step):
+        rows = torch.arange(first, min(first + step, codes.shape[0]), device=codes.device)
+        weight = torch.ops.parco.embedding_int(rows, codes, scale, zero, bits, group, columns, torch.float32)
+        total += grad[..., first : first + step] @ weight
+    return total
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """grad_x = grad @ W with W expanded in fp32 from the same codes; grad_bias = the sum of grad over rows."""
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         codes, scale, zero = ctx.saved_tensors
-        rows = torch.arange(codes.shape[0], device=codes.device)
-        weight = torch.ops.parco.embedding_int(
-            rows, codes, scale, zero, ctx.bits, ctx.group, ctx.columns, torch.float32
-        )
-        grad_x = (grad.float() @ weight).to(ctx.x_dtype)
+        grad_x = _grad_x(grad.float(), codes, scale, zero, ctx.bits, ctx.group, ctx.columns).to(ctx.x_dtype)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, None, grad_bias, None, None, None
