@@ -306,16 +306,16 @@ class Fit:
     def quality(self, model: Any, methods: Mapping[str, str], subset: int | None = None) -> evaluate.Quality:
         """Quality of a model that these methods (and healing) have made, beside the original, on held-out windows."""
         named = {group: method for group, method in sorted(methods.items()) if method != "keep"}
+        held = self.windows.held[:subset]
         key = {
             **self.base,
             "extent": vars(self.extent),
             "methods": named,
             "steps": self.steps,
-            "subset": subset,
+            "windows": held.shape[0],
         }
         stage = self.stages.open("evaluate", **key)
         if not stage.whole:
-            held = self.windows.held if subset is None else self.windows.held[:subset]
             stage.write("quality", vars(evaluate.quality(model, held, self.progress, self.original.model)))
             stage.finish()
         return evaluate.Quality(**stage.read("quality"))

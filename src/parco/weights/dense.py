@@ -46,7 +46,7 @@ class Dense(Weight):
 
     def encode(self, matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The stored tensors for `matrix` [N, K] of any float dtype, rounded to nearest even. Always a copy of its
-        own.
+        own. Raises ValueError for another shape.
         """
         if tuple(matrix.shape) != self.shape:
             raise ValueError(

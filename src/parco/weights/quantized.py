@@ -55,7 +55,10 @@ class Quantized(Weight):
         scale: torch.Tensor | None = None,
         zero: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """The stored tensors for `matrix` [N, K]; the options are those of `parco.encode`."""
+        """The stored tensors for `matrix` [N, K] of any float dtype. `scale` and `zero`, where given, are in the stored
+        shape and dtype of `tensors()`; rounding and seed are those of `parco.encode`. Raises ValueError for another
+        shape of any of them.
+        """
         if tuple(matrix.shape) != self.shape:
             raise ValueError(
                 f"Quantized.encode: matrix has the shape {tuple(matrix.shape)}; this Weight stores {self.shape}"
