@@ -41,7 +41,7 @@ def healed(
 def test_the_divergence_falls_and_the_bytes_stay(
     calibrated: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    # A random model of two blocks in eight steps: the default rates are those of a trained one in forty.
+    # A random model of two blocks in eight steps: the default rates are those of a trained one in twenty.
     monkeypatch.setattr(heal, "RATES", {"low_rank": 5e-3, "scale": 2e-3, "dense": 1e-3})
     model, record = healed(calibrated, tmp_path, method)
     assert record["kl_after"] < record["kl_before"]

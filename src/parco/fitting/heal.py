@@ -29,7 +29,7 @@ from parco.nn import Embedding, Experts, Linear, StoredWeight, matrix
 ROWS = 2
 """Windows per step."""
 
-STEPS = 40
+STEPS = 20
 RATES = {"low_rank": 1e-3, "scale": 3e-4, "dense": 1e-4}
 """Adam's rates for a model that has lost FULL_RATE_KL or more. A smaller loss leaves less to learn and the same noise
 in every step, so the rates fall with its square root."""
