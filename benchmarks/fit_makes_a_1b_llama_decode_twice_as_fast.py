@@ -5,7 +5,7 @@ It is made once under `--work`. The peer is the same model in bf16 through Trans
 process, in turns, on the same prompt: decode is the median time of a step with a growing cache, prefill that of 512
 tokens.
 
-    python benchmarks/fit_makes_a_1b_llama_decode_twice_as_fast.py --work /var/tmp/tinyllama
+    python benchmarks/fit_makes_a_1b_llama_decode_twice_as_fast.py --work DIR
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def main() -> None:
     prefill = [a[0] / b[0] for a, b in zip(times["bf16"], times["fitted"], strict=True)]
     decode = [a[1] / b[1] for a, b in zip(times["bf16"], times["fitted"], strict=True)]
     result = {
-        "command": " ".join(command),
+        "command": " ".join(command).replace(str(options.work), "DIR"),
         "fit_seconds": round(seconds),
         "fit_peak_bytes": peak,
         "fit_peak_limit": int(limit),
