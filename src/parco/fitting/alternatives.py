@@ -14,7 +14,6 @@ from torch import nn
 from parco.fitting import size
 from parco.fitting.pipeline import Chosen, Fit
 from parco.fitting.result import Alternative
-from parco.fitting.size import planned_bytes
 from parco.nn.blocks import groups
 
 FAMILIES = (
@@ -37,7 +36,7 @@ def uniform(model: nn.Module, family: Sequence[str], budget: int) -> dict[str, s
         for ratio in ratios:
             method = text if ratio is None else f"factor({ratio:g}){text.removeprefix('factor')}"
             methods = everywhere(model, method)
-            if planned_bytes(model, methods) <= budget:
+            if size.planned_bytes(model, methods) <= budget:
                 return methods
     return None
 
@@ -63,18 +62,20 @@ def compare(fit: Fit, chosen: Chosen, subset: int) -> list[Alternative]:
         model, _ = fit.apply(methods)
         fit.heal(model, methods)
         name = next(iter(methods.values()))
-        rows.append(_row(fit, name, planned_bytes(fit.original.model, methods), model, methods, subset, steps, False))
+        rows.append(
+            _row(fit, name, size.planned_bytes(fit.original.model, methods), model, methods, subset, steps, False)
+        )
     return rows
 
 
 def _row(
-    fit: Fit, name: str, size: int, model: Any, methods: Mapping[str, str], subset: int, steps: int, chosen: bool
+    fit: Fit, name: str, stored: int, model: Any, methods: Mapping[str, str], subset: int, steps: int, chosen: bool
 ) -> Alternative:
     judged = fit.quality(model, methods, subset)
     return Alternative(
         name=name,
-        bytes=size,
-        fraction=size / fit.checkpoint,
+        bytes=stored,
+        fraction=stored / fit.checkpoint,
         loss=judged.loss,
         kl=judged.kl,
         top1=judged.top1,

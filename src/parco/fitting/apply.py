@@ -96,9 +96,8 @@ class _Pass:
         self.counted = min(extent.statistics, windows.calibration.shape[0])
         self.rows = rows_of(windows.length)
         parameters = sum(parameter.numel() for parameter in stream.model.parameters())
-        self.paired = (
-            parameters <= size.LARGE
-        )  # without the original's states beside the shifted ones: a third less time
+        # Large models are solved without the original's states beside the shifted ones: it saves a third of the time.
+        self.paired = parameters <= size.LARGE
         self.original = torch.empty(0)
         self.changed = torch.empty(0)
 

@@ -79,6 +79,7 @@ def considered(model: nn.Module, group: Group, methods: Sequence[str], large: bo
     nothing that is not smaller, and routers as they are."""
     shapes = [shape_of(model, member) for member in owners(model, group)]
     has_lookup = any(is_lookup(model, member) for member in group.members)
+    whole = group_bytes(model, group, "keep")
     kept = ["keep"]
     for text in methods:
         if text == "keep" or group.kind == "router":
@@ -89,7 +90,7 @@ def considered(model: nn.Module, group: Group, methods: Sequence[str], large: bo
             continue
         if any(_too_wide(method.spec(shape)) for shape in shapes):
             continue
-        if group_bytes(model, group, text) < group_bytes(model, group, "keep"):
+        if group_bytes(model, group, text) < whole:
             kept.append(text)
     return kept
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import abc
 import re
 from dataclasses import dataclass
-from typing import Literal, cast, final, get_args
+from typing import ClassVar, Literal, cast, final, get_args
 
 import torch
 from torch import Tensor
@@ -55,6 +55,9 @@ class Method(abc.ABC):
     A new one is also read in `parse` and named in `KNOWN`; what it composes with is said in `__rshift__` and `__add__`.
     """
 
+    has_factors: ClassVar[bool] = False
+    """Whether the result has low-rank factors: costly to find, and no use to a matrix whose rows are looked up."""
+
     @abc.abstractmethod
     def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
         """The spec and its tensors, in order, for `weight` [N, K] of any floating dtype (computed in float32; not
@@ -71,14 +74,9 @@ class Method(abc.ABC):
     def __str__(self) -> str: ...
 
     @property
-    @abc.abstractmethod
     def rows_apart(self) -> bool:
         """Whether a row of the result depends on that row of the matrix alone, so that some rows can stand for all."""
-
-    @property
-    def has_factors(self) -> bool:
-        """Whether the result has low-rank factors: costly to find, and no use to a matrix whose rows are looked up."""
-        return False
+        return not self.has_factors
 
     @staticmethod
     def parse(text: str | Method) -> Method:
@@ -110,10 +108,6 @@ class Keep(Method):
         if dtype not in DTYPE_NAMES:
             raise ValueError(f"dtype {dtype} cannot be kept; dense matrices are fp32, bf16 or fp16")
         return Dense(shape, DTYPE_NAMES[dtype])
-
-    @property
-    def rows_apart(self) -> bool:
-        return True
 
     def __str__(self) -> str:
         return "keep"
@@ -189,6 +183,8 @@ class Factor(Method):
     Text: `factor(0.5)`, `factor(rank=32)`, `factor(0.5,metric=plain,format=fp16)`.
     """
 
+    has_factors: ClassVar[bool] = True
+
     ratio: float | None
     rank: int | None
     metric: Metric
@@ -237,14 +233,6 @@ class Factor(Method):
         rank = self.rank_of(shape)
         return LowRank(Dense((shape[0], rank), self.format), Dense((rank, shape[1]), self.format))
 
-    @property
-    def rows_apart(self) -> bool:
-        return False
-
-    @property
-    def has_factors(self) -> bool:
-        return True
-
     def __str__(self) -> str:
         arguments = [f"{self.ratio:g}" if self.ratio is not None else f"rank={self.rank}"]
         arguments += [f"metric={self.metric}"] if self.metric != "auto" else []
@@ -265,6 +253,8 @@ class QuantizedFactors(Method):
     right · x.
     """
 
+    has_factors: ClassVar[bool] = True
+
     factor: Factor
     quantize: Quantize
 
@@ -282,14 +272,6 @@ class QuantizedFactors(Method):
         rank = self.factor.rank_of(shape)
         return LowRank(self.quantize.spec((shape[0], rank)), self.quantize.spec((rank, shape[1])))
 
-    @property
-    def rows_apart(self) -> bool:
-        return False
-
-    @property
-    def has_factors(self) -> bool:
-        return True
-
     def __str__(self) -> str:
         return f"{self.factor}>>{self.quantize}"
 
@@ -303,6 +285,8 @@ class Corrected(Method):
     twice, beginning with the correction, which takes the matrix's largest directions out of the quantizer's way; the
     best state under the gram is kept.
     """
+
+    has_factors: ClassVar[bool] = True
 
     quantize: Quantize
     correction: Factor | QuantizedFactors
@@ -328,14 +312,6 @@ class Corrected(Method):
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
         return Sum(self.quantize.spec(shape), self.correction.spec(shape))
-
-    @property
-    def rows_apart(self) -> bool:
-        return False
-
-    @property
-    def has_factors(self) -> bool:
-        return True
 
     def __str__(self) -> str:
         return f"{self.quantize}+{self.correction}"

@@ -20,6 +20,7 @@ import torch
 
 from parco.hub import checks
 from parco.nn import linears
+from parco.nn.saved import memory_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,7 +138,7 @@ def _own(model: PreTrainedModel) -> None:
     copies: dict[tuple[object, ...], torch.Tensor] = {}
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
-            identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+            identity = memory_of(tensor)
             if identity not in copies:
                 copies[identity] = tensor.data.clone()
             tensor.data = copies[identity]

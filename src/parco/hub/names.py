@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from parco.nn.saved import EXPERT
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_EXPERT = re.compile(r"(.+)\[(\d+)\]")
 
 
 def resolve(model: PreTrainedModel, name: str) -> str | None:
@@ -17,7 +16,7 @@ def resolve(model: PreTrainedModel, name: str) -> str | None:
     such module."""
     prefix = f"{model.base_model_prefix}."
     for candidate in (name, name.removeprefix(prefix), prefix + name):
-        expert = _EXPERT.fullmatch(candidate)
+        expert = EXPERT.fullmatch(candidate)
         path = expert[1].rpartition(".")[0] if expert else candidate
         try:
             model.get_submodule(path)

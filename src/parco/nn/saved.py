@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HINT = "saved_by_parco.import_parco_before_loading_this"
-_EXPERT = re.compile(r"(.+)\[(\d+)\]")
+EXPERT = re.compile(r"(.+)\[(\d+)\]")
 _STORED_EXPERT = re.compile(r"(.+)\.(\d+)")
 
 
@@ -80,7 +80,7 @@ def tensors_to_save(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         value = state[name]
         if value.device.type == "meta":
             raise ValueError(f"tensor {name!r} is on the meta device: load the model without offloading to save it")
-        identity = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        identity = memory_of(value)
         if value.numel() and identity in seen:
             if name in targets or name.startswith(tied):
                 continue
@@ -95,11 +95,16 @@ def tensors_to_save(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(sorted(found.items()))
 
 
+def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What two tensors that are the same numbers in the same memory have in common."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
 def clashing_names(weights: dict[str, str]) -> dict[str, str]:
     """Parameter name of the plain architecture -> the text stored under it, for module name -> text of its spec."""
     found: dict[str, str] = {}
     for name, text in weights.items():
-        expert = _EXPERT.fullmatch(name)
+        expert = EXPERT.fullmatch(name)
         if expert is None:
             found[f"{name}.weight"] = text
         else:
