@@ -7,6 +7,7 @@
 #undef PARCO_OPERATION
 
 NB_MODULE(_C, module) {
+  nanobind::set_leak_warnings(false);  // settled calls are kept for as long as the interpreter runs
 #define PARCO_OPERATION(name) bind_##name(module);
 #include "operations.inc"
 #undef PARCO_OPERATION

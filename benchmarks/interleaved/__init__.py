@@ -12,6 +12,7 @@ import torch
 
 import parco
 from parco import machine
+from parco.weights import Weight
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -44,17 +45,11 @@ def ratio(peer: list[float], ours: list[float]) -> float:
     return statistics.median(theirs / mine for theirs, mine in zip(peer, ours, strict=True))
 
 
-def random_codes(shape: tuple[int, int], bits: int, group: int, copies: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Stored integers and bf16 scales; random, since zeros run faster."""
-    outputs, columns = shape
-    groups = -(-columns // group)
-    return [
-        (
-            torch.randint(0, 256, (outputs, -(-columns * bits // 8)), dtype=torch.uint8),
-            (torch.rand(outputs, groups) * 0.01).bfloat16(),
-        )
-        for _ in range(copies)
-    ]
+def stored_copies(spec: Weight, copies: int) -> list[tuple[torch.Tensor, ...]]:
+    """The tensors of a random matrix, stored as `spec` says, so many times; random, since zeros run faster."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = spec.encode(torch.randn(spec.shape, generator=generator) / spec.shape[1] ** 0.5)
+    return [tensors, *(tuple(tensor.clone() for tensor in tensors) for _ in range(copies - 1))]
 
 
 def save(claim: str, rows: list[dict[str, object]]) -> None:

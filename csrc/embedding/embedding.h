@@ -1,24 +1,11 @@
-// Rows of a table of integer codes, expanded to floats.
+// Rows of a stored matrix, expanded to floats.
 #pragma once
-#include <cstdint>
-
-#include "linear/int.h"
+#include "linear/coded.h"
 
 namespace parco::embedding {
 
-// The stored tensors are those of linear::IntCall; table_rows of them.
-struct EmbeddingCall {
-  const std::int64_t* indices;
-  const std::uint8_t* codes;
-  const void* scale;
-  const std::uint8_t* zero;
-  void* y;  // [rows, columns] of y_type
-  std::int64_t rows, table_rows, columns, group, scale_stride;
-  int bits, threads;
-  linear::Type scale_type, y_type;
-};
-
-// Position of the first index outside the table, or -1: then y is whole.
-std::int64_t embedding_generic(const EmbeddingCall& call);
+// Row indices[m] of `matrix` goes to matrix.y, for matrix.rows of them; matrix.outputs is how many there are to choose
+// from. Returns the position of the first index outside, or -1: then y is whole.
+std::int64_t embedding_generic(const linear::CodedCall& matrix, const std::int64_t* indices);
 
 }  // namespace parco::embedding

@@ -1,17 +1,38 @@
-// What several AVX-512 translation units share. Unnamed: see quantize.h.
+// What several AVX-512 translation units share. Unnamed: see floats.h.
 #pragma once
 // GCC 12 writes "undefined" vectors as a variable set to itself in its own header and then warns of it.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
-#include "linear/int.h"
+#include "linear/coded.h"
 
 namespace parco::linear::avx512 {
 namespace {
 
 inline __m512 widen_bf16(__m256i halves) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// The numbers in the low bits of 16 dwords.
+inline __m512 widen(__m512i bits, Type type) {
+  if (type == Type::fp32) return _mm512_castsi512_ps(bits);
+  if (type == Type::bf16) return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  if (type == Type::fp16) return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
+  const __m512i byte = _mm512_and_si512(bits, _mm512_set1_epi32(255)), nan = _mm512_set1_epi32(0x7fc00000);
+  if (type == Type::e8m0) {
+    // The pattern of an exponent alone, but for the least one, 2^-127, which is subnormal.
+    const __m512i power = _mm512_max_epu32(_mm512_slli_epi32(byte, 23), _mm512_set1_epi32(1 << 22));
+    return _mm512_castsi512_ps(
+        _mm512_mask_mov_epi32(power, _mm512_cmpeq_epi32_mask(byte, _mm512_set1_epi32(255)), nan));
+  }
+  // e4m3 is fp16's pattern with an exponent that is 8 too small.
+  const __m512i magnitude = _mm512_and_si512(byte, _mm512_set1_epi32(127));
+  const __m512i half = _mm512_or_si512(_mm512_slli_epi32(magnitude, 7),
+                                       _mm512_slli_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(128)), 8));
+  const __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(half)), _mm512_set1_ps(256.0f));
+  return _mm512_mask_mov_ps(value, _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(127)),
+                            _mm512_castsi512_ps(nan));
 }
 
 // `count` (at most 16) values from index `index`; the rest are zero.

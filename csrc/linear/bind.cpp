@@ -1,46 +1,43 @@
-// linear_int and linear_dense of parco._C. Tensors come as addresses; what they must be is checked by
+// linear_coded and linear_dense of parco._C. Tensors come as addresses; what they must be is checked by
 // parco.kernels.linear.
-#include <nanobind/nanobind.h>
-
+#include "linear/coded_bind.h"
 #include "linear/dense.h"
+#include "linear/float.h"
 #include "linear/int.h"
 
 namespace nb = nanobind;
+using namespace parco::linear;
 
-namespace parco::linear {
 namespace {
 
-// Smaller calls keep the interpreter lock: letting go and taking it again costs as much as they do.
-constexpr std::int64_t worth_unlocking = 1 << 18;
-
-template <class T>
-T* address(std::uintptr_t value) {
-  return reinterpret_cast<T*>(value);
+CodedCall settle(std::uintptr_t values, std::uintptr_t table, std::int64_t rows, std::int64_t outputs,
+                 std::int64_t columns, std::int64_t group, std::int64_t block_rows, std::int64_t scale_stride,
+                 float unit, int zero_point, int bits, int element, int x_type, int scale_type, int bias_type) {
+  CodedCall call{};
+  call.values = address<const float>(values);
+  call.table = address<const std::uint8_t>(table);
+  call.rows = rows, call.outputs = outputs, call.columns = columns;
+  call.group = group, call.block_rows = block_rows, call.scale_stride = scale_stride;
+  call.unit = unit, call.zero_point = zero_point, call.bits = bits;
+  call.element = static_cast<Element>(element);
+  call.x_type = static_cast<Type>(x_type);
+  call.scale_type = static_cast<Type>(scale_type);
+  call.bias_type = static_cast<Type>(bias_type);
+  return call;
 }
 
-template <void (*kernel)(const IntCall&)>
-void run(std::uintptr_t x, std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t bias,
-         std::uintptr_t y, std::int64_t rows, std::int64_t outputs, std::int64_t columns, std::int64_t group,
-         std::int64_t scale_stride, int bits, int x_type, int scale_type, int bias_type, int threads) {
-  const IntCall call{address<const void>(x),
-                     address<const std::uint8_t>(codes),
-                     address<const void>(scale),
-                     address<const std::uint8_t>(zero),
-                     address<const void>(bias),
-                     address<void>(y),
-                     rows,
-                     outputs,
-                     columns,
-                     group,
-                     scale_stride,
-                     bits,
-                     threads,
-                     static_cast<Type>(x_type),
-                     static_cast<Type>(scale_type),
-                     static_cast<Type>(bias_type)};
-  if (rows * outputs * columns < worth_unlocking) return kernel(call);
-  nb::gil_scoped_release unlocked;
-  kernel(call);
+template <void (*kernel)(const CodedCall&)>
+void define(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](const CodedCall& settled, std::uintptr_t x, std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t zero,
+         std::uintptr_t factor, std::uintptr_t bias, std::uintptr_t y, int threads) {
+        const CodedCall call = with_tensors(settled, x, codes, scale, zero, factor, bias, y, threads);
+        unlocked(call, [&] { kernel(call); });
+      },
+      nb::arg("settled"), nb::arg("x"), nb::arg("codes"), nb::arg("scale"), nb::arg("zero"), nb::arg("factor"),
+      nb::arg("bias"), nb::arg("y"), nb::arg("threads"),
+      "y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.");
 }
 
 template <void (*kernel)(const DenseCall&)>
@@ -62,38 +59,30 @@ void run_dense(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std
   kernel(call);
 }
 
-}  // namespace
-}  // namespace parco::linear
-
-namespace {
-
-template <void (*kernel)(const parco::linear::IntCall&)>
-void define(nb::module_& module, const char* name) {
-  module.def(name, &parco::linear::run<kernel>, nb::arg("x"), nb::arg("codes"), nb::arg("scale"), nb::arg("zero"),
-             nb::arg("bias"), nb::arg("y"), nb::arg("rows"), nb::arg("outputs"), nb::arg("columns"), nb::arg("group"),
-             nb::arg("scale_stride"), nb::arg("bits"), nb::arg("x_type"), nb::arg("scale_type"), nb::arg("bias_type"),
-             nb::arg("threads"),
-             "y = x @ ((u - z) * scale).T + bias; addresses, 0 for an absent zero or bias. The machine must have the "
-             "instruction set.");
-}
-
-template <void (*kernel)(const parco::linear::DenseCall&)>
+template <void (*kernel)(const DenseCall&)>
 void define_dense(nb::module_& module, const char* name) {
-  module.def(name, &parco::linear::run_dense<kernel>, nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("y"),
-             nb::arg("rows"), nb::arg("outputs"), nb::arg("columns"), nb::arg("x_type"), nb::arg("weight_type"),
-             nb::arg("bias_type"), nb::arg("threads"),
+  module.def(name, &run_dense<kernel>, nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("y"), nb::arg("rows"),
+             nb::arg("outputs"), nb::arg("columns"), nb::arg("x_type"), nb::arg("weight_type"), nb::arg("bias_type"),
+             nb::arg("threads"),
              "y = x @ weight.T + bias; addresses, 0 for an absent bias. The machine must have the instruction set.");
 }
 
 }  // namespace
 
 void bind_linear(nb::module_& module) {
-  using namespace parco::linear;
-  define<int_generic>(module, "linear_int_generic");
-  define<int_avx2>(module, "linear_int_avx2");
-  define<int_avx512>(module, "linear_int_avx512");
-  define<int_amx>(module, "linear_int_amx");
-  define<int_amx_emulated>(module, "linear_int_amx_emulated");
+  nb::class_<CodedCall>(module, "CodedCall", "A product with stored codes, but for its tensors; csrc/linear/coded.h.")
+      .def(nb::new_(&settle), nb::kw_only(), nb::arg("values"), nb::arg("table"), nb::arg("rows"), nb::arg("outputs"),
+           nb::arg("columns"), nb::arg("group"), nb::arg("block_rows"), nb::arg("scale_stride"), nb::arg("unit"),
+           nb::arg("zero_point"), nb::arg("bits"), nb::arg("element"), nb::arg("x_type"), nb::arg("scale_type"),
+           nb::arg("bias_type"));
+  define<int_generic>(module, "int_generic");
+  define<int_avx2>(module, "int_avx2");
+  define<int_avx512>(module, "int_avx512");
+  define<int_amx>(module, "int_amx");
+  define<int_amx_emulated>(module, "int_amx_emulated");
+  define<float_generic>(module, "float_generic");
+  define<float_avx2>(module, "float_avx2");
+  define<float_avx512>(module, "float_avx512");
   define_dense<dense_generic>(module, "linear_dense_generic");
   define_dense<dense_avx2>(module, "linear_dense_avx2");
   define_dense<dense_avx512>(module, "linear_dense_avx512");

@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#include "linear/int.h"
+#include "linear/coded.h"
 
 namespace parco::linear {
 

@@ -1,10 +1,10 @@
 // The dense product for vector instruction sets; see dense.h. Included by one translation unit per instruction set, V
-// is its vector type, everything is unnamed (see quantize.h).
+// is its vector type, everything is unnamed (see floats.h).
 #pragma once
 #include <algorithm>
 
 #include "linear/dense.h"
-#include "linear/quantize.h"
+#include "linear/floats.h"
 
 namespace parco::linear {
 namespace {

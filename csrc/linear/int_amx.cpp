@@ -30,6 +30,6 @@ struct Processor {
 
 }  // namespace
 
-void int_amx(const IntCall& call) { run_tiles<Processor>(call); }
+void int_amx(const CodedCall& call) { run_tiles<Processor>(call); }
 
 }  // namespace parco::linear

@@ -49,6 +49,6 @@ struct Emulation {
 
 }  // namespace
 
-void int_amx_emulated(const IntCall& call) { run_tiles<Emulation>(call); }
+void int_amx_emulated(const CodedCall& call) { run_tiles<Emulation>(call); }
 
 }  // namespace parco::linear

@@ -74,36 +74,57 @@ struct Avx2 {
     for (int r = 0; r < all; r++) sum[r] = add(sum[r], other[r]);
   }
 
-  // Codes of `bits` bits from rows of weights: 32 bytes of nibbles (up to 4 bits) or of bytes a row, transposed.
+  // Codes of `bits` bits from rows of weights: 32 bytes of nibbles or of bytes a row, transposed. A dword holds `unit`
+  // of them: nibbles where the codes are plain and have up to 4 bits.
   struct Reader {
-    int bits;
+    int bits, unit, per_quadword;
+    bool mapped;
     std::int64_t row_bytes;
+    std::uint64_t places;  // of a quadword's bits: those that codes take when they lie as nibbles or bytes
+    I table[4];
 
-    Reader(int code_bits, std::int64_t bytes_per_row) : bits(code_bits), row_bytes(bytes_per_row) {}
+    Reader(const CodedCall& call, const Plan& plan)
+        : bits(call.bits), unit(plan.unit), per_quadword(2 * unit), mapped(call.table), row_bytes(plan.row_bytes) {
+      const std::uint64_t code = (1u << bits) - 1;
+      places = unit == 8 ? code * 0x1111111111111111u : code * 0x0101010101010101u;
+      for (int i = 0; i < 4 && mapped; i++)
+        table[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(call.table) + i));
+    }
 
-    // Every eighth (nibbles) or fourth (bytes) code starts on a byte only for some widths, so codes come out of a
-    // 64-bit window.
+    // Of every code its entry in the table: of the four parts each looks up the low 4 bits, bits 4 and 5 choose.
+    I map(I codes) const {
+      const I low = _mm256_shuffle_epi8(table[0], _mm256_and_si256(codes, _mm256_set1_epi8(15)));
+      if (bits <= 4) return low;
+      const I index = _mm256_and_si256(codes, _mm256_set1_epi8(15)), bit4 = _mm256_slli_epi16(codes, 3);
+      const I bit5 = _mm256_slli_epi16(codes, 2);
+      const I lower = _mm256_blendv_epi8(low, _mm256_shuffle_epi8(table[1], index), bit4);
+      const I upper =
+          _mm256_blendv_epi8(_mm256_shuffle_epi8(table[2], index), _mm256_shuffle_epi8(table[3], index), bit4);
+      return _mm256_blendv_epi8(lower, upper, bit5);
+    }
+
     I unpack(const std::uint8_t* from, std::int64_t left) const {
-      alignas(32) std::uint8_t expanded[32] = {};
-      const std::uint64_t mask = (1u << bits) - 1;
-      const int per_byte = bits <= 4 ? 2 : 1;
-      for (int i = 0; i < 4; i++) {  // 16 or 8 codes: whole bytes of the stream and 8 bytes of the result
-        const std::int64_t start = 8 * per_byte * bits / 8 * i;
-        if (start >= left) break;
-        std::uint64_t window = 0;
-        std::memcpy(&window, from + start,
-                    static_cast<std::size_t>(std::min<std::int64_t>(8 * per_byte * bits / 8, left - start)));
-        for (int byte = 0; byte < 8; byte++) {
-          std::uint64_t code = window >> per_byte * byte * bits & mask;
-          if (per_byte == 2) code |= (window >> (2 * byte + 1) * bits & mask) << 4;
-          expanded[8 * i + byte] = static_cast<std::uint8_t>(code);
-        }
+      alignas(32) std::uint8_t held[32] = {};
+      const std::int64_t step = per_quadword * bits / 8;
+      if (left < 3 * step + 8) {
+        std::memcpy(held, from, static_cast<std::size_t>(std::clamp<std::int64_t>(left, 0, 4 * step)));
+        from = held;
       }
-      return load(expanded);
+      if (mapped && bits == 4) {  // the upper nibble of each byte goes to the byte beside it
+        const I words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+        return map(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)));
+      }
+      const auto quadword = [&](int i) {
+        std::uint64_t window;
+        std::memcpy(&window, from + step * i, 8);
+        return static_cast<long long>(_pdep_u64(window, places));
+      };
+      const I codes = _mm256_set_epi64x(quadword(3), quadword(2), quadword(1), quadword(0));
+      return mapped ? map(codes) : codes;
     }
 
     I read_row(const std::uint8_t* from, std::int64_t left) const {
-      if (bits != 4 && bits != 8) return unpack(from, left);
+      if (mapped || (bits != 4 && bits != 8)) return unpack(from, left);
       if (left >= 32) return _mm256_loadu_si256(reinterpret_cast<const I*>(from));
       alignas(32) std::uint8_t bytes[32] = {};
       if (left > 0) std::memcpy(bytes, from, static_cast<std::size_t>(left));
@@ -112,7 +133,7 @@ struct Avx2 {
 
     // `dwords` dwords from dword `first` of 8 rows. Also asks for the same bytes of the 8 rows that follow.
     void read(const std::uint8_t* const* rows, std::int32_t first, std::int32_t dwords, I* to) const {
-      const int unit = bits <= 4 ? 8 : 4, step = 8 * unit * bits / 8;
+      const int step = unit * bits;
       const std::int64_t start = static_cast<std::int64_t>(first) * unit * bits / 8;
       for (std::int32_t d = 0; d < dwords; d += 8) {
         const std::int64_t byte = start + d / 8 * step;
@@ -147,13 +168,14 @@ struct Avx2 {
     }
   }
 
-  // to[g * stride + lane] = scale g of row `lane`.
-  static void transpose_scales(const char* const* rows, Type type, std::int32_t groups, float* to, int stride) {
+  // to[g * stride + lane] = factor * scale g of row `lane`.
+  static void transpose_scales(const char* const* rows, Type type, std::int32_t groups, float factor, float* to,
+                               int stride) {
     for (int lane = 0; lane < lanes; lane++)
-      for (std::int32_t g = 0; g < groups; g++) to[g * stride + lane] = load_float(rows[lane], type, g);
+      for (std::int32_t g = 0; g < groups; g++) to[g * stride + lane] = load_float(rows[lane], type, g) * factor;
   }
 
-  static void quantize(const IntCall& call, const Plan& plan, std::int64_t row, std::int16_t* const* words,
+  static void quantize(const CodedCall& call, const Plan& plan, std::int64_t row, std::int16_t* const* words,
                        float* scales, std::int32_t* const* sums) {
     quantize_row<true>(call, plan, row, words, scales, sums);
   }
@@ -161,6 +183,6 @@ struct Avx2 {
 
 }  // namespace
 
-void int_avx2(const IntCall& call) { run<Avx2>(call); }
+void int_avx2(const CodedCall& call) { run<Avx2>(call); }
 
 }  // namespace parco::linear

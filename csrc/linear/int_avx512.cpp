@@ -2,6 +2,6 @@
 
 namespace parco::linear {
 
-void int_avx512(const IntCall& call) { run<Avx512>(call); }
+void int_avx512(const CodedCall& call) { run<Avx512>(call); }
 
 }  // namespace parco::linear

@@ -89,16 +89,20 @@ struct Avx512 {
     return shift ? _mm512_srli_epi16(dword, 8) : _mm512_and_si512(dword, _mm512_set1_epi16(255));
   }
 
-  // Codes of `bits` bits from rows of weights: 64 bytes of nibbles (up to 4 bits) or of bytes a row, transposed.
+  // Codes of `bits` bits from rows of weights: 64 bytes of nibbles or of bytes a row, transposed. A dword holds `unit`
+  // of them: nibbles where the codes are plain and have up to 4 bits.
   struct Reader {
-    int bits;
+    int bits, unit;
+    bool mapped;
     std::int64_t row_bytes;
-    I bytes, even, odd, mask;  // of the bit stream: which bytes each quadword needs, then where its codes begin in them
+    I bytes, even, odd;  // of the bit stream: which bytes each quadword needs, then where its codes begin in them
+    I mask;              // of a plain code, or the table of mapped ones
 
-    Reader(int code_bits, std::int64_t bytes_per_row) : bits(code_bits), row_bytes(bytes_per_row) {
-      if (bits == 4 || bits == 8) return;
+    Reader(const CodedCall& call, const Plan& plan)
+        : bits(call.bits), unit(plan.unit), mapped(call.table), row_bytes(plan.row_bytes) {
+      if (is_stored()) return;
       alignas(64) std::uint8_t from[64], first[64], second[64];
-      const bool nibble = bits <= 4;
+      const bool nibble = unit == 8;
       const int per_quadword = nibble ? 16 : 8;
       for (int i = 0; i < 64; i++) {
         const int quadword = i / 8, byte = i % 8;
@@ -107,8 +111,11 @@ struct Avx512 {
         second[i] = static_cast<std::uint8_t>(((2 * byte + 1) * bits - 4) & 63);
       }
       bytes = load(from), even = load(first), odd = load(second);
-      mask = byte_mask(bits);
+      mask = mapped ? _mm512_loadu_si512(call.table) : byte_mask(bits);
     }
+
+    // Whether the codes lie in memory as they are wanted.
+    bool is_stored() const { return !mapped && (bits == 4 || bits == 8); }
 
     // A nibble keeps what follows its code of 2 or 3 bits: whoever uses it masks it anyway.
     I unpack_nibbles(I stream) const {
@@ -121,14 +128,20 @@ struct Avx512 {
       return _mm512_and_si512(_mm512_multishift_epi64_epi8(even, _mm512_permutexvar_epi8(bytes, stream)), mask);
     }
 
+    // The table is repeated, so what follows a code in its byte needs no masking.
+    I map_bytes(I stream) const {
+      return _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(even, _mm512_permutexvar_epi8(bytes, stream)), mask);
+    }
+
     I unpack(I stream) const {
-      if (bits == 4 || bits == 8) return stream;
-      return bits < 4 ? unpack_nibbles(stream) : unpack_bytes(stream);
+      if (mapped) return map_bytes(stream);
+      if (is_stored()) return stream;
+      return unit == 8 ? unpack_nibbles(stream) : unpack_bytes(stream);
     }
 
     // `dwords` dwords from dword `first` of 16 rows. Also asks for the same bytes of the 16 rows that follow.
     void read(const std::uint8_t* const* rows, std::int32_t first, std::int32_t dwords, I* to) const {
-      const int unit = bits <= 4 ? 8 : 4, step = 16 * unit * bits / 8;
+      const int step = 16 * unit * bits / 8;
       std::int64_t byte = static_cast<std::int64_t>(first) * unit * bits / 8;
       const std::int64_t next = 16 * row_bytes;
       for (std::int32_t d = 0; d < dwords; d += 16, byte += step) {
@@ -142,9 +155,11 @@ struct Avx512 {
         };
         if (left < 64)
           avx512::transpose([&](int i) { return unpack(_mm512_maskz_loadu_epi8(valid, rows[i] + byte)); }, to + d);
-        else if (bits == 4 || bits == 8)
+        else if (mapped)
+          avx512::transpose([&](int i) { return map_bytes(_mm512_loadu_si512(start(i))); }, to + d);
+        else if (is_stored())
           avx512::transpose([&](int i) { return _mm512_loadu_si512(start(i)); }, to + d);
-        else if (bits < 4)
+        else if (unit == 8)
           avx512::transpose([&](int i) { return unpack_nibbles(_mm512_loadu_si512(start(i))); }, to + d);
         else
           avx512::transpose([&](int i) { return unpack_bytes(_mm512_loadu_si512(start(i))); }, to + d);
@@ -152,31 +167,24 @@ struct Avx512 {
     }
   };
 
-  // to[g * stride + lane] = scale g of row `lane`.
-  static void transpose_scales(const char* const* rows, Type type, std::int32_t groups, float* to, int stride) {
-    const int per_load = type == Type::fp32 ? 16 : 32;
+  // to[g * stride + lane] = factor * scale g of row `lane`.
+  static void transpose_scales(const char* const* rows, Type type, std::int32_t groups, float factor, float* to,
+                               int stride) {
+    const int size = size_of(type), per_dword = 4 / size, per_load = 16 * per_dword;
     for (std::int32_t g = 0; g < groups; g += per_load) {
       const int count = std::min<std::int32_t>(per_load, groups - g);
-      const __mmask64 bytes_mask = count == per_load ? ~0ull : (1ull << count * size_of(type)) - 1;
+      const __mmask64 bytes_mask = count == per_load ? ~0ull : (1ull << count * size) - 1;
       alignas(64) I row[16];
-      avx512::transpose([&](int i) { return _mm512_maskz_loadu_epi8(bytes_mask, rows[i] + size_of(type) * g); }, row);
+      avx512::transpose([&](int i) { return _mm512_maskz_loadu_epi8(bytes_mask, rows[i] + size * g); }, row);
       for (int i = 0; i < count; i++) {
-        const I dword = row[type == Type::fp32 ? i : i / 2];
-        F values;
-        if (type == Type::fp32)
-          values = _mm512_castsi512_ps(dword);
-        else if (type == Type::bf16)
-          values = _mm512_castsi512_ps(i % 2 ? _mm512_and_si512(dword, set(static_cast<std::int32_t>(0xffff0000u)))
-                                             : _mm512_slli_epi32(dword, 16));
-        else
-          values = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(i % 2 ? _mm512_srli_epi32(dword, 16) : dword));
-        _mm512_storeu_ps(to + (g + i) * stride, values);
+        const I bits = _mm512_srl_epi32(row[i / per_dword], _mm_cvtsi32_si128(i % per_dword * size * 8));
+        _mm512_storeu_ps(to + (g + i) * stride, multiply(avx512::widen(bits, type), set(factor)));
       }
     }
   }
 
-  static void quantize(const IntCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words, float* scales,
-                       std::int32_t* const* sums) {
+  static void quantize(const CodedCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words,
+                       float* scales, std::int32_t* const* sums) {
     if (call.rows * (call.x_type == Type::fp32 ? 2 : 1) <= decode_words)
       quantize_to<Order::bytes>(call, plan, m, words, scales, sums);
     else
@@ -208,7 +216,7 @@ struct Avx512 {
 
   // The same words, scales and sums as quantize_row, 32 values at a time.
   template <Order order>
-  static void quantize_to(const IntCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words,
+  static void quantize_to(const CodedCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words,
                           float* scales, std::int32_t* const* sums) {
     if (call.x_type == Type::fp32)
       quantize_words<order, 2>(call, plan, m, words, scales, sums);
@@ -217,7 +225,7 @@ struct Avx512 {
   }
 
   template <Order order, int word_count>
-  static void quantize_words(const IntCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words,
+  static void quantize_words(const CodedCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words,
                              float* scales, std::int32_t* const* sums) {
     static constexpr Places of_nibbles = places_of(order, 8), of_bytes = places_of(order, 4);
     const I places = load(plan.unit == 8 ? of_nibbles.byte : of_bytes.byte);

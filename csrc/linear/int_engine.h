@@ -6,7 +6,7 @@
 // With few words per column of x (decode), weights go from memory through registers into the products. With more, 2 *
 // lanes rows are expanded once into a panel that stays in the L2 cache and is multiplied by tiles of x.
 //
-// Included by one translation unit per instruction set; V is its vector type. Everything is unnamed (see quantize.h).
+// Included by one translation unit per instruction set; V is its vector type. Everything is unnamed (see floats.h).
 #pragma once
 #include <algorithm>
 
@@ -17,7 +17,7 @@ namespace {
 
 template <class V>
 struct Job {
-  const IntCall& call;
+  const CodedCall& call;
   Plan plan;
   int words;                 // per value of x
   std::int16_t* x[2];        // [slab][plan.words] each
@@ -37,7 +37,7 @@ struct Outputs {
   std::int32_t* zero;  // the same, or null when all are equal
 
   // Lanes past the last output repeat it; they are computed and not stored.
-  void gather(const IntCall& call, const Plan& plan, std::int64_t first_output, float* scales, std::int32_t* zeros) {
+  void gather(const CodedCall& call, const Plan& plan, std::int64_t first_output, float* scales, std::int32_t* zeros) {
     constexpr int wide = V::lanes * vectors;
     first = first_output;
     count = std::min<std::int64_t>(wide, call.outputs - first);
@@ -45,16 +45,19 @@ struct Outputs {
     for (int i = 0; i < wide; i++) {
       const std::int64_t n = first + std::min<std::int64_t>(i, count - 1);
       rows[i] = call.codes + n * plan.row_bytes;
-      scale_rows[i] = static_cast<const char*>(call.scale) + n * call.scale_stride * size_of(call.scale_type);
+      scale_rows[i] =
+          static_cast<const char*>(call.scale) + n / call.block_rows * call.scale_stride * size_of(call.scale_type);
     }
     scale = scales;
     const std::int32_t groups = plan.groups;
+    const float factor = call.scale_factor() * call.unit;
     for (int v = 0; v < vectors; v++)
-      V::transpose_scales(scale_rows + v * V::lanes, call.scale_type, groups, scales + v * V::lanes, wide);
+      V::transpose_scales(scale_rows + v * V::lanes, call.scale_type, groups, factor, scales + v * V::lanes, wide);
     zero = call.zero ? zeros : nullptr;
     if (!zero) return;
     for (int i = 0; i < wide; i++) {
-      const std::uint8_t* from = call.zero + (first + std::min<std::int64_t>(i, count - 1)) * groups;
+      const std::int64_t n = first + std::min<std::int64_t>(i, count - 1);
+      const std::uint8_t* from = call.zero + n / call.block_rows * call.scale_stride;
       for (std::int32_t g = 0; g < groups; g++) zeros[g * wide + i] = from[g];
     }
   }
@@ -71,7 +74,7 @@ inline typename V::I first_sum(const Outputs<V, vectors>& outputs, const Block& 
 // One output vector of row m, finished: scale per output, bias, one rounding.
 template <class V, int vectors>
 inline void finish(const Job<V>& job, const Outputs<V, vectors>& outputs, std::int64_t m, int v, typename V::F sum) {
-  const IntCall& call = job.call;
+  const CodedCall& call = job.call;
   const std::int64_t left = outputs.count - v * V::lanes;
   if (left <= 0) return;
   const int count = static_cast<int>(std::min<std::int64_t>(left, V::lanes));
@@ -97,7 +100,7 @@ void decode(const Job<V>& job, std::int64_t first_output, float* scales, std::in
   Outputs<V, 1> outputs;
   outputs.gather(job.call, plan, first_output, scales, zeros);
   const bool grouped = plan.groups > 1;
-  const typename V::Reader reader(job.call.bits, plan.row_bytes);
+  const typename V::Reader reader(job.call, plan);
   // The scales of the outputs that follow, a part with each piece: their rows are too short for the processor to
   // foresee.
   const std::int64_t scale_bytes = V::lanes * job.call.scale_stride * size_of(job.call.scale_type);
@@ -138,7 +141,7 @@ template <class V, bool nibbles>
 void expand(const Job<V>& job, const Outputs<V, 2>& outputs, typename V::I* panel) {
   using I = typename V::I;
   constexpr int shifts = nibbles ? 4 : 2;
-  const typename V::Reader reader(job.call.bits, job.plan.row_bytes);
+  const typename V::Reader reader(job.call, job.plan);
   alignas(64) I codes[piece_dwords];
   for (std::int32_t p = 0; p < job.plan.piece_count; p++) {
     const Piece& piece = job.plan.pieces[p];
@@ -234,20 +237,15 @@ void quantize(const Job<V>& job, std::int64_t m) {
   std::int16_t* to[2] = {job.x[0] + words, job.x[1] + words};
   std::int32_t* sums[2] = {job.x_sum[0] + blocks, job.x_sum[1] + blocks};
   V::quantize(job.call, job.plan, job.first + m, to, job.x_scale + blocks, sums);
-  const std::int32_t times = job.call.zero ? -1 : -(1 << (job.call.bits - 1));
+  const std::int32_t times = job.call.zero ? -1 : -job.call.zero_point;
   for (int w = 0; w < job.words; w++)
     for (std::int32_t b = 0; b < job.plan.block_count; b++) sums[w][b] *= times;
 }
 
-inline std::size_t rounded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-// What one thread costs to wake is paid back by about this many bytes of weights read, or products of as many codes
-// times 4 rows.
-constexpr std::int64_t worth_a_thread = 96 * 1024;
 constexpr std::int64_t slab_rows = 1024, rows_repaying_expansion = 128;
 
 template <class V>
-void run(const IntCall& call) {
+void run(const CodedCall& call) {
   const int words = call.x_type == Type::fp32 ? 2 : 1;
   const std::int64_t slab = std::min(call.rows, slab_rows);
   const bool decoding = call.rows * words <= V::decode_words;
@@ -276,7 +274,7 @@ void run(const IntCall& call) {
   job.x_scale = reinterpret_cast<float*>(memory);
   memory += block_size;
 
-  const bool nibbles = call.bits <= 4;
+  const bool nibbles = job.plan.unit == 8;
   for (job.first = 0; job.first < call.rows; job.first += slab) {
     job.rows = std::min(slab, call.rows - job.first);
     if (decoding)

@@ -8,17 +8,18 @@ namespace parco::linear {
 namespace {
 
 // Row n's codes minus their zero.
-void expand_row(const IntCall& call, const Plan& plan, std::int64_t n, std::int16_t* codes) {
+void expand_row(const CodedCall& call, const Plan& plan, std::int64_t n, std::int16_t* codes) {
   const std::uint8_t* row = call.codes + n * plan.row_bytes;
   const std::uint32_t mask = (1u << call.bits) - 1;
   for (std::int32_t b = 0; b < plan.block_count; b++) {
     const Block& block = plan.blocks[b];
-    const int zero = call.zero ? call.zero[n * plan.groups + block.group] : 1 << (call.bits - 1);
+    const int zero = call.zero ? call.zero[n / call.block_rows * call.scale_stride + block.group] : call.zero_point;
     for (std::int64_t k = block.k; k < block.k + block.length; k++) {
       const std::int64_t bit = k * call.bits, byte = bit / 8;
       std::uint32_t window = row[byte];
       if (byte + 1 < plan.row_bytes) window |= static_cast<std::uint32_t>(row[byte + 1]) << 8;
-      codes[k] = static_cast<std::int16_t>(static_cast<int>(window >> bit % 8 & mask) - zero);
+      const std::uint32_t code = window >> bit % 8 & mask;
+      codes[k] = static_cast<std::int16_t>((call.table ? call.table[code] : static_cast<int>(code)) - zero);
     }
   }
 }
@@ -31,9 +32,10 @@ std::int32_t dot(const std::int16_t* a, const std::int16_t* b, std::int32_t leng
 
 }  // namespace
 
-void int_generic(const IntCall& call) {
+void int_generic(const CodedCall& call) {
   const std::size_t plan_size = (plan_bytes(call) + 63) / 64 * 64;
   const int word_count = call.x_type == Type::fp32 ? 2 : 1;
+  const float factor = call.scale_factor() * call.unit;
   const std::int64_t blocks = static_cast<std::int64_t>(plan_bytes(call) / (sizeof(Block) + sizeof(Piece)));
   const std::int64_t padded = (call.columns + 31) / 32 * 32 + 32;
   const std::int64_t slab = std::min<std::int64_t>(call.rows, 1024);
@@ -65,6 +67,7 @@ void int_generic(const IntCall& call) {
       std::int16_t* row_codes = codes + padded * t;
       for (std::int64_t n = call.outputs * t / call.threads; n < call.outputs * (t + 1) / call.threads; n++) {
         expand_row(call, plan, n, row_codes);
+        const std::int64_t scales_at = n / call.block_rows * call.scale_stride;
         for (std::int64_t m = 0; m < rows; m++) {
           float sum = 0;
           for (std::int32_t b = 0; b < plan.block_count; b++) {
@@ -75,10 +78,10 @@ void int_generic(const IntCall& call) {
               exact =
                   std::fma(exact, 32768.0f, static_cast<float>(dot(low + block.k, row_codes + block.k, block.length)));
             float unit = scales[m * blocks + b];
-            if (plan.groups > 1) unit *= load_float(call.scale, call.scale_type, n * call.scale_stride + block.group);
+            if (plan.groups > 1) unit *= load_float(call.scale, call.scale_type, scales_at + block.group) * factor;
             sum = std::fma(exact, unit, sum);
           }
-          if (plan.groups <= 1) sum *= load_float(call.scale, call.scale_type, n * call.scale_stride);
+          if (plan.groups <= 1) sum *= load_float(call.scale, call.scale_type, scales_at) * factor;
           if (call.bias) sum += load_float(call.bias, call.bias_type, n);
           store_float(call.y, call.x_type, (first + m) * call.outputs + n, sum);
         }

@@ -27,7 +27,7 @@ struct Tiling {
 };
 
 struct TileJob {
-  const IntCall& call;
+  const CodedCall& call;
   Plan plan;
   Tiling tiling;
   int words;
@@ -61,7 +61,7 @@ inline void split_row(const TileJob& job, std::int64_t m, std::int16_t* own) {
   std::int32_t* sums[2] = {job.x_sum[0] + m * plan.block_count, job.x_sum[1] + m * plan.block_count};
   Avx512::quantize_to<Avx512::Order::natural>(job.call, plan, job.first + m, words, job.x_scale + m * plan.block_count,
                                               sums);
-  const std::int32_t times = job.call.zero ? -1 : -(1 << (job.call.bits - 1));
+  const std::int32_t times = job.call.zero ? -1 : -job.call.zero_point;
   alignas(64) std::int8_t from[64];
   for (int i = 0; i < 64; i++)
     from[i] = static_cast<std::int8_t>(plan.unit == 4 ? i : i / 8 * 8 + i % 8 / 4 + i % 4 * 2);
@@ -95,8 +95,8 @@ inline void split_row(const TileJob& job, std::int64_t m, std::int16_t* own) {
 
 // 32 outputs as bytes: [block][quad][2][16] dwords of 4 codes.
 inline void expand_bytes(const TileJob& job, const Outputs<Avx512, 2>& outputs, __m512i* panel) {
-  const bool nibbles = job.call.bits <= 4;
-  const Avx512::Reader reader(job.call.bits, job.plan.row_bytes);
+  const bool nibbles = job.plan.unit == 8;
+  const Avx512::Reader reader(job.call, job.plan);
   alignas(64) __m512i codes[piece_dwords];
   for (std::int32_t p = 0; p < job.plan.piece_count; p++) {
     const Piece& piece = job.plan.pieces[p];
@@ -167,7 +167,7 @@ void tile_rows(const TileJob& job, const Outputs<Avx512, 2>& outputs, const __m5
 }
 
 template <class T>
-void run_tiles(const IntCall& call) {
+void run_tiles(const CodedCall& call) {
   const int words = call.x_type == Type::fp32 ? 2 : 1;
   const std::int64_t slab = std::min(call.rows, slab_rows), tall = (slab + 15) / 16 * 16;
   const std::int64_t panels = (call.outputs + 31) / 32;

@@ -28,23 +28,23 @@ void* scratch(std::size_t bytes) {
   return held.memory;
 }
 
-static std::int64_t most_blocks(const IntCall& call) {
+static std::int64_t most_blocks(const CodedCall& call) {
   const std::int64_t group = std::max<std::int64_t>(1, std::min(call.group, call.columns));
   const std::int64_t in_group = (group + longest_block - 1) / longest_block;
   return (call.columns + group - 1) / group * in_group;
 }
 
-std::size_t plan_bytes(const IntCall& call) {
+std::size_t plan_bytes(const CodedCall& call) {
   return static_cast<std::size_t>(most_blocks(call)) * (sizeof(Block) + sizeof(Piece));
 }
 
-Plan make_plan(const IntCall& call, void* memory) {
+Plan make_plan(const CodedCall& call, void* memory) {
   Block* blocks = static_cast<Block*>(memory);
   Piece* pieces = reinterpret_cast<Piece*>(blocks + most_blocks(call));
   Plan plan{};
   plan.blocks = blocks;
   plan.pieces = pieces;
-  plan.unit = call.bits <= 4 ? 8 : 4;
+  plan.unit = call.bits <= 4 && !call.table ? 8 : 4;
   plan.row_bytes = (call.columns * call.bits + 7) / 8;
   plan.words = (call.columns + 31) / 32 * 32 + 32;
   for (std::int64_t start = 0; start < call.columns; start += call.group) {

@@ -73,7 +73,7 @@ Features detect() {
   const std::uint64_t states = saved_states();
   const bool ymm = (states & 0x6) == 0x6, zmm = ymm && (states & 0xE0) == 0xE0, tiles = (states & 0x60000) == 0x60000;
 
-  f.avx2 = ymm && bit(seven.ebx, 5) && bit(one.ecx, 12) && bit(one.ecx, 29);
+  f.avx2 = ymm && bit(seven.ebx, 5) && bit(seven.ebx, 8) && bit(one.ecx, 12) && bit(one.ecx, 29);
   f.avx_vnni = f.avx2 && bit(seven_one.eax, 4);
   const bool foundation =
       zmm && f.avx2 && bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) && bit(seven.ebx, 31);

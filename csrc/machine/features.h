@@ -9,7 +9,7 @@ namespace parco {
 // Levels as in parco.machine: each is true only where CPUID reports the instructions and XGETBV says that the operating
 // system saves their registers.
 struct Features {
-  bool avx2 = false;      // AVX2, FMA and F16C
+  bool avx2 = false;      // AVX2, FMA, F16C and BMI2
   bool avx512 = false;    // F, BW, VL, DQ, VBMI and VNNI
   bool amx = false;       // avx512, AMX-TILE, AMX-INT8, AMX-BF16 and the permission to use tiles
   bool avx_vnni = false;  // 256-bit vpdpbusd without AVX-512

@@ -1,31 +1,51 @@
-def embedding_int_generic(indices: int, codes: int, scale: int, zero: int, y: int, rows: int, table_rows: int, columns: int, group: int, scale_stride: int, bits: int, scale_type: int, y_type: int, threads: int) -> int:
+def embedding_generic(settled: CodedCall, indices: int, codes: int, scale: int, zero: int, factor: int, y: int, threads: int) -> int:
     """
-    Expands rows of a table; returns the position of the first index outside it, or -1.
-    """
-
-def linear_int_generic(x: int, codes: int, scale: int, zero: int, bias: int, y: int, rows: int, outputs: int, columns: int, group: int, scale_stride: int, bits: int, x_type: int, scale_type: int, bias_type: int, threads: int) -> None:
-    """
-    y = x @ ((u - z) * scale).T + bias; addresses, 0 for an absent zero or bias. The machine must have the instruction set.
+    Expands rows of a stored matrix; returns the position of the first index outside it, or -1.
     """
 
-def linear_int_avx2(x: int, codes: int, scale: int, zero: int, bias: int, y: int, rows: int, outputs: int, columns: int, group: int, scale_stride: int, bits: int, x_type: int, scale_type: int, bias_type: int, threads: int) -> None:
+class CodedCall:
+    """A product with stored codes, but for its tensors; csrc/linear/coded.h."""
+
+    def __init__(self, *, values: int, table: int, rows: int, outputs: int, columns: int, group: int, block_rows: int, scale_stride: int, unit: float, zero_point: int, bits: int, element: int, x_type: int, scale_type: int, bias_type: int) -> None: ...
+
+def int_generic(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
     """
-    y = x @ ((u - z) * scale).T + bias; addresses, 0 for an absent zero or bias. The machine must have the instruction set.
+    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
     """
 
-def linear_int_avx512(x: int, codes: int, scale: int, zero: int, bias: int, y: int, rows: int, outputs: int, columns: int, group: int, scale_stride: int, bits: int, x_type: int, scale_type: int, bias_type: int, threads: int) -> None:
+def int_avx2(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
     """
-    y = x @ ((u - z) * scale).T + bias; addresses, 0 for an absent zero or bias. The machine must have the instruction set.
-    """
-
-def linear_int_amx(x: int, codes: int, scale: int, zero: int, bias: int, y: int, rows: int, outputs: int, columns: int, group: int, scale_stride: int, bits: int, x_type: int, scale_type: int, bias_type: int, threads: int) -> None:
-    """
-    y = x @ ((u - z) * scale).T + bias; addresses, 0 for an absent zero or bias. The machine must have the instruction set.
+    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
     """
 
-def linear_int_amx_emulated(x: int, codes: int, scale: int, zero: int, bias: int, y: int, rows: int, outputs: int, columns: int, group: int, scale_stride: int, bits: int, x_type: int, scale_type: int, bias_type: int, threads: int) -> None:
+def int_avx512(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
     """
-    y = x @ ((u - z) * scale).T + bias; addresses, 0 for an absent zero or bias. The machine must have the instruction set.
+    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
+    """
+
+def int_amx(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
+    """
+    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
+    """
+
+def int_amx_emulated(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
+    """
+    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
+    """
+
+def float_generic(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
+    """
+    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
+    """
+
+def float_avx2(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
+    """
+    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
+    """
+
+def float_avx512(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
+    """
+    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
     """
 
 def linear_dense_generic(x: int, weight: int, bias: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, threads: int) -> None:

@@ -28,8 +28,8 @@ except ImportError as error:
     ) from error
 
 ISAS = ("generic", "avx2", "avx512", "amx")
-"""Levels of instruction set, each containing those before it. `avx2`: AVX2, FMA and F16C. `avx512`: F, BW, VL, DQ, VBMI
-and VNNI. `amx`: avx512 with AMX-TILE, AMX-INT8 and AMX-BF16."""
+"""Levels of instruction set, each containing those before it. `avx2`: AVX2, FMA, F16C and BMI2. `avx512`: F, BW, VL,
+DQ, VBMI and VNNI. `amx`: avx512 with AMX-TILE, AMX-INT8 and AMX-BF16."""
 
 ELEMENTS = ("fp32", "bf16", "int16", "int8")
 

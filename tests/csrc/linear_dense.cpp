@@ -1,4 +1,4 @@
-// The dense product and the lookup on odd shapes at odd addresses in buffers of exactly their size, against sums in
+// The dense product on odd shapes at odd addresses in buffers of exactly their size, against sums in
 // double; built with sanitizers too.
 #include <cmath>
 #include <cstdio>
@@ -6,7 +6,6 @@
 #include <random>
 #include <vector>
 
-#include "embedding/embedding.h"
 #include "linear/dense.h"
 #include "machine/features.h"
 
@@ -63,27 +62,6 @@ void check(const char* name, void (*kernel)(const DenseCall&), std::int64_t rows
   }
 }
 
-void check_lookup(int bits, std::int64_t columns, std::int64_t group) {
-  const std::int64_t table_rows = 9, groups = (columns + group - 1) / group, row_bytes = (columns * bits + 7) / 8;
-  std::vector<std::uint8_t> codes(table_rows * row_bytes);
-  for (auto& code : codes) code = static_cast<std::uint8_t>(random_bits());
-  const Values scale(table_rows * groups, Type::fp32);
-  const std::int64_t indices[] = {8, 0, 3};
-  std::vector<float> y(3 * columns);
-  parco::embedding::embedding_generic({indices, codes.data(), scale.data, nullptr, y.data(), 3, table_rows, columns,
-                                       group, groups, bits, 2, Type::fp32, Type::fp32});
-  for (std::int64_t i = 0; i < 3 * columns; i++) {
-    const std::int64_t row = indices[i / columns], k = i % columns;
-    int code = 0;
-    for (int b = 0; b < bits; b++) code |= (codes[row * row_bytes + (k * bits + b) / 8] >> (k * bits + b) % 8 & 1) << b;
-    if (y[i] == (code - (1 << (bits - 1))) * scale.exact[row * groups + k / group]) continue;
-    failures++;
-    std::printf("lookup: bits %d columns %ld group %ld differs at %ld\n", bits, static_cast<long>(columns),
-                static_cast<long>(group), static_cast<long>(i));
-    break;
-  }
-}
-
 }  // namespace
 
 int main() {
@@ -99,8 +77,6 @@ int main() {
       }
     }
   }
-  for (int bits = 2; bits <= 8; bits++)
-    for (std::int64_t columns : {1, 37, 96}) check_lookup(bits, columns, columns == 96 ? 32 : columns);
   std::printf("%d differences\n", failures);
   return failures != 0;
 }

@@ -63,7 +63,7 @@ def test_a_name_is_taken_once_and_a_list_ends_with_the_reference(operation: tabl
 
 
 def test_an_unknown_operation_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="linear_dense, linear_int"):
+    with pytest.raises(ValueError, match="linear_coded, linear_dense"):
         table.explain("linear")
 
 
@@ -72,10 +72,10 @@ def test_explains_a_weight_and_a_module() -> None:
 
     spec = weights.parse("quantized(int4:32, 64x96)")
     (explanation,) = table.explain(spec, rows=1, dtype=torch.bfloat16)
-    assert explanation.operation == "linear_int"
+    assert explanation.operation == "linear_coded"
     assert explanation.kernel == f"int-linear-{'avx512' if machine.isa() == 'amx' else machine.isa()}"
     both = table.explain(weights.parse("lowrank(quantized(int8:row, 64x16), dense(bf16, 16x96))"))
-    assert [part.operation for part in both] == ["linear_dense", "linear_int"]
+    assert [part.operation for part in both] == ["linear_dense", "linear_coded"]
     with pytest.raises(TypeError, match="neither"):
         table.explain(3)
 
@@ -83,7 +83,7 @@ def test_explains_a_weight_and_a_module() -> None:
 def test_every_operation_is_under_the_laws() -> None:
     importlib.import_module("tests.kernels.linear.test_dense")
     importlib.import_module("tests.kernels.linear.test_embedding")
-    importlib.import_module("tests.kernels.linear.test_integer")
+    importlib.import_module("tests.kernels.linear.test_coded")
     assert set(table.operations()) <= {laws.operation for laws in KernelLaws.__subclasses__()}
 
 
@@ -91,7 +91,8 @@ def test_an_embedding_is_explained_by_its_lookup() -> None:
     spec = Quantized("int4:32", (64, 96))
     held = nn.StoredWeight.empty(spec, device="meta")
     (looked_up,) = parco.explain(nn.Embedding(held), rows=3)
-    assert looked_up.operation == "embedding_int"
+    assert looked_up.operation == "embedding_coded"
     (multiplied,) = parco.explain(nn.Linear(held), rows=3)
-    assert multiplied.operation == "linear_int"
-    assert parco.explain(nn.Embedding(nn.StoredWeight.empty(Quantized("nf4:32", (64, 96)), device="meta"))) == ()
+    assert multiplied.operation == "linear_coded"
+    (looked_up,) = parco.explain(nn.Embedding(nn.StoredWeight.empty(Quantized("nf4:32", (64, 96)), device="meta")))
+    assert looked_up.kernel == "coded-embedding-generic"

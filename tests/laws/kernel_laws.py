@@ -18,7 +18,7 @@ import torch
 
 from parco import machine
 from parco.kernels import table
-from parco.kernels.linear import integer
+from parco.kernels.linear import coded
 
 
 def several(result: Any) -> tuple[torch.Tensor, ...]:
@@ -30,7 +30,7 @@ def forget_choices() -> None:
     """What is remembered of instruction sets and of kernels chosen for them."""
     machine.isa.cache_clear()
     table.choose.cache_clear()
-    integer._launches.clear()
+    coded._launches.clear()
 
 
 def telling(kernel: table.Kernel, names: list[str]) -> Callable[..., Any]:

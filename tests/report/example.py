@@ -151,7 +151,7 @@ def _group(group: str, kind: str, members: dict[str, list[int]], method: str, ke
         members=list(members),
         shapes=list(members.values()),
         method=method,
-        kernel="linear_int avx512",
+        kernel="int-linear-avx512",
         bytes=round(kept * original),
         original_bytes=original,
         predicted_loss=0.00021,

@@ -1,20 +1,15 @@
-"""A matrix stored in few bits, with scales: every Format that is not dense.
-
-Integers scaled by groups along a row, by row, or as a whole run on the compiled kernels of `parco.kernels.linear`.
-Every other format runs by definition: decode, then multiply. Which one a Weight takes is decided from its format when
-it is made, never per call.
-"""
+"""A matrix stored in few bits, with scales: every Format that is not dense."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 
-from parco.formats import TENSOR, Format, TensorSpec
+from parco.formats import Format, TensorSpec
 from parco.kernels.cast import Rounding, decode_tensors, encode
-from parco.kernels.linear import embedding_int, linear_int
+from parco.kernels.linear import embedding_coded, linear_coded
 from parco.weights.weight import Weight, check_shape, product_tolerance
 
 
@@ -26,7 +21,7 @@ class Quantized(Weight):
     format: Format
     shape: tuple[int, int]
     _specs: tuple[tuple[str, TensorSpec], ...] = field(init=False, repr=False, compare=False)
-    _integer: tuple[int, int, int] | None = field(init=False, repr=False, compare=False)
+    _name: str = field(init=False, repr=False, compare=False)
 
     def __init__(self, format: Format | str, shape: tuple[int, int]) -> None:
         form = Format.parse(format) if isinstance(format, str) else format
@@ -38,7 +33,7 @@ class Quantized(Weight):
         object.__setattr__(self, "format", form)
         object.__setattr__(self, "shape", (shape[0], shape[1]))
         object.__setattr__(self, "_specs", tuple(form.tensors(self.shape).items()))
-        object.__setattr__(self, "_integer", _integer_arguments(form, shape[1]))
+        object.__setattr__(self, "_name", str(form))
 
     def __str__(self) -> str:
         return f"quantized({self.format}, {self.shape[0]}x{self.shape[1]})"
@@ -67,32 +62,13 @@ class Quantized(Weight):
         return tuple(encoded.tensors[name] for name, _ in self._specs)
 
     def apply(self, x: torch.Tensor, *tensors: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if self._integer is not None:
-            bits, group, columns = self._integer
-            zero = tensors[2] if len(tensors) == 3 else None
-            return linear_int(x, tensors[0], tensors[1], zero, bias, bits, group, columns)
-        return torch.nn.functional.linear(x, self.dense(*tensors, dtype=x.dtype), bias)
+        return linear_coded(x, *self._arguments(tensors), bias, self._name, self.shape[1])
 
     def dense(self, *tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return decode_tensors(self.format, self.shape, self._named(tensors), dtype)
 
     def lookup(self, indices: torch.Tensor, *tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        if self._integer is not None:
-            bits, group, columns = self._integer
-            zero = tensors[2] if len(tensors) == 3 else None
-            return embedding_int(indices, tensors[0], tensors[1], zero, bits, group, columns, dtype)
-        block_rows = self.format.block.rows
-        if block_rows not in (1, None):
-            # Rows share scales with their neighbours, so all are decoded; such formats are made for products.
-            return torch.nn.functional.embedding(indices, self.dense(*tensors, dtype=dtype))
-        rows = indices.reshape(-1)
-        per_row = ("codes", "scale", "zero") if block_rows == 1 else ("codes",)
-        taken = {
-            name: tensor.index_select(0, rows) if name in per_row else tensor
-            for name, tensor in self._named(tensors).items()
-        }
-        decoded = decode_tensors(self.format, (rows.numel(), self.shape[1]), taken, dtype)
-        return decoded.reshape(*indices.shape, self.shape[1])
+        return embedding_coded(indices, *self._arguments(tensors), self._name, self.shape[1], dtype)
 
     def magnitude(self, *tensors: torch.Tensor) -> torch.Tensor:
         return self.dense(*tensors).abs()
@@ -105,15 +81,9 @@ class Quantized(Weight):
     def _named(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
         return {name: tensor for (name, _), tensor in zip(self._specs, tensors, strict=True)}
 
-
-def _integer_arguments(form: Format, columns: int) -> tuple[int, int, int] | None:
-    """(bits, group, columns) of the integer kernels where they cover `form`: integers scaled along a row, or symmetric
-    ones under one scale for all, in groups of a multiple of 16. None elsewhere.
-    """
-    covered = form.block.rows == 1 or (form.block == TENSOR and not form.is_asymmetric)
-    if not form.is_plain_integer or not covered:
-        return None
-    group = min(form.block.columns or columns, columns)
-    if group < columns and group % 16:
-        return None
-    return form.bits, group, columns
+    def _arguments(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Any, Any, Any]:
+        """codes, scale, zero and global_scale as the operations take them, None for those that the format has not."""
+        if len(tensors) == 2:
+            return (*tensors, None, None)
+        named = self._named(tensors)
+        return (tensors[0], named.get("scale"), named.get("zero"), named.get("global_scale"))

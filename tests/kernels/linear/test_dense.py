@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.linear.test_integer import FLOATS, inputs
+from tests.kernels.linear.test_coded import FLOATS, inputs
 from tests.laws.kernel_laws import KernelLaws
 from torch import Tensor
 

@@ -1,9 +1,9 @@
-"""Linear operations over stored weights: `linear_int`, `linear_dense` and `embedding_int`, in the library
+"""Linear operations over stored weights: `linear_coded`, `linear_dense` and `embedding_coded`, in the library
 `torch.ops.parco`.
 """
 
+from parco.kernels.linear.coded import linear_coded
 from parco.kernels.linear.dense import linear_dense
-from parco.kernels.linear.embedding import embedding_int
-from parco.kernels.linear.integer import linear_int
+from parco.kernels.linear.embedding import embedding_coded
 
-__all__ = ["embedding_int", "linear_dense", "linear_int"]
+__all__ = ["embedding_coded", "linear_coded", "linear_dense"]

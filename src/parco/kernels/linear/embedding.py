@@ -1,4 +1,4 @@
-"""embedding_int: rows of a table of integer codes, expanded."""
+"""embedding_coded: rows of a stored matrix, expanded."""
 
 from typing import Any, NamedTuple
 
@@ -9,11 +9,11 @@ from parco import _C, machine
 from parco.kernels import table
 from parco.kernels.library import LIBRARY, TYPES
 from parco.kernels.linear import reference
-from parco.kernels.linear.integer import check_codes
+from parco.kernels.linear.storage import check_tensors, settle, storage
 
 
 class EmbeddingCall(NamedTuple):
-    """One call of embedding_int: `rows` indices into a table of `outputs` by `columns` codes, expanded to `dtype`."""
+    """One call of embedding_coded: `rows` indices into a matrix of `outputs` by `columns` codes, as `dtype`."""
 
     device: str
     isa: str
@@ -21,141 +21,140 @@ class EmbeddingCall(NamedTuple):
     rows: int
     outputs: int
     columns: int
-    bits: int
-    group: int
+    format: str
 
     def __str__(self) -> str:
-        codes = f"int{self.bits} codes {self.outputs}x{self.columns}, groups of {self.group}"
-        return f"{self.rows} rows of {codes}, as {self.dtype}"
+        return f"{self.rows} rows of {self.format} {self.outputs}x{self.columns}, as {self.dtype}"
 
 
 def describe(
     indices: Tensor,
     codes: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     zero: Tensor | None,
-    bits: int,
-    group: int,
+    global_scale: Tensor | None,
+    format: str,
     columns: int,
     dtype: torch.dtype,
 ) -> EmbeddingCall:
     """The table's key of a call."""
-    device, isa = codes.device.type, machine.isa()
-    return EmbeddingCall(device, isa, dtype, indices.numel(), codes.shape[0], columns, bits, group)
+    return EmbeddingCall(codes.device.type, machine.isa(), dtype, indices.numel(), codes.shape[0], columns, format)
 
 
 def check(
     indices: Tensor,
     codes: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     zero: Tensor | None,
-    bits: int,
-    group: int,
+    global_scale: Tensor | None,
+    format: str,
     columns: int,
     dtype: torch.dtype,
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
     if indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"embedding_int: indices are {indices.dtype}; int64 or int32 is needed")
+        raise TypeError(f"embedding_coded: indices are {indices.dtype}; int64 or int32 is needed")
     if dtype not in TYPES:
-        raise TypeError(f"embedding_int: dtype is {dtype}; float32, bfloat16 or float16 is needed")
-    check_codes("embedding_int", codes, scale, zero, bits, group, columns)
+        raise TypeError(f"embedding_coded: dtype is {dtype}; float32, bfloat16 or float16 is needed")
+    tensors = {"codes": codes, "scale": scale, "zero": zero, "global_scale": global_scale}
+    check_tensors("embedding_coded", format, columns, tensors)
 
 
 def _compiled(
     indices: Tensor,
     codes: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     zero: Tensor | None,
-    bits: int,
-    group: int,
+    global_scale: Tensor | None,
+    format: str,
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    indices, codes, scale = indices.to(torch.int64).contiguous(), codes.contiguous(), scale.contiguous()
+    stored = storage(format)
+    indices, codes = indices.to(torch.int64).contiguous(), codes.contiguous()
+    scale = None if scale is None else scale.contiguous()
     zero = None if zero is None else zero.contiguous()
     y = torch.empty((*indices.shape, columns), dtype=dtype)
-    wrong = _C.embedding_int_generic(
+    wrong = _C.embedding_generic(
+        settle(stored, indices.numel(), codes.shape[0], columns, dtype, scale, None),
         indices.data_ptr(),
         codes.data_ptr(),
-        scale.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
         0 if zero is None else zero.data_ptr(),
+        0 if global_scale is None else global_scale.data_ptr(),
         y.data_ptr(),
-        indices.numel(),
-        codes.shape[0],
-        columns,
-        group,
-        scale.shape[1] if scale.shape[0] == codes.shape[0] else 0,
-        bits,
-        TYPES[scale.dtype],
-        TYPES[dtype],
         torch.get_num_threads(),
     )
     if wrong >= 0:
         index = int(indices.reshape(-1)[wrong])
-        raise IndexError(f"embedding_int: index {index} is outside the table's {codes.shape[0]} rows")
+        raise IndexError(f"embedding_coded: index {index} is outside the {codes.shape[0]} rows")
     return y
+
+
+def _refuses(call: EmbeddingCall) -> str | None:
+    stored = storage(call.format)
+    return "each column has a scale of its own" if stored.by_column else stored.refusal
 
 
 table.register(
     table.Operation(
-        "embedding_int",
+        "embedding_coded",
         describe,
         (
-            table.Kernel("int-embedding-generic", "generic", _compiled),
-            table.Kernel("int-embedding-torch", table.TORCH, reference.embedding_int),
+            table.Kernel("coded-embedding-generic", "generic", _compiled, _refuses),
+            table.Kernel("coded-embedding-torch", table.TORCH, reference.embedding_coded),
         ),
     )
 )
 
 LIBRARY.define(
-    "embedding_int(Tensor indices, Tensor codes, Tensor scale, Tensor? zero, int bits, int group, int columns,"
-    " ScalarType dtype) -> Tensor"
+    "embedding_coded(Tensor indices, Tensor codes, Tensor? scale, Tensor? zero, Tensor? global_scale, str format,"
+    " int columns, ScalarType dtype) -> Tensor"
 )
 
 
 def _reference(*arguments: Any) -> Tensor:
     check(*arguments)
-    return reference.embedding_int(*arguments)
+    return reference.embedding_coded(*arguments)
 
 
 def _cpu(*arguments: Any) -> Tensor:
     check(*arguments)
-    return table.choose("embedding_int", describe(*arguments)).run(*arguments)
+    return table.choose("embedding_coded", describe(*arguments)).run(*arguments)
 
 
 def _fake(
     indices: Tensor,
     codes: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     zero: Tensor | None,
-    bits: int,
-    group: int,
+    global_scale: Tensor | None,
+    format: str,
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    check(indices, codes, scale, zero, bits, group, columns, dtype)
+    check(indices, codes, scale, zero, global_scale, format, columns, dtype)
     return codes.new_empty((*indices.shape, columns), dtype=dtype)
 
 
-LIBRARY.impl("embedding_int", _reference, "CompositeExplicitAutograd")
-LIBRARY.impl("embedding_int", _cpu, "CPU")
-torch.library.register_fake("parco::embedding_int", _fake, lib=LIBRARY)
+LIBRARY.impl("embedding_coded", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("embedding_coded", _cpu, "CPU")
+torch.library.register_fake("parco::embedding_coded", _fake, lib=LIBRARY)
 
 
-def embedding_int(
+def embedding_coded(
     indices: Tensor,
     codes: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     zero: Tensor | None,
-    bits: int,
-    group: int,
+    global_scale: Tensor | None,
+    format: str,
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows `indices` [...] (int64 or int32, from 0) of the matrix (u − z)·scale as `dtype`: [..., columns].
+    """Rows `indices` [...] (int64 or int32, from 0) of a matrix stored in `format`, as `dtype`: [..., columns].
 
-    The stored tensors are those of `linear_int`; each value is computed in fp32 and rounded once. Raises IndexError
-    for a row outside the table, ValueError or TypeError naming the argument otherwise.
+    The stored tensors are those of `linear_coded`; each number is computed in fp32 and rounded once. Raises IndexError
+    for a row outside the matrix, ValueError or TypeError naming the argument otherwise.
     """
-    return torch.ops.parco.embedding_int.default(indices, codes, scale, zero, bits, group, columns, dtype)
+    return torch.ops.parco.embedding_coded.default(indices, codes, scale, zero, global_scale, format, columns, dtype)

@@ -3,40 +3,28 @@
 import torch
 from torch import Tensor
 
-from parco.kernels.cast.packing import unpack
+from parco.formats import Format
+from parco.kernels.cast import decode_tensors
 
 
-def dequantize(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, columns: int, dtype: torch.dtype
-) -> Tensor:
-    """(u − z)·scale in fp32, rounded once to `dtype`: [N, columns] from the stored tensors of `linear_int`."""
-    numbers = unpack(codes, bits, columns).to(torch.int16)
-    group = max(1, min(group, columns))
-    if zero is None:
-        numbers = numbers - (1 << (bits - 1))
-    else:
-        numbers = numbers - spread(zero, group, columns).to(torch.int16)
-    return (numbers.float() * spread(scale, group, columns).float()).to(dtype)
+def _named(*tensors: Tensor | None) -> dict[str, Tensor]:
+    names = ("codes", "scale", "zero", "global_scale")
+    return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
 
 
-def spread(per_group: Tensor, group: int, columns: int) -> Tensor:
-    """[N, groups] -> [N, columns], each value repeated over its group."""
-    return per_group.repeat_interleave(group, dim=1)[:, :columns]
-
-
-def linear_int(
+def linear_coded(
     x: Tensor,
     codes: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     zero: Tensor | None,
+    global_scale: Tensor | None,
     bias: Tensor | None,
-    bits: int,
-    group: int,
+    format: str,
     columns: int,
 ) -> Tensor:
-    """x @ dequantize(...).T + bias in fp32 arithmetic, rounded once to x's dtype: [..., K] -> [..., N]."""
-    weight = dequantize(codes, scale, zero, bits, group, columns, torch.float32)
-    return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+    """x @ decode(...).T + bias in fp32 arithmetic, rounded once to x's dtype: [..., K] -> [..., N]."""
+    weight = decode_tensors(format, (codes.shape[0], columns), _named(codes, scale, zero, global_scale))
+    return linear_dense(x, weight, bias)
 
 
 def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,25 +32,25 @@ def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
-def embedding_int(
+def embedding_coded(
     indices: Tensor,
     codes: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     zero: Tensor | None,
-    bits: int,
-    group: int,
+    global_scale: Tensor | None,
+    format: str,
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows `indices` of dequantize(...): [...] -> [..., columns]. IndexError for a row that is not there."""
+    """Rows `indices` of decode(...): [...] -> [..., columns]. IndexError for a row that is not there."""
+    block_rows = Format.parse(format).block.rows
+    if block_rows not in (1, None):
+        # Rows share scales with their neighbours, so all are decoded.
+        tensors = _named(codes, scale, zero, global_scale)
+        return torch.nn.functional.embedding(indices, decode_tensors(format, (codes.shape[0], columns), tensors, dtype))
     rows = indices.reshape(-1)
-    taken = dequantize(
-        codes[rows],
-        scale if scale.shape[0] == 1 else scale[rows],
-        None if zero is None else zero[rows],
-        bits,
-        group,
-        columns,
-        dtype,
-    )
-    return taken.reshape(*indices.shape, columns)
+    if block_rows == 1:
+        scale = None if scale is None else scale.index_select(0, rows)
+        zero = None if zero is None else zero.index_select(0, rows)
+    taken = _named(codes.index_select(0, rows), scale, zero, global_scale)
+    return decode_tensors(format, (rows.numel(), columns), taken, dtype).reshape(*indices.shape, columns)

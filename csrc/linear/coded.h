@@ -1,0 +1,46 @@
+// One product with a matrix of stored codes: y = x @ (value of each code * scale).T + bias.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace parco::linear {
+
+// How a number lies in memory. The last two only hold scales.
+enum class Type : int { fp32 = 0, bf16 = 1, fp16 = 2, e8m0 = 3, e4m3 = 4 };
+
+inline constexpr int size_of(Type type) { return type == Type::fp32 ? 4 : type < Type::e8m0 ? 2 : 1; }
+
+// How a code becomes a float without looking it up: `listed` codes are looked up.
+enum class Element : int { listed = 0, e4m3 = 1, e5m2 = 2, e3m2 = 3 };
+
+// Every pointer may have any alignment. Rows are contiguous, one after the other.
+struct CodedCall {
+  const void* x;              // [rows, columns] of x_type
+  const std::uint8_t* codes;  // [outputs, ceil(columns * bits / 8)], each row an LSB-first bit stream
+  const float* values;        // [2^bits]: the number that a code stands for, but for `zero`
+  const std::uint8_t* table;  // [64], or null: (table[code] - zero_point) * unit is that number, up to 6 bits, repeated
+  const void* scale;          // scales[n / block_rows * scale_stride + k / group] of scale_type
+  const std::uint8_t* zero;   // the same, subtracted from codes that are numbers themselves; null: zero_point
+  const float* factor;        // a factor of every scale, or null
+  const void* bias;           // [outputs] of bias_type, or null
+  void* y;                    // [rows, outputs] of x_type
+  std::int64_t rows, outputs, columns, group, block_rows, scale_stride;
+  float unit;
+  int zero_point, bits, threads;
+  Element element;
+  Type x_type, scale_type, bias_type;
+
+  float scale_factor() const { return factor ? *factor : 1.0f; }
+};
+
+// Memory of the calling thread that only grows and is reused by its next call; aligned to 64 bytes. Throws
+// std::bad_alloc.
+void* scratch(std::size_t bytes);
+
+inline std::size_t rounded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// What one thread costs to wake is paid back by about this many bytes of weights read, or products of as many codes
+// times 4 rows.
+constexpr std::int64_t worth_a_thread = 96 * 1024;
+
+}  // namespace parco::linear

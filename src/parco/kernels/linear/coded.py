@@ -1,0 +1,367 @@
+"""linear_coded: y = x @ W.T + bias for a matrix W stored as codes and scales, in any format that is not dense.
+
+Where the numbers of the codes are small integers times a power of two (int2 to int8, ternary, fp4, fp6_e2m3), compiled
+kernels compute in integers: x becomes 16-bit words under a power-of-two scale per row and block of at most 128 columns,
+the products of words and codes are summed exactly in int32, and the blocks are added in fp32 in ascending order. So
+every instruction set, batch size and thread count gives the same bits. x loses at most 2⁻¹⁵ of its block's largest
+magnitude (bf16, fp16: nearly all values are kept exactly) or 2⁻²⁹ (fp32, which takes two words).
+
+The other elements (fp8, fp6_e3m2, NF4) are widened to fp32 in registers or in the cache, and summed in fp32.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from parco import _C, machine
+from parco.kernels import table
+from parco.kernels.library import LIBRARY, check_float, differentiate
+from parco.kernels.linear import reference
+from parco.kernels.linear.storage import Storage, check_tensors, settle, storage
+
+AMX_ROWS = 16
+"""Rows of x from which tiles pay: a tile has 16."""
+
+
+class CodedCall(NamedTuple):
+    """One call of linear_coded: `rows` x of `dtype` against `outputs` by `columns` codes of `format`."""
+
+    device: str
+    isa: str
+    dtype: torch.dtype
+    rows: int
+    outputs: int
+    columns: int
+    format: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows} rows of {self.dtype} x {self.format} {self.outputs}x{self.columns}, "
+            f"{torch.get_num_threads()} threads"
+        )
+
+
+def describe(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    columns: int,
+) -> CodedCall:
+    """The table's key of a call."""
+    rows = x.numel() // columns if columns else 0
+    return CodedCall(x.device.type, machine.isa(), x.dtype, rows, codes.shape[0], columns, format)
+
+
+def check(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    columns: int,
+) -> None:
+    """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
+    check_float("linear_coded", "x", x)
+    if x.ndim == 0 or x.shape[-1] != columns:
+        raise ValueError(
+            f"linear_coded: x has the shape {tuple(x.shape)}; its last dimension must be columns={columns}"
+        )
+    tensors = {"codes": codes, "scale": scale, "zero": zero, "global_scale": global_scale}
+    check_tensors("linear_coded", format, columns, tensors)
+    if bias is not None:
+        check_float("linear_coded", "bias", bias)
+        if bias.shape != codes.shape[:1]:
+            raise ValueError(f"linear_coded: bias has the shape {tuple(bias.shape)}; [{codes.shape[0]}] is needed")
+
+
+Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None], Tensor]
+"""The operation with everything but its tensors settled: x, codes, scale, zero, global_scale, bias -> y."""
+
+
+@final
+class Compiled:
+    """A compiled kernel as a function of the operation's arguments; `settle` works out once what calls of a kind
+    share.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    def __call__(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        scale: Tensor | None,
+        zero: Tensor | None,
+        global_scale: Tensor | None,
+        bias: Tensor | None,
+        format: str,
+        columns: int,
+    ) -> Tensor:
+        launch = self.settle(x, codes, scale, bias, format, columns)
+        return launch(x, codes, scale, zero, global_scale, bias)
+
+    def settle(
+        self, x: Tensor, codes: Tensor, scale: Tensor | None, bias: Tensor | None, format: str, columns: int
+    ) -> Launch:
+        """The launch for tensors of these shapes and dtypes. It keeps none of them."""
+        stored = storage(format)
+        if not stored.by_column:
+            return self._launch(stored, x, codes, scale, bias)
+        product = self._launch(stored, x.float(), codes, None, bias)
+
+        def launch(
+            x: Tensor,
+            codes: Tensor,
+            scale: Tensor | None,
+            zero: Tensor | None,
+            global_scale: Tensor | None,
+            bias: Tensor | None,
+        ) -> Tensor:
+            assert scale is not None
+            return product(x.float() * scale[0].float(), codes, None, None, None, bias).to(x.dtype)
+
+        return launch
+
+    def _launch(self, stored: Storage, x: Tensor, codes: Tensor, scale: Tensor | None, bias: Tensor | None) -> Launch:
+        """The call itself: without `scale`, of codes that stand for their numbers."""
+        function, outputs, columns = self.function, codes.shape[0], x.shape[-1]
+        shape = (*x.shape[:-1], outputs)
+        settled = settle(stored, x.numel() // columns, outputs, columns, x.dtype, scale, bias)
+
+        def launch(
+            x: Tensor,
+            codes: Tensor,
+            scale: Tensor | None,
+            zero: Tensor | None,
+            global_scale: Tensor | None,
+            bias: Tensor | None,
+        ) -> Tensor:
+            # Names are held until the kernel returns: the addresses are of these tensors.
+            x, codes = x.contiguous(), codes.contiguous()
+            scale = None if scale is None else scale.contiguous()
+            zero = None if zero is None else zero.contiguous()
+            bias = None if bias is None else bias.contiguous()
+            y = x.new_empty(shape)
+            function(
+                settled,
+                x.data_ptr(),
+                codes.data_ptr(),
+                0 if scale is None else scale.data_ptr(),
+                0 if zero is None else zero.data_ptr(),
+                0 if global_scale is None else global_scale.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                y.data_ptr(),
+                torch.get_num_threads(),
+            )
+            return y
+
+        return launch
+
+
+def _refuses(call: CodedCall) -> str | None:
+    if call.rows == 0 or call.outputs == 0:
+        return "there are no rows or no outputs"
+    return storage(call.format).refusal
+
+
+def _refuses_integers(call: CodedCall) -> str | None:
+    if not storage(call.format).integers:
+        return f"the numbers of {call.format} are no small integers times a power of two"
+    return _refuses(call)
+
+
+def _refuses_tiles(call: CodedCall) -> str | None:
+    if call.rows < AMX_ROWS:
+        return f"{call.rows} rows do not fill a tile; it starts at {AMX_ROWS}"
+    return _refuses_integers(call)
+
+
+def _refuses_vectors(call: CodedCall) -> str | None:
+    stored = storage(call.format)
+    group = stored.format.block.columns
+    if stored.format.is_asymmetric or not (stored.element or stored.format.bits == 4):
+        return f"it does not widen the codes of {call.format}"
+    if group is not None and group < call.columns and group & (group - 1):
+        return f"groups of {group} columns are no power of two"
+    return _refuses(call)
+
+
+table.register(
+    table.Operation(
+        "linear_coded",
+        describe,
+        (
+            table.Kernel("int-linear-amx", "amx", Compiled(_C.int_amx), _refuses_tiles),
+            table.Kernel("int-linear-avx512", "avx512", Compiled(_C.int_avx512), _refuses_integers),
+            table.Kernel("float-linear-avx512", "avx512", Compiled(_C.float_avx512), _refuses_vectors),
+            table.Kernel("int-linear-avx2", "avx2", Compiled(_C.int_avx2), _refuses_integers),
+            table.Kernel("float-linear-avx2", "avx2", Compiled(_C.float_avx2), _refuses_vectors),
+            table.Kernel("int-linear-generic", "generic", Compiled(_C.int_generic), _refuses_integers),
+            table.Kernel("float-linear-generic", "generic", Compiled(_C.float_generic), _refuses),
+            table.Kernel("coded-linear-torch", table.TORCH, reference.linear_coded),
+        ),
+    )
+)
+
+_launches: dict[Hashable, Launch] = {}
+KEPT_LAUNCHES = 8192
+"""Kinds of call whose checks and choice are remembered: together they cost as much as a small product."""
+
+LIBRARY.define(
+    "linear_coded(Tensor x, Tensor codes, Tensor? scale, Tensor? zero, Tensor? global_scale, Tensor? bias, str format,"
+    " int columns) -> Tensor"
+)
+
+
+def _reference(*arguments: Any) -> Tensor:
+    check(*arguments)
+    return reference.linear_coded(*arguments)
+
+
+def _kind(tensor: Tensor | None) -> Hashable:
+    return None if tensor is None else (tensor.dtype, tensor.shape)
+
+
+def _cpu(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    columns: int,
+) -> Tensor:
+    key = (
+        machine.isa(),
+        x.dtype,
+        x.shape,
+        codes.dtype,
+        codes.shape,
+        None if scale is None else (scale.dtype, scale.shape),
+        None if zero is None else _kind(zero),
+        None if global_scale is None else _kind(global_scale),
+        None if bias is None else (bias.dtype, bias.shape),
+        format,
+        columns,
+    )
+    launch = _launches.get(key)
+    if launch is None:
+        launch = _settle(x, codes, scale, zero, global_scale, bias, format, columns)
+        if len(_launches) >= KEPT_LAUNCHES:
+            _launches.clear()
+        _launches[key] = launch
+    return launch(x, codes, scale, zero, global_scale, bias)
+
+
+def _settle(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    columns: int,
+) -> Launch:
+    """Check the arguments and choose their kernel."""
+    check(x, codes, scale, zero, global_scale, bias, format, columns)
+    call = describe(x, codes, scale, zero, global_scale, bias, format, columns)
+    run = table.choose("linear_coded", call).run
+    if isinstance(run, Compiled):
+        return run.settle(x, codes, scale, bias, format, columns)
+    return lambda *tensors: run(*tensors, format, columns)
+
+
+def _fake(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    columns: int,
+) -> Tensor:
+    check(x, codes, scale, zero, global_scale, bias, format, columns)
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _needs_grad(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    *_: Any,
+) -> bool:
+    return x.requires_grad or (bias is not None and bias.requires_grad)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *stored, bias, ctx.format, ctx.columns = inputs
+    ctx.save_for_backward(*stored)
+    ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+
+
+EXPANDED = 1 << 24
+"""Numbers of W that the backward pass holds in fp32 at a time."""
+
+
+def _grad_x(grad: Tensor, tensors: tuple[Tensor | None, ...], format: str, columns: int) -> Tensor:
+    """grad [..., N] @ W, some rows of W expanded at a time."""
+    codes, scale, zero, global_scale = tensors
+    assert codes is not None
+    total = grad.new_zeros((*grad.shape[:-1], columns))
+    step = max(1, EXPANDED // columns)
+    for first in range(0, codes.shape[0], step):
+        rows = torch.arange(first, min(first + step, codes.shape[0]), device=codes.device)
+        weight = torch.ops.parco.embedding_coded(rows, codes, scale, zero, global_scale, format, columns, torch.float32)
+        total += grad[..., first : first + step] @ weight
+    return total
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """grad_x = grad @ W with W expanded in fp32 from the same codes; grad_bias = the sum of grad over rows."""
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _grad_x(grad.float(), ctx.saved_tensors, ctx.format, ctx.columns).to(ctx.x_dtype)
+    if ctx.needs_input_grad[5]:
+        grad_bias = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, None, grad_bias, None, None
+
+
+LIBRARY.impl("linear_coded", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_coded", _cpu, "CPU")
+torch.library.register_fake("parco::linear_coded", _fake, lib=LIBRARY)
+differentiate("linear_coded", _needs_grad, _setup, _backward)
+
+
+def linear_coded(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    columns: int,
+) -> Tensor:
+    """y [..., N] = x [..., K] @ W.T + bias, in x's dtype (fp32, bf16 or fp16), rounded once.
+
+    W [N, K] is stored in `format`, whose name this is; codes, scale, zero and global_scale are its tensors
+    (`Format.tensors`), None for those that it has not; `columns` is K. Where codes are computed in integers a row of x
+    with inf or NaN becomes NaN as a whole. Differentiable with respect to x and bias. Raises ValueError or TypeError
+    naming the argument.
+    """
+    return torch.ops.parco.linear_coded.default(x, codes, scale, zero, global_scale, bias, format, columns)

@@ -1,0 +1,164 @@
+"""What the compiled kernels know of a Format: how its codes are read, and what they stand for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from parco import _C
+from parco.formats import COLUMN, E3M2, E4M3, E5M2, Element, Float, Format, Integer, ScaleE4M3, ScaleE8M0
+from parco.kernels.library import TYPES
+
+BYTE_SCALES: dict[type, int] = {ScaleE8M0: 3, ScaleE4M3: 4}
+"""The numbers by which C++ knows scales of one byte (`parco::linear::Type`)."""
+
+ELEMENTS = {E4M3: 1, E5M2: 2, E3M2: 3}
+"""The numbers by which C++ knows elements that it need not look up (`parco::linear::Element`)."""
+
+VECTOR = 16
+"""Codes that kernels read at a time: groups of another number are left to the reference."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """`values` are the numbers of all codes, fp32. Where they are `unit` times integers within one byte, `integers`
+    says so: (table[code] − zero_point)·unit is the number, or (code − zero_point)·unit without a `table`.
+    """
+
+    format: Format
+    values: Tensor
+    integers: bool
+    table: Tensor | None
+    zero_point: int
+    unit: float
+
+    @property
+    def by_column(self) -> bool:
+        """Whether each column of the matrix has one scale, which is then a factor of x."""
+        return self.format.block == COLUMN
+
+    @property
+    def element(self) -> int:
+        """C++'s number of the element."""
+        element = self.format.element
+        return ELEMENTS.get(element, 0) if isinstance(element, Float) else 0
+
+    @property
+    def refusal(self) -> str | None:
+        """Why no compiled kernel reads the format, or None."""
+        group = self.format.block.columns
+        if self.by_column:
+            return "each column has a zero of its own" if self.format.is_asymmetric else None
+        if group is not None and group % VECTOR:
+            return f"groups of {group} columns are no multiple of {VECTOR}"
+        return None
+
+    def scale_type(self, scale: Tensor | None) -> int:
+        """C++'s number of the type in which the scales are stored."""
+        number = BYTE_SCALES.get(type(self.format.scale))
+        return number if number is not None else TYPES[scale.dtype] if scale is not None else 0
+
+
+@functools.cache
+def storage(name: str) -> Storage:
+    """The Storage of the format that `name` names. ValueError for a dense format, or an unknown one."""
+    format = Format.parse(name)
+    if format.is_dense:
+        raise ValueError(f"format={name!r} is dense; linear_dense multiplies it")
+    values = _values(format.element)
+    if isinstance(format.element, Integer):
+        return Storage(format, values, True, None, format.element.offset, 1.0)
+    found = _integers(values)
+    if found is None:
+        return Storage(format, values, False, None, 0, 1.0)
+    unit, numbers = found
+    zero_point = -int(numbers.min())
+    table = (numbers + zero_point).to(torch.uint8).repeat(64 // numbers.numel())
+    return Storage(format, values, True, table, zero_point, unit)
+
+
+def _values(element: Element) -> Tensor:
+    if isinstance(element, Integer):
+        return torch.arange(element.codes, dtype=torch.float32) - element.offset
+    return torch.tensor(element.values(), dtype=torch.float32)
+
+
+def _integers(values: Tensor) -> tuple[float, Tensor] | None:
+    """(unit, values / unit) where all are integers in units of the least magnitude, at most 6 bits index them and a
+    byte holds their span; None elsewhere.
+    """
+    if values.numel() > 64 or not values.isfinite().all():
+        return None
+    unit = values.abs()[values != 0].min()
+    numbers = values / unit
+    whole = bool((numbers == numbers.round()).all()) and bool(unit.log2() == unit.log2().round())
+    if not whole or numbers.max() - numbers.min() > 255:
+        return None
+    return float(unit), numbers.to(torch.int32)
+
+
+def check_tensors(operation: str, name: str, columns: int, tensors: Mapping[str, Tensor | None]) -> None:
+    """TypeError or ValueError, naming the argument, unless `tensors` are those of the format for `columns` columns."""
+    format = storage(name).format
+    codes = tensors["codes"]
+    if columns < 1:
+        raise ValueError(f"{operation}: columns={columns}; at least one is needed")
+    if codes is None or codes.ndim != 2:
+        raise ValueError(
+            f"{operation}: codes has the shape {None if codes is None else tuple(codes.shape)}; a matrix is needed"
+        )
+    specs = format.tensors((codes.shape[0], columns))
+    for argument, tensor in tensors.items():
+        spec = specs.get(argument)
+        if spec is None:
+            if tensor is not None:
+                raise ValueError(f"{operation}: {argument} is given, but format {name} has none")
+        elif tensor is None:
+            raise ValueError(f"{operation}: {argument} is missing; format {name} has one")
+        elif tensor.dtype != spec.dtype:
+            raise TypeError(f"{operation}: {argument} is {tensor.dtype}; format {name} has {spec.dtype}")
+        elif tuple(tensor.shape) != spec.shape:
+            raise ValueError(
+                f"{operation}: {argument} has the shape {tuple(tensor.shape)}; format {name} of "
+                f"{codes.shape[0]}x{columns} has {spec.shape}"
+            )
+
+
+def settle(
+    storage: Storage,
+    rows: int,
+    outputs: int,
+    columns: int,
+    dtype: torch.dtype,
+    scale: Tensor | None,
+    bias: Tensor | None,
+) -> _C.CodedCall:
+    """What the compiled kernels are told of a call but for its tensors: `rows` x (or results) of `dtype` against
+    `outputs` by `columns` codes. Without `scale` the codes stand for their numbers. It keeps addresses of `storage`,
+    which lives as long as the interpreter.
+    """
+    block, values, table = storage.format.block, storage.values, storage.table
+    group = columns if scale is None or block.columns is None else min(block.columns, columns)
+    return _C.CodedCall(
+        values=values.data_ptr(),
+        table=0 if table is None else table.data_ptr(),
+        rows=rows,
+        outputs=outputs,
+        columns=columns,
+        group=group,
+        block_rows=outputs if scale is None or block.rows is None else block.rows,
+        scale_stride=0 if scale is None else -(-columns // group),
+        unit=storage.unit,
+        zero_point=storage.zero_point,
+        bits=storage.format.bits,
+        element=storage.element,
+        x_type=TYPES[dtype],
+        scale_type=storage.scale_type(scale),
+        bias_type=0 if bias is None else TYPES[bias.dtype],
+    )

@@ -1,0 +1,286 @@
+// Every instruction set of the products over stored codes, on shapes that no vector divides; built with sanitizers too.
+// In integers all must give the bits of the generic one; in fp32, and the rows that are looked up, what sums in double
+// say. Inputs lie at odd addresses in buffers of exactly their size, so that a read past an end is seen.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "embedding/embedding.h"
+#include "linear/float.h"
+#include "linear/int.h"
+#include "machine/features.h"
+
+using namespace parco::linear;
+
+namespace {
+
+struct Kernel {
+  const char* name;
+  void (*run)(const CodedCall&);
+};
+
+// Bytes at an odd address; freed as one block, so the sanitizer knows both ends.
+struct Bytes {
+  explicit Bytes(std::size_t count) : block(count + 1), data(block.data() + 1) {}
+  std::vector<char> block;
+  char* data;
+};
+
+struct Shape {
+  std::int64_t rows, outputs, columns, group, block_rows;
+};
+
+// What a format says of its codes. `span` bounds the random ones.
+struct Codes {
+  const char* name;
+  int bits;
+  Element element;
+  std::vector<float> values;
+  std::vector<std::uint8_t> table;
+  float unit;
+  int zero_point;
+};
+
+int failures = 0;
+std::mt19937 random_bits(20);
+
+void fill(char* data, std::size_t count) {
+  for (std::size_t i = 0; i < count; i++) data[i] = static_cast<char>(random_bits());
+}
+
+// Floats of few bits, which every type holds exactly.
+void fill_floats(Bytes& to, std::vector<double>& exact, std::int64_t count, Type type) {
+  exact.resize(count);
+  for (std::int64_t i = 0; i < count; i++) {
+    const int eighths = static_cast<int>(8 + random_bits() % 8), power = static_cast<int>(random_bits() % 4) - 3;
+    const float value =
+        std::ldexp(static_cast<float>(eighths), power) * (random_bits() & 1 && type < Type::e8m0 ? -1 : 1);
+    exact[i] = static_cast<double>(value);
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const std::uint32_t magnitude = bits & 0x7fffffff;
+    const std::uint16_t bf16 = static_cast<std::uint16_t>(bits >> 16);
+    const std::uint16_t fp16 = static_cast<std::uint16_t>((bits >> 16 & 0x8000) | (magnitude - 0x38000000) >> 13);
+    if (type == Type::fp32)
+      std::memcpy(to.data + 4 * i, &value, 4);
+    else if (type < Type::e8m0)
+      std::memcpy(to.data + 2 * i, type == Type::bf16 ? &bf16 : &fp16, 2);
+    else if (type == Type::e4m3)
+      to.data[i] = static_cast<char>((magnitude >> 20) - (120 << 3));
+    else {
+      to.data[i] = static_cast<char>(127 + power);
+      exact[i] = std::ldexp(1.0, power);
+    }
+  }
+}
+
+float as_float(const char* from, Type type, std::int64_t i) {
+  float value;
+  std::uint16_t half;
+  if (type == Type::fp32) {
+    std::memcpy(&value, from + 4 * i, 4);
+    return value;
+  }
+  std::memcpy(&half, from + 2 * i, 2);
+  if (type == Type::bf16) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  value = std::ldexp(static_cast<float>(exponent ? 1024 + mantissa : mantissa), (exponent ? exponent : 1) - 25);
+  return half & 0x8000 ? -value : value;
+}
+
+void check(const std::vector<Kernel>& kernels, const Codes& format, Shape shape, Type x_type, Type scale_type,
+           bool asymmetric, bool same_bits) {
+  const std::int64_t groups = (shape.columns + shape.group - 1) / shape.group;
+  const std::int64_t down = (shape.outputs + shape.block_rows - 1) / shape.block_rows;
+  const std::int64_t row_bytes = (shape.columns * format.bits + 7) / 8;
+  Bytes x(shape.rows * shape.columns * size_of(x_type)), codes(shape.outputs * row_bytes);
+  Bytes scale(down * groups * size_of(scale_type)), zero(down * groups), bias(shape.outputs * size_of(x_type));
+  std::vector<double> exact_x, exact_scale, exact_bias;
+  fill_floats(x, exact_x, shape.rows * shape.columns, x_type);
+  fill_floats(scale, exact_scale, down * groups, scale_type);
+  fill_floats(bias, exact_bias, shape.outputs, x_type);
+  fill(codes.data, shape.outputs * row_bytes);
+  const auto finite = [&](int code) { return std::isfinite(format.values[code]); };
+  for (std::int64_t i = 0; format.bits == 8 && i < shape.outputs * row_bytes; i++)
+    if (!finite(static_cast<std::uint8_t>(codes.data[i]))) codes.data[i] = 1;
+  for (std::int64_t i = 0; i < down * groups; i++)
+    zero.data[i] = static_cast<char>(random_bits() & ((1 << format.bits) - 1));
+  const float factor = 0.75f;
+  const CodedCall call{x.data,
+                       reinterpret_cast<const std::uint8_t*>(codes.data),
+                       format.values.data(),
+                       format.table.empty() ? nullptr : format.table.data(),
+                       scale.data,
+                       asymmetric ? reinterpret_cast<const std::uint8_t*>(zero.data) : nullptr,
+                       scale_type == Type::e4m3 ? &factor : nullptr,
+                       shape.rows % 2 ? bias.data : nullptr,
+                       nullptr,
+                       shape.rows,
+                       shape.outputs,
+                       shape.columns,
+                       shape.group,
+                       shape.block_rows,
+                       groups,
+                       format.unit,
+                       format.zero_point,
+                       format.bits,
+                       1,
+                       format.element,
+                       x_type,
+                       scale_type,
+                       x_type};
+  const auto weight = [&](std::int64_t n, std::int64_t k) {
+    int code = 0;
+    for (int b = 0; b < format.bits; b++) {
+      const std::int64_t bit = k * format.bits + b;
+      code |= (codes.data[n * row_bytes + bit / 8] >> bit % 8 & 1) << b;
+    }
+    const std::int64_t at = n / shape.block_rows * groups + k / shape.group;
+    const double number = asymmetric ? code - static_cast<std::uint8_t>(zero.data[at]) : format.values[code];
+    return number * exact_scale[at] * (call.factor ? 0.75 : 1.0);
+  };
+  const auto tell = [&](const char* name, const char* what, int threads) {
+    failures++;
+    std::printf("%s of %s: %s; rows %ld outputs %ld columns %ld group %ld x_type %d scale_type %d zero %d threads %d\n",
+                name, format.name, what, static_cast<long>(shape.rows), static_cast<long>(shape.outputs),
+                static_cast<long>(shape.columns), static_cast<long>(shape.group), static_cast<int>(x_type),
+                static_cast<int>(scale_type), asymmetric, threads);
+  };
+  const auto run = [&](const Kernel& kernel, int threads) {
+    Bytes y(shape.rows * shape.outputs * size_of(x_type));
+    fill(y.data, shape.rows * shape.outputs * size_of(x_type));
+    CodedCall own = call;
+    own.y = y.data;
+    own.threads = threads;
+    kernel.run(own);
+    return std::string(y.data, shape.rows * shape.outputs * size_of(x_type));
+  };
+  std::vector<double> expected(shape.rows * shape.outputs), bound(expected.size());
+  for (std::int64_t n = 0; n < shape.outputs; n++) {
+    std::vector<double> row(shape.columns);
+    for (std::int64_t k = 0; k < shape.columns; k++) row[k] = weight(n, k);
+    for (std::int64_t m = 0; m < shape.rows; m++) {
+      double sum = call.bias ? exact_bias[n] : 0.0, size = std::abs(sum);
+      for (std::int64_t k = 0; k < shape.columns; k++) {
+        sum += exact_x[m * shape.columns + k] * row[k];
+        size += std::abs(exact_x[m * shape.columns + k] * row[k]);
+      }
+      expected[m * shape.outputs + n] = sum, bound[m * shape.outputs + n] = size;
+    }
+  }
+  // x has 4 bits within 2^7 of the largest: exact as words of 15. Then sums in fp32, and a rounding to y's type.
+  const double unit = x_type == Type::fp32 ? 0 : x_type == Type::bf16 ? 0x1p-8 : 0x1p-11;
+  const std::string first = run(kernels[0], 1);
+  for (const Kernel& kernel : kernels) {
+    for (int threads : {1, 3}) {
+      const std::string y = run(kernel, threads);
+      if (same_bits && y != first) tell(kernel.name, "other bits than the first", threads);
+      for (std::size_t i = 0; i < expected.size(); i++) {
+        const double found = static_cast<double>(as_float(y.data(), x_type, static_cast<std::int64_t>(i)));
+        if (x_type == Type::fp16 && std::abs(expected[i]) > 65000) continue;
+        const double slack =
+            bound[i] * 0x1p-24 * (static_cast<double>(shape.columns) + 4) + std::abs(expected[i]) * unit;
+        if (std::abs(found - expected[i]) <= slack * 1.01 + (x_type == Type::fp16 ? 0x1p-24 : 0)) continue;
+        tell(kernel.name, "not the sum in double", threads);
+        break;
+      }
+    }
+  }
+  const std::int64_t indices[] = {shape.outputs - 1, 0, shape.outputs / 2};
+  Bytes y(3 * shape.columns * size_of(x_type));
+  CodedCall rows = call;
+  rows.y = y.data, rows.rows = 3;
+  if (parco::embedding::embedding_generic(rows, indices) != -1) tell("lookup", "refused its rows", 1);
+  for (std::int64_t i = 0; i < 3 * shape.columns; i++) {
+    const double wanted = weight(indices[i / shape.columns], i % shape.columns);
+    const double found = static_cast<double>(as_float(y.data, x_type, i));
+    if (x_type == Type::fp16 && std::abs(wanted) > 65000) continue;
+    if (std::abs(found - wanted) <= std::abs(wanted) * (0x1p-22 + unit) + 0x1p-24) continue;
+    tell("lookup", "not the number", 1);
+    break;
+  }
+}
+
+Codes integers(int bits) {
+  Codes codes{"int", bits, Element::listed, {}, {}, 1.0f, 1 << (bits - 1)};
+  for (int code = 0; code < 1 << bits; code++) codes.values.push_back(static_cast<float>(code - codes.zero_point));
+  return codes;
+}
+
+// A float of 1 + exponent + mantissa bits without codes for infinity; `nans` of the greatest magnitudes are none.
+Codes floats(const char* name, int exponent_bits, int mantissa_bits, Element element, int nans, int infinity) {
+  const int bits = 1 + exponent_bits + mantissa_bits, bias = (1 << (exponent_bits - 1)) - 1;
+  Codes codes{name, bits, element, {}, {}, 1.0f, 0};
+  for (int code = 0; code < 1 << bits; code++) {
+    const int magnitude = code & ((1 << (bits - 1)) - 1), exponent = magnitude >> mantissa_bits;
+    const int mantissa = magnitude & ((1 << mantissa_bits) - 1);
+    float value = std::ldexp(static_cast<float>(exponent ? (1 << mantissa_bits) + mantissa : mantissa),
+                             (exponent ? exponent : 1) - bias - mantissa_bits);
+    if (magnitude >= (1 << (bits - 1)) - nans) value = std::nanf("");
+    if (infinity && magnitude == infinity) value = HUGE_VALF;
+    codes.values.push_back(code >> (bits - 1) ? -value : value);
+  }
+  return codes;
+}
+
+// The same as multiples of `unit`, above `zero_point`.
+Codes listed(Codes codes, float unit, int zero_point) {
+  codes.unit = unit, codes.zero_point = zero_point;
+  for (int i = 0; i < 64; i++)
+    codes.table.push_back(
+        static_cast<std::uint8_t>(codes.values[i % codes.values.size()] / unit + static_cast<float>(zero_point)));
+  return codes;
+}
+
+}  // namespace
+
+int main() {
+  std::vector<Kernel> integer{{"int generic", int_generic}}, real{{"float generic", float_generic}};
+  if (parco::features().avx2) integer.push_back({"int avx2", int_avx2});
+  if (parco::features().avx512) {
+    integer.push_back({"int avx512", int_avx512});
+    integer.push_back({"int amx emulated", int_amx_emulated});
+  }
+  if (parco::features().amx) integer.push_back({"int amx", int_amx});
+  std::vector<Kernel> vectors = real;
+  if (parco::features().avx2) vectors.push_back({"float avx2", float_avx2});
+  if (parco::features().avx512) vectors.push_back({"float avx512", float_avx512});
+
+  const Type types[] = {Type::fp32, Type::bf16, Type::fp16},
+             scales[] = {Type::fp32, Type::bf16, Type::fp16, Type::e8m0, Type::e4m3};
+  const Shape shapes[] = {{1, 37, 96, 32, 1},   {3, 16, 200, 48, 1},  {5, 33, 131, 131, 1},   {19, 65, 353, 32, 1},
+                          {2, 7, 517, 160, 1},  {4, 50, 1, 1, 50},    {33, 34, 256, 128, 16}, {18, 5, 97, 16, 1},
+                          {389, 70, 64, 32, 1}, {7, 35, 160, 32, 32}, {8, 18, 256, 128, 1},   {40, 200, 300, 16, 16}};
+  int checks = 0;
+  std::vector<Codes> small{listed(floats("e2m1", 2, 1, Element::listed, 0, 0), 0.5f, 12),
+                           listed(floats("e2m3", 2, 3, Element::listed, 0, 0), 0.125f, 60)};
+  for (int bits = 2; bits <= 8; bits++) small.push_back(integers(bits));
+  for (const Codes& codes : small)
+    for (Shape shape : shapes)
+      for (Type x_type : types) {
+        const bool asymmetric = checks % 2 && codes.table.empty();
+        check(integer, codes, shape, x_type, scales[checks % 5], asymmetric, true);
+        if (checks++ % 3 == 0) check(real, codes, shape, x_type, scales[checks % 5], asymmetric, false);
+      }
+  const Codes elements[] = {floats("e4m3", 4, 3, Element::e4m3, 1, 0), floats("e5m2", 5, 2, Element::e5m2, 4, 124),
+                            floats("e3m2", 3, 2, Element::e3m2, 0, 0), floats("e2m1", 2, 1, Element::listed, 0, 0),
+                            integers(4)};
+  for (const Codes& codes : elements)
+    for (Shape shape : shapes)
+      for (Type x_type : types) {
+        if (shape.group < shape.columns && shape.group & (shape.group - 1))
+          check(real, codes, shape, x_type, scales[checks % 5], false, false);
+        else
+          check(vectors, codes, shape, x_type, scales[checks % 5], false, false);
+        checks++;
+      }
+  std::printf("%d shapes, %zu and %zu kernels, %d differences\n", checks, integer.size(), vectors.size(), failures);
+  return failures != 0;
+}
