@@ -1,3 +1,21 @@
+def cast_generic(*, x: int, scale: int, zero: int, factor: int, entries: int, codes: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, seed: int, kind: int, rounding: int, rescaling: int, bits: int, mantissa_bits: int, least_exponent: int, max_code: int, nan_code: int, least: int, greatest: int, offset: int, x_type: int, scale_type: int, threads: int) -> None:
+    """Numbers into codes under given scales; csrc/cast/cast.h."""
+
+def cast_avx2(*, x: int, scale: int, zero: int, factor: int, entries: int, codes: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, seed: int, kind: int, rounding: int, rescaling: int, bits: int, mantissa_bits: int, least_exponent: int, max_code: int, nan_code: int, least: int, greatest: int, offset: int, x_type: int, scale_type: int, threads: int) -> None:
+    """Numbers into codes under given scales; csrc/cast/cast.h."""
+
+def cast_avx512(*, x: int, scale: int, zero: int, factor: int, entries: int, codes: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, seed: int, kind: int, rounding: int, rescaling: int, bits: int, mantissa_bits: int, least_exponent: int, max_code: int, nan_code: int, least: int, greatest: int, offset: int, x_type: int, scale_type: int, threads: int) -> None:
+    """Numbers into codes under given scales; csrc/cast/cast.h."""
+
+def amax_generic(x: int, amax: int, rows: int, columns: int, group: int, x_type: int, threads: int) -> None:
+    """Greatest magnitude of each group of columns of each row."""
+
+def amax_avx2(x: int, amax: int, rows: int, columns: int, group: int, x_type: int, threads: int) -> None:
+    """Greatest magnitude of each group of columns of each row."""
+
+def amax_avx512(x: int, amax: int, rows: int, columns: int, group: int, x_type: int, threads: int) -> None:
+    """Greatest magnitude of each group of columns of each row."""
+
 def embedding_generic(settled: CodedCall, indices: int, codes: int, scale: int, zero: int, factor: int, y: int, threads: int) -> int:
     """
     Expands rows of a stored matrix; returns the position of the first index outside it, or -1.

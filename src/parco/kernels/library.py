@@ -9,10 +9,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from parco.formats import ScaleE4M3, ScaleE8M0
+
 LIBRARY = torch.library.Library("parco", "FRAGMENT")
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The numbers by which C++ knows float dtypes (`parco::linear::Type`)."""
+
+BYTE_SCALES: dict[type, int] = {ScaleE8M0: 3, ScaleE4M3: 4}
+"""The numbers by which C++ knows scales of one byte (the same)."""
 
 
 def differentiate(

@@ -1,21 +1,22 @@
-"""Encode and decode: the reference, plain torch on any device, for every format.
+"""Encode and decode, for every format and on any device.
 
 The law: `decode(encode(x, f))` is the nearest number that `f` can write with the block's scale, and encoding that
 again with the same scales gives the same codes.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from parco.formats import Block, Format, Integer, parse
-from parco.kernels.cast.packing import pack, unpack
+from parco.formats import Format, parse
+from parco.kernels.cast.codes import cast_codes
+from parco.kernels.cast.packing import unpack
 from parco.kernels.cast.philox import random_bits
-from parco.kernels.cast.rounding import Rounding, check_rounding, from_codes, round_integers, to_codes
-from parco.kernels.cast.scaling import find_scales, poison, scale_numbers, scale_reciprocals
+from parco.kernels.cast.rounding import Rounding, check_rounding, from_codes, to_codes
+from parco.kernels.cast.scaling import find_scales, poison, scale_numbers
 from parco.kernels.cast.tiles import block_amax, row_chunks, scale_rows, spread, tile, untile
 
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -81,7 +82,8 @@ def encode(
     if format.dtype is not None:
         stored = {"values": _encode_dense(matrix, format, rounding, seed)}
     else:
-        stored = {"codes": _encode_codes(matrix, format, scales, rounding, seed), **scales}
+        tensors = (scales.get("scale"), scales.get("zero"), scales.get("global_scale"))
+        stored = {"codes": cast_codes(matrix, *tensors, str(format), rounding, seed), **scales}
     return Encoded(format, tuple(x.shape), {name: stored[name] for name in format.tensors(shape)})
 
 
@@ -146,46 +148,6 @@ def _scales(matrix: Tensor, format: Format, given: dict[str, Tensor]) -> dict[st
     if "scale" in given:
         scales["scale"] = poison(given["scale"], format, torch.isnan(block_amax(matrix, format.block)))
     return scales
-
-
-def _encode_codes(matrix: Tensor, format: Format, scales: dict[str, Tensor], rounding: Rounding, seed: int) -> Tensor:
-    """Packed codes of `matrix` [N, K] under `scales`, chunk by chunk."""
-    shape = (matrix.shape[0], matrix.shape[1])
-    spec = format.tensors(shape)["codes"]
-    out = torch.empty(spec.shape, dtype=spec.dtype, device=matrix.device)
-    rescale = _rescaling(format, scales)
-    for chunk in row_chunks(shape, format.block):
-        x = matrix[chunk.start : chunk.stop].to(torch.float32)
-        part = scale_rows(chunk, format.block)
-        chunk_shape = (len(chunk), shape[1])
-        if rescale is not None:
-            x = untile(rescale(tile(x, format.block), part), chunk_shape)
-        random = random_bits(seed, chunk, shape[1], device=x.device) if rounding == "stochastic" else None
-        if isinstance(format.element, Integer) and format.is_asymmetric:
-            offset = _per_element(scales["zero"][part], format.block, chunk_shape)
-            codes = round_integers(x, rounding, random).add_(offset).clamp_(0, format.element.codes - 1).to(torch.uint8)
-        else:
-            codes = to_codes(x, format.element, rounding, random)
-        out[chunk.start : chunk.stop] = pack(codes, format.bits)
-    return out
-
-
-def _rescaling(format: Format, scales: dict[str, Tensor]) -> Callable[[Tensor, slice], Tensor] | None:
-    """Brings tiles under the scales of `part` into the element's range (0 under a scale of 0); None if unscaled."""
-    reciprocals = scale_reciprocals(format, scales)
-    if reciprocals is not None:
-        return lambda tiles, part: tiles * spread(reciprocals[part])
-    numbers = scale_numbers(format, scales)
-    if numbers is None:
-        return None
-    divisors = torch.where(numbers == 0, torch.inf, numbers)
-    return lambda tiles, part: tiles / spread(divisors[part])
-
-
-def _per_element(scale: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
-    """[R, C] -> [n, K]: each block's number at each of its elements."""
-    height, width = block.rows or shape[0], block.columns or shape[1]
-    return scale.repeat_interleave(height, 0).repeat_interleave(width, 1)[: shape[0], : shape[1]]
 
 
 def _encode_dense(matrix: Tensor, format: Format, rounding: Rounding, seed: int) -> Tensor:

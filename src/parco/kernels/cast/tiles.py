@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from parco.formats import Block
+from parco.kernels.cast.amax import row_amax
 
 CHUNK_ELEMENTS = 1 << 18
 
@@ -80,7 +81,14 @@ def _amax(tiles: Tensor) -> Tensor:
 
 def block_amax(x: Tensor, block: Block) -> Tensor:
     """Greatest magnitude of each block, fp32 [R, C]; NaN where the block has a NaN, 0 where it is empty."""
-    return _reduce(x, block, lambda tiles: _amax(tiles.abs()), torch.maximum)
+    rows, columns = x.shape
+    if rows == 0 or block.columns == 1:
+        return _reduce(x, block, lambda tiles: _amax(tiles.abs()), torch.maximum)
+    amax = row_amax(x, block.columns or columns)
+    if block.rows == 1:
+        return amax
+    height = block.rows or rows
+    return torch.nn.functional.pad(amax, (0, 0, 0, -rows % height)).unflatten(0, (-1, height)).amax(1)
 
 
 def block_range(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:

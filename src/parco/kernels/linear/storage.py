@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 
 from parco import _C
-from parco.formats import COLUMN, E3M2, E4M3, E5M2, Element, Float, Format, Integer, ScaleE4M3, ScaleE8M0
-from parco.kernels.library import TYPES
-
-BYTE_SCALES: dict[type, int] = {ScaleE8M0: 3, ScaleE4M3: 4}
-"""The numbers by which C++ knows scales of one byte (`parco::linear::Type`)."""
+from parco.formats import COLUMN, E3M2, E4M3, E5M2, Element, Float, Format, Integer
+from parco.kernels.library import BYTE_SCALES, TYPES
 
 ELEMENTS = {E4M3: 1, E5M2: 2, E3M2: 3}
 """The numbers by which C++ knows elements that it need not look up (`parco::linear::Element`)."""

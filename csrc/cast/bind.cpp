@@ -1,0 +1,86 @@
+// cast and amax of parco._C. Tensors come as addresses, 0 for an absent one; what they must be is checked by
+// parco.kernels.cast.
+#include <nanobind/nanobind.h>
+
+#include "cast/cast.h"
+
+namespace nb = nanobind;
+using namespace parco::cast;
+
+namespace {
+
+template <class T>
+T* address(std::uintptr_t value) {
+  return reinterpret_cast<T*>(value);
+}
+
+template <void (*kernel)(const CastCall&)>
+void define_cast(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](std::uintptr_t x, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t factor, std::uintptr_t entries,
+         std::uintptr_t codes, std::int64_t rows, std::int64_t columns, std::int64_t group, std::int64_t block_rows,
+         std::int64_t scale_stride, std::uint64_t seed, int kind, int rounding, int rescaling, int bits,
+         int mantissa_bits, int least_exponent, int max_code, int nan_code, int least, int greatest, int offset,
+         int x_type, int scale_type, int threads) {
+        const CastCall call{address<const void>(x),
+                            address<const void>(scale),
+                            address<const std::uint8_t>(zero),
+                            address<const float>(factor),
+                            address<const float>(entries),
+                            address<std::uint8_t>(codes),
+                            rows,
+                            columns,
+                            group,
+                            block_rows,
+                            scale_stride,
+                            seed,
+                            static_cast<Kind>(kind),
+                            static_cast<Rounding>(rounding),
+                            static_cast<Rescaling>(rescaling),
+                            bits,
+                            mantissa_bits,
+                            least_exponent,
+                            max_code,
+                            nan_code,
+                            least,
+                            greatest,
+                            offset,
+                            threads,
+                            static_cast<Type>(x_type),
+                            static_cast<Type>(scale_type)};
+        nb::gil_scoped_release unlocked;
+        kernel(call);
+      },
+      nb::kw_only(), nb::arg("x"), nb::arg("scale"), nb::arg("zero"), nb::arg("factor"), nb::arg("entries"),
+      nb::arg("codes"), nb::arg("rows"), nb::arg("columns"), nb::arg("group"), nb::arg("block_rows"),
+      nb::arg("scale_stride"), nb::arg("seed"), nb::arg("kind"), nb::arg("rounding"), nb::arg("rescaling"),
+      nb::arg("bits"), nb::arg("mantissa_bits"), nb::arg("least_exponent"), nb::arg("max_code"), nb::arg("nan_code"),
+      nb::arg("least"), nb::arg("greatest"), nb::arg("offset"), nb::arg("x_type"), nb::arg("scale_type"),
+      nb::arg("threads"), "Numbers into codes under given scales; csrc/cast/cast.h.");
+}
+
+template <void (*kernel)(const AmaxCall&)>
+void define_amax(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](std::uintptr_t x, std::uintptr_t amax, std::int64_t rows, std::int64_t columns, std::int64_t group, int x_type,
+         int threads) {
+        nb::gil_scoped_release unlocked;
+        kernel(
+            {address<const void>(x), address<float>(amax), rows, columns, group, threads, static_cast<Type>(x_type)});
+      },
+      nb::arg("x"), nb::arg("amax"), nb::arg("rows"), nb::arg("columns"), nb::arg("group"), nb::arg("x_type"),
+      nb::arg("threads"), "Greatest magnitude of each group of columns of each row.");
+}
+
+}  // namespace
+
+void bind_cast(nb::module_& module) {
+  define_cast<cast_generic>(module, "cast_generic");
+  define_cast<cast_avx2>(module, "cast_avx2");
+  define_cast<cast_avx512>(module, "cast_avx512");
+  define_amax<amax_generic>(module, "amax_generic");
+  define_amax<amax_avx2>(module, "amax_avx2");
+  define_amax<amax_avx512>(module, "amax_avx512");
+}

@@ -1,0 +1,50 @@
+// Numbers into codes, as parco.kernels.cast.rounding defines them, and the greatest magnitudes that scales are found
+// from. Elementwise, so every instruction set and thread count gives the same bits.
+#pragma once
+#include "linear/coded.h"
+
+namespace parco::cast {
+
+using linear::Type;
+
+enum class Kind : int { floating = 0, integer = 1, listed = 2 };
+enum class Rounding : int { nearest = 0, zero = 1, stochastic = 2 };
+// What brings a number into the element's range: nothing, a product with 1 / scale, or a division by the scale.
+enum class Rescaling : int { none = 0, multiply = 1, divide = 2 };
+
+struct CastCall {
+  const void* x;             // [rows, columns] of x_type
+  const void* scale;         // scales[n / block_rows * scale_stride + k / group] of scale_type
+  const std::uint8_t* zero;  // the same, added to rounded numbers; null: offset
+  const float* factor;       // of every scale (`multiply` divides 1 by it first), or null
+  const float* entries;      // [2^bits], ascending: of `listed`
+  std::uint8_t* codes;       // [rows, ceil(columns * bits / 8)], each row an LSB-first bit stream
+  std::int64_t rows, columns, group, block_rows, scale_stride;
+  std::uint64_t seed;
+  Kind kind;
+  Rounding rounding;
+  Rescaling rescaling;
+  int bits;
+  int mantissa_bits, least_exponent, max_code, nan_code;  // of `floating`; nan_code -1: NaN becomes max_code, unsigned
+  int least, greatest, offset;                            // of `integer`
+  int threads;
+  Type x_type, scale_type;
+};
+
+void cast_generic(const CastCall& call);
+void cast_avx2(const CastCall& call);
+void cast_avx512(const CastCall& call);
+
+struct AmaxCall {
+  const void* x;  // [rows, columns] of x_type
+  float* amax;    // [rows, ceil(columns / group)]: NaN where the group has one
+  std::int64_t rows, columns, group;
+  int threads;
+  Type x_type;
+};
+
+void amax_generic(const AmaxCall& call);
+void amax_avx2(const AmaxCall& call);
+void amax_avx512(const AmaxCall& call);
+
+}  // namespace parco::cast

@@ -1,0 +1,320 @@
+// The casts in plain C++, written for the compiler to vectorise: arrays of `chunk` numbers go through one simple loop
+// after the other. Included by one translation unit per instruction set, everything is unnamed (see linear/floats.h).
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "cast/cast.h"
+#include "linear/floats.h"
+
+namespace parco::cast {
+namespace {
+
+using linear::bits_of;
+using linear::float_of;
+using linear::load_float;
+using linear::size_of;
+
+constexpr int chunk = 256;
+constexpr std::uint32_t fraction_mask = (1u << 23) - 1;
+
+// `count` numbers from index `index` in fp32; zeros fill the chunk.
+inline void load_chunk(const void* x, Type type, std::int64_t index, int count, float* to) {
+  const char* from = static_cast<const char*>(x) + index * size_of(type);
+  if (count < chunk) {
+    for (int i = 0; i < chunk; i++) to[i] = i < count ? load_float(from, type, i) : 0.0f;
+    return;
+  }
+  if (type == Type::fp32) {
+    std::memcpy(to, from, chunk * sizeof(float));
+  } else if (type == Type::bf16) {
+    std::uint16_t halves[chunk];
+    std::uint32_t bits[chunk];
+    std::memcpy(halves, from, sizeof(halves));
+    for (int i = 0; i < chunk; i++) bits[i] = static_cast<std::uint32_t>(halves[i]) << 16;
+    std::memcpy(to, bits, sizeof(bits));
+  } else {
+    for (int i = 0; i < chunk; i++) to[i] = load_float(from, type, i);
+  }
+}
+
+// Philox4x32-10 of elements [k, k + chunk) of a row; k is a multiple of 4.
+inline void draw(std::uint64_t seed, std::int64_t row, std::int64_t k, std::uint32_t* random) {
+  constexpr int quads = chunk / 4;
+  std::uint32_t word[4][quads];
+  for (int q = 0; q < quads; q++) {
+    word[0][q] = static_cast<std::uint32_t>(row);
+    word[1][q] = static_cast<std::uint32_t>(k / 4 + q);
+    word[2][q] = static_cast<std::uint32_t>(row >> 32);
+    word[3][q] = 0;
+  }
+  std::uint32_t key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; round++) {
+    for (int q = 0; q < quads; q++) {
+      const std::uint64_t product0 = static_cast<std::uint64_t>(word[0][q]) * 0xD2511F53u;
+      const std::uint64_t product1 = static_cast<std::uint64_t>(word[2][q]) * 0xCD9E8D57u;
+      const std::uint32_t old1 = word[1][q], old3 = word[3][q];
+      word[0][q] = static_cast<std::uint32_t>(product1 >> 32) ^ old1 ^ key0;
+      word[1][q] = static_cast<std::uint32_t>(product1);
+      word[2][q] = static_cast<std::uint32_t>(product0 >> 32) ^ old3 ^ key1;
+      word[3][q] = static_cast<std::uint32_t>(product0);
+    }
+    key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
+  }
+  for (int q = 0; q < quads; q++)
+    for (int w = 0; w < 4; w++) random[4 * q + w] = word[w][q];
+}
+
+// See rounding.py's _float_codes: significand * 2^(exponent - 150) loses `drop` bits and the rest is added to the code
+// of its binade's start.
+template <Rounding rounding>
+void float_codes(const CastCall& call, const float* x, const std::uint32_t* random, std::uint8_t* codes) {
+  const int least = call.least_exponent + 127, mantissa = call.mantissa_bits;
+  const std::uint32_t most = static_cast<std::uint32_t>(call.max_code);
+  const bool has_nan = call.nan_code >= 0;
+  const std::uint32_t nan = has_nan ? static_cast<std::uint32_t>(call.nan_code) : most;
+  const int sign_shift = 32 - call.bits;
+  const std::uint32_t sign_mask = 1u << (call.bits - 1);
+  std::uint32_t wide[chunk], pattern[chunk];
+  std::memcpy(pattern, x, sizeof(pattern));
+  for (int i = 0; i < chunk; i++) {
+    const std::uint32_t bits = pattern[i], magnitude = bits & 0x7fffffffu;
+    const int exponent = std::max(static_cast<int>(magnitude >> 23), 1);
+    const std::uint32_t significand = magnitude > fraction_mask ? (magnitude & fraction_mask) | (1u << 23) : magnitude;
+    const int binade = exponent - least;
+    const int drop = 23 - mantissa - std::min(binade, 0);
+    std::uint32_t kept;
+    if constexpr (rounding == Rounding::stochastic) {
+      // Beyond 32 there are no random bits left to compare with: what lies below them is cut off first.
+      const std::uint32_t cut = significand >> std::min(std::max(drop - 32, 0), 31);
+      const std::uint32_t mask = drop >= 32 ? ~0u : (1u << (drop & 31)) - 1;
+      const std::uint32_t sum = cut + (random[i] & mask);
+      const std::uint32_t carry = sum < cut ? 1 : 0;
+      kept = drop >= 32 ? carry : sum >> (drop & 31);
+    } else {
+      const int bounded = std::min(drop, 25);  // from 25 on both give 0
+      kept = significand >> bounded;
+      if constexpr (rounding == Rounding::nearest)
+        kept = (significand + ((1u << (bounded - 1)) - 1) + (kept & 1)) >> bounded;
+    }
+    std::uint32_t code = kept + (static_cast<std::uint32_t>(std::max(binade, 0)) << mantissa);
+    code = std::min(code, most);
+    const bool is_nan = magnitude > 0x7f800000u;
+    const std::uint32_t sign = is_nan && !has_nan ? 0 : bits >> sign_shift & sign_mask;
+    wide[i] = (is_nan ? nan : code) | sign;
+  }
+  for (int i = 0; i < chunk; i++) codes[i] = static_cast<std::uint8_t>(wide[i]);
+}
+
+// -1 where a < b, else 0, by the sign of the difference: of a comparison the compiler makes a branch.
+inline int less(float a, float b) { return static_cast<int>(bits_of(a - b)) >> 31; }
+
+// Whether random < fraction * 2^32, for a fraction in [0, 1]: the upper and the lower 16 bits one after the other,
+// exact.
+inline int goes_up(float fraction, std::uint32_t random) {
+  const float scaled = fraction * 65536.0f;
+  const int high = static_cast<int>(scaled);
+  const float rest = (scaled - static_cast<float>(high)) * 65536.0f;
+  const int floor = static_cast<int>(rest), low = floor - less(static_cast<float>(floor), rest);
+  const int upper = static_cast<int>(random >> 16) - high, lower = static_cast<int>(random & 0xffffu) - low;
+  return static_cast<int>(static_cast<std::uint32_t>(upper | (lower & ~(-upper | upper))) >> 31);
+}
+
+// Codes of one run under one zero. x is bounded first: whatever lies beyond 1024 saturates with any offset.
+template <Rounding rounding>
+void integer_codes(const CastCall& call, const float* x, const std::uint32_t* random, const int* zero,
+                   std::uint8_t* codes) {
+  const int low = call.zero ? 0 : call.least + call.offset;
+  const int high = call.zero ? (1 << call.bits) - 1 : call.greatest + call.offset;
+  int wide[chunk];
+  float all[chunk];
+  for (int i = 0; i < chunk; i++) {
+    const float least = x[i] < -1024.0f ? -1024.0f : x[i], most = least > 1024.0f ? 1024.0f : least;
+    all[i] = most == most ? most : 0.0f;
+  }
+  for (int i = 0; i < chunk; i++) {
+    const float bounded = all[i];
+    int number;
+    if constexpr (rounding == Rounding::nearest) {
+      const float shifted = bounded + 0x1.8p23f;  // nearest even, without asking for a rounding mode
+      std::uint32_t bits;
+      std::memcpy(&bits, &shifted, 4);
+      number = static_cast<int>(bits - 0x4b400000u);
+    } else if constexpr (rounding == Rounding::zero) {
+      number = static_cast<int>(bounded);
+    } else {
+      const int truncated = static_cast<int>(bounded);
+      const int below = truncated + less(bounded, static_cast<float>(truncated));
+      number = below + goes_up(bounded - static_cast<float>(below), random[i]);
+    }
+    wide[i] = std::min(std::max(number + zero[i], low), high);
+  }
+  for (int i = 0; i < chunk; i++) codes[i] = static_cast<std::uint8_t>(wide[i]);
+}
+
+// Of a table of ascending entries.
+template <Rounding rounding>
+void listed_codes(const CastCall& call, const float* x, const std::uint32_t* random, std::uint8_t* codes) {
+  const int count = 1 << call.bits;
+  const float* entries = call.entries;
+  float bounded[chunk];
+  int index[chunk] = {};
+  for (int i = 0; i < chunk; i++) {
+    const float number = x[i] == x[i] ? x[i] : 0.0f;
+    bounded[i] = std::min(std::max(number, entries[0]), entries[count - 1]);
+  }
+  if constexpr (rounding == Rounding::nearest) {
+    for (int b = 0; b + 1 < count; b++) {
+      const float bound =
+          static_cast<float>((static_cast<double>(entries[b + 1]) + static_cast<double>(entries[b])) / 2);
+      for (int i = 0; i < chunk; i++) index[i] += bounded[i] > bound ? 1 : 0;
+    }
+  } else {
+    for (int b = 1; b + 1 < count; b++)
+      for (int i = 0; i < chunk; i++) index[i] += bounded[i] > entries[b] ? 1 : 0;
+    for (int i = 0; i < chunk; i++) {
+      const float below = entries[index[i]], above = entries[index[i] + 1];
+      if constexpr (rounding == Rounding::zero)
+        index[i] += (bounded[i] < 0 && bounded[i] > below) || bounded[i] == above ? 1 : 0;
+      else
+        index[i] += goes_up((bounded[i] - below) / (above - below), random[i]);
+    }
+  }
+  for (int i = 0; i < chunk; i++) codes[i] = static_cast<std::uint8_t>(index[i]);
+}
+
+// A chunk of codes into the first `count` codes' bytes.
+inline void pack_chunk(const std::uint8_t* codes, int bits, int count, std::uint8_t* to) {
+  std::uint8_t packed[chunk];
+  if (bits == 8) {
+    std::memcpy(to, codes, static_cast<std::size_t>(count));
+    return;
+  }
+  if (bits == 4) {
+    for (int i = 0; i < chunk / 2; i++) packed[i] = static_cast<std::uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
+  } else {
+    for (int i = 0; i < chunk / 8; i++) {
+      std::uint64_t window = 0;
+      for (int j = 0; j < 8; j++) window |= static_cast<std::uint64_t>(codes[8 * i + j]) << j * bits;
+      for (int j = 0; j < bits; j++) packed[i * bits + j] = static_cast<std::uint8_t>(window >> 8 * j);
+    }
+  }
+  std::memcpy(to, packed, static_cast<std::size_t>((count * bits + 7) / 8));
+}
+
+// What numbers of a row's group g are multiplied with or divided by.
+inline float rescale_by(const CastCall& call, std::int64_t at) {
+  const float scale = load_float(call.scale, call.scale_type, at);
+  if (call.rescaling == Rescaling::divide) return scale == 0 ? HUGE_VALF : scale;
+  if (!call.factor) return 1.0f / scale;
+  return scale == 0 ? 0.0f : (1.0f / *call.factor) / scale;
+}
+
+// Numbers [k, k + count) of row n under their scales, and each one's zero.
+inline void rescale(const CastCall& call, std::int64_t n, std::int64_t k, int count, float* x, int* zero) {
+  const std::int64_t row = n / call.block_rows * call.scale_stride;
+  for (int i = 0; i < count;) {
+    const std::int64_t g = (k + i) / call.group;
+    const int stop = static_cast<int>(std::min<std::int64_t>(count, (g + 1) * call.group - k));
+    if (call.zero) std::fill(zero + i, zero + stop, static_cast<int>(call.zero[row + g]));
+    if (call.rescaling == Rescaling::none) {
+      i = stop;
+      continue;
+    }
+    const float by = rescale_by(call, row + g);
+    // Of a fixed length: one vector operation.
+    for (; i + 16 <= stop; i += 16) {
+      if (call.rescaling == Rescaling::multiply)
+        for (int j = 0; j < 16; j++) x[i + j] *= by;
+      else
+        for (int j = 0; j < 16; j++) x[i + j] /= by;
+    }
+    for (; i < stop; i++) x[i] = call.rescaling == Rescaling::multiply ? x[i] * by : x[i] / by;
+  }
+}
+
+template <Rounding rounding>
+void cast_rows(const CastCall& call, std::int64_t first, std::int64_t last) {
+  const std::int64_t row_bytes = (call.columns * call.bits + 7) / 8;
+  alignas(64) float x[chunk];
+  alignas(64) std::uint32_t random[chunk];
+  alignas(64) std::uint8_t codes[chunk];
+  alignas(64) int zero[chunk];
+  std::fill(zero, zero + chunk, call.offset);
+  for (std::int64_t n = first; n < last; n++) {
+    for (std::int64_t k = 0; k < call.columns; k += chunk) {
+      const int count = static_cast<int>(std::min<std::int64_t>(chunk, call.columns - k));
+      load_chunk(call.x, call.x_type, n * call.columns + k, count, x);
+      rescale(call, n, k, count, x, zero);
+      if constexpr (rounding == Rounding::stochastic) draw(call.seed, n, k, random);
+      if (call.kind == Kind::floating)
+        float_codes<rounding>(call, x, random, codes);
+      else if (call.kind == Kind::integer)
+        integer_codes<rounding>(call, x, random, zero, codes);
+      else
+        listed_codes<rounding>(call, x, random, codes);
+      for (int i = count; i < chunk; i++) codes[i] = 0;  // unused bits at a row's end are zero
+      pack_chunk(codes, call.bits, count, call.codes + n * row_bytes + k * call.bits / 8);
+    }
+  }
+}
+
+constexpr std::int64_t elements_worth_a_thread = 1 << 15;
+
+inline void run_cast(const CastCall& call) {
+  const std::int64_t work = call.rows * call.columns / elements_worth_a_thread;
+  const int threads = static_cast<int>(std::clamp<std::int64_t>(work, 1, call.threads));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int t = 0; t < threads; t++) {
+    const std::int64_t first = call.rows * t / threads, last = call.rows * (t + 1) / threads;
+    if (call.rounding == Rounding::nearest)
+      cast_rows<Rounding::nearest>(call, first, last);
+    else if (call.rounding == Rounding::zero)
+      cast_rows<Rounding::zero>(call, first, last);
+    else
+      cast_rows<Rounding::stochastic>(call, first, last);
+  }
+}
+
+// Magnitudes are compared as their patterns: those of NaN are the greatest.
+inline std::uint32_t group_amax(const void* x, Type type, std::int64_t index, std::int64_t count) {
+  std::uint32_t most[16] = {};
+  std::int64_t i = 0;
+  if (type != Type::fp16) {
+    const char* from = static_cast<const char*>(x) + index * size_of(type);
+    for (; i + 16 <= count; i += 16) {
+      std::uint32_t bits[16];
+      std::uint16_t halves[16];
+      if (type == Type::fp32) {
+        std::memcpy(bits, from + 4 * i, sizeof(bits));
+      } else {
+        std::memcpy(halves, from + 2 * i, sizeof(halves));
+        for (int j = 0; j < 16; j++) bits[j] = static_cast<std::uint32_t>(halves[j]) << 16;
+      }
+      for (int j = 0; j < 16; j++) most[j] = std::max(most[j], bits[j] & 0x7fffffffu);
+    }
+  }
+  for (; i < count; i++) most[0] = std::max(most[0], bits_of(load_float(x, type, index + i)) & 0x7fffffffu);
+  for (int width = 8; width; width /= 2)
+    for (int j = 0; j < width; j++) most[j] = std::max(most[j], most[j + width]);
+  return most[0];
+}
+
+inline void run_amax(const AmaxCall& call) {
+  const std::int64_t groups = (call.columns + call.group - 1) / call.group;
+  const std::int64_t work = call.rows * call.columns / elements_worth_a_thread;
+  const int threads = static_cast<int>(std::clamp<std::int64_t>(work, 1, call.threads));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int t = 0; t < threads; t++) {
+    for (std::int64_t n = call.rows * t / threads; n < call.rows * (t + 1) / threads; n++) {
+      for (std::int64_t g = 0; g < groups; g++) {
+        const std::int64_t k = g * call.group, count = std::min(call.group, call.columns - k);
+        const std::uint32_t most = group_amax(call.x, call.x_type, n * call.columns + k, count);
+        call.amax[n * groups + g] = float_of(most > 0x7f800000u ? 0x7fc00000u : most);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace parco::cast

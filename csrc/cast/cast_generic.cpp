@@ -1,0 +1,8 @@
+#include "cast/cast_engine.h"
+
+namespace parco::cast {
+
+void cast_generic(const CastCall& call) { run_cast(call); }
+void amax_generic(const AmaxCall& call) { run_amax(call); }
+
+}  // namespace parco::cast

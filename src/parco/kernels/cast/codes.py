@@ -1,0 +1,260 @@
+"""cast_codes: numbers into the codes of a format, under scales that are there."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from parco import _C, machine
+from parco.formats import Block, Element, Float, Format, Integer, ScaleE4M3, ScaleE8M0, Unscaled
+from parco.kernels import table
+from parco.kernels.cast.packing import pack
+from parco.kernels.cast.philox import random_bits
+from parco.kernels.cast.rounding import ROUNDINGS, Rounding, check_rounding, round_integers, to_codes
+from parco.kernels.cast.scaling import scale_numbers, scale_reciprocals
+from parco.kernels.cast.tiles import row_chunks, scale_rows, spread, tile, untile
+from parco.kernels.library import BYTE_SCALES, LIBRARY, TYPES
+
+
+class CastCall(NamedTuple):
+    """One call of cast_codes on `rows` by `columns` numbers of `dtype`."""
+
+    device: str
+    isa: str
+    dtype: torch.dtype
+    rows: int
+    columns: int
+    format: str
+    rounding: str
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns} of {self.dtype} to {self.format}, {self.rounding}"
+
+
+def describe(
+    x: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    rounding: str,
+    seed: int,
+) -> CastCall:
+    """The table's key of a call."""
+    return CastCall(x.device.type, machine.isa(), x.dtype, x.shape[0], x.shape[1], format, rounding)
+
+
+def check(
+    x: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    rounding: str,
+    seed: int,
+) -> None:
+    """ValueError or TypeError, naming the argument, unless the arguments fit together."""
+    if x.ndim != 2 or not x.is_floating_point():
+        raise TypeError(f"cast_codes: x is {x.dtype} {tuple(x.shape)}; a matrix of floats is needed")
+    check_rounding(rounding)
+    form = Format.parse(format)
+    if form.is_dense:
+        raise ValueError(f"cast_codes: format {format} is dense and has no codes")
+    given = {"scale": scale, "zero": zero, "global_scale": global_scale}
+    specs = form.tensors((x.shape[0], x.shape[1]))
+    for name, tensor in given.items():
+        found = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+        if found != specs.get(name):
+            raise ValueError(
+                f"cast_codes: {name} is {found}; format {format} of {tuple(x.shape)} needs {specs.get(name)}"
+            )
+
+
+def reference(
+    x: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    rounding: Rounding,
+    seed: int,
+) -> Tensor:
+    """Packed codes of `x` [N, K], chunk by chunk."""
+    form = Format.parse(format)
+    given = {"scale": scale, "zero": zero, "global_scale": global_scale}
+    scales = {name: tensor for name, tensor in given.items() if tensor is not None}
+    shape = (x.shape[0], x.shape[1])
+    spec = form.tensors(shape)["codes"]
+    out = torch.empty(spec.shape, dtype=spec.dtype, device=x.device)
+    rescale = _rescaling(form, scales)
+    for chunk in row_chunks(shape, form.block):
+        numbers = x[chunk.start : chunk.stop].to(torch.float32)
+        part = scale_rows(chunk, form.block)
+        chunk_shape = (len(chunk), shape[1])
+        if rescale is not None:
+            numbers = untile(rescale(tile(numbers, form.block), part), chunk_shape)
+        random = random_bits(seed % (1 << 64), chunk, shape[1], device=x.device) if rounding == "stochastic" else None
+        if isinstance(form.element, Integer) and form.is_asymmetric:
+            offset = _per_element(scales["zero"][part], form.block, chunk_shape)
+            rounded = round_integers(numbers, rounding, random).add_(offset)
+            codes = rounded.clamp_(0, form.element.codes - 1).to(torch.uint8)
+        else:
+            codes = to_codes(numbers, form.element, rounding, random)
+        out[chunk.start : chunk.stop] = pack(codes, form.bits)
+    return out
+
+
+def _rescaling(format: Format, scales: dict[str, Tensor]) -> Callable[[Tensor, slice], Tensor] | None:
+    """Brings tiles under the scales of `part` into the element's range (0 under a scale of 0); None if unscaled."""
+    reciprocals = scale_reciprocals(format, scales)
+    if reciprocals is not None:
+        return lambda tiles, part: tiles * spread(reciprocals[part])
+    numbers = scale_numbers(format, scales)
+    if numbers is None:
+        return None
+    divisors = torch.where(numbers == 0, torch.inf, numbers)
+    return lambda tiles, part: tiles / spread(divisors[part])
+
+
+def _per_element(scale: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
+    """[R, C] -> [n, K]: each block's number at each of its elements."""
+    height, width = block.rows or shape[0], block.columns or shape[1]
+    return scale.repeat_interleave(height, 0).repeat_interleave(width, 1)[: shape[0], : shape[1]]
+
+
+def _element_numbers(element: Element) -> dict[str, int]:
+    """What csrc/cast/cast.h says of an element."""
+    numbers = dict.fromkeys(
+        ("mantissa_bits", "least_exponent", "max_code", "nan_code", "least", "greatest", "offset"), 0
+    )
+    match element:
+        case Float():
+            nan = -1 if element.nan_code is None else element.nan_code
+            found = (element.mantissa_bits, element.least_exponent, element.max_code, nan)
+            names = ("mantissa_bits", "least_exponent", "max_code", "nan_code")
+            return numbers | dict(zip(names, found, strict=True)) | {"kind": 0}
+        case Integer():
+            return numbers | {
+                "least": element.least, "greatest": element.greatest, "offset": element.offset, "kind": 1
+            }  # fmt: skip
+        case _:
+            return numbers | {"kind": 2}
+
+
+def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
+    def run(
+        x: Tensor,
+        scale: Tensor | None,
+        zero: Tensor | None,
+        global_scale: Tensor | None,
+        format: str,
+        rounding: str,
+        seed: int,
+    ) -> Tensor:
+        form = Format.parse(format)
+        rows, columns = x.shape
+        x = x.contiguous()
+        scale = None if scale is None else scale.contiguous()
+        zero = None if zero is None else zero.contiguous()
+        spec = form.tensors((rows, columns))["codes"]
+        codes = torch.empty(spec.shape, dtype=spec.dtype)
+        entries = None if isinstance(form.element, Float | Integer) else torch.tensor(form.element.entries)
+        unscaled = isinstance(form.scale, Unscaled)
+        rescaling = 0 if unscaled else 1 if isinstance(form.scale, ScaleE8M0 | ScaleE4M3) else 2
+        group = columns if form.block.columns is None else form.block.columns
+        byte_scale = BYTE_SCALES.get(type(form.scale))
+        function(
+            x=x.data_ptr(),
+            scale=0 if scale is None else scale.data_ptr(),
+            zero=0 if zero is None else zero.data_ptr(),
+            factor=0 if global_scale is None else global_scale.data_ptr(),
+            entries=0 if entries is None else entries.data_ptr(),
+            codes=codes.data_ptr(),
+            rows=rows,
+            columns=columns,
+            group=group,
+            block_rows=form.block.rows or max(rows, 1),
+            scale_stride=-(-columns // group),
+            seed=seed % (1 << 64),
+            rounding=ROUNDINGS.index(rounding),  # pyright: ignore[reportArgumentType]
+            rescaling=rescaling,
+            bits=form.bits,
+            x_type=TYPES[x.dtype],
+            scale_type=byte_scale or (0 if scale is None else TYPES[scale.dtype]),
+            threads=torch.get_num_threads(),
+            **_element_numbers(form.element),
+        )
+        return codes
+
+    return run
+
+
+def _refuses(call: CastCall) -> str | None:
+    return None if call.dtype in TYPES else f"it reads no {call.dtype}"
+
+
+table.register(
+    table.Operation(
+        "cast_codes",
+        describe,
+        (
+            table.Kernel("cast-avx512", "avx512", _compiled(_C.cast_avx512), _refuses),
+            table.Kernel("cast-avx2", "avx2", _compiled(_C.cast_avx2), _refuses),
+            table.Kernel("cast-generic", "generic", _compiled(_C.cast_generic), _refuses),
+            table.Kernel("cast-torch", table.TORCH, reference),
+        ),
+    )
+)
+
+LIBRARY.define(
+    "cast_codes(Tensor x, Tensor? scale, Tensor? zero, Tensor? global_scale, str format, str rounding, int seed)"
+    " -> Tensor"
+)
+
+
+def _reference(*arguments: Any) -> Tensor:
+    check(*arguments)
+    return reference(*arguments)
+
+
+def _cpu(*arguments: Any) -> Tensor:
+    check(*arguments)
+    return table.choose("cast_codes", describe(*arguments)).run(*arguments)
+
+
+def _fake(
+    x: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    rounding: str,
+    seed: int,
+) -> Tensor:
+    check(x, scale, zero, global_scale, format, rounding, seed)
+    spec = Format.parse(format).tensors((x.shape[0], x.shape[1]))["codes"]
+    return x.new_empty(spec.shape, dtype=spec.dtype)
+
+
+LIBRARY.impl("cast_codes", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("cast_codes", _cpu, "CPU")
+torch.library.register_fake("parco::cast_codes", _fake, lib=LIBRARY)
+
+
+def cast_codes(
+    x: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    rounding: Rounding,
+    seed: int,
+) -> Tensor:
+    """The packed codes uint8 [N, ceil(K·bits/8)] of x [N, K] in `format` under scales in its stored shape and dtype,
+    None for those that it has not. `seed` in [0, 2⁶⁴). Raises ValueError or TypeError naming the argument.
+    """
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed={seed}: must lie in [0, 2**64)")
+    signed = seed - (1 << 64) if seed >= 1 << 63 else seed
+    return torch.ops.parco.cast_codes.default(x, scale, zero, global_scale, format, rounding, signed)

@@ -1,0 +1,155 @@
+"""cast_codes and row_amax: the bits of the reference, from every instruction set and any number of threads."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tests.laws.kernel_laws import KernelLaws
+from torch import Tensor
+
+from parco import formats, machine
+from parco.kernels import table
+from parco.kernels.cast import ROUNDINGS, encode
+from parco.kernels.cast.amax import row_amax
+from parco.kernels.cast.codes import cast_codes
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SCALED = [name for name in formats.NAMES if not formats.parse(name).is_dense]
+
+
+def sample(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers of many sizes, with zeros, subnormals, infinities and NaN among them."""
+    generator = torch.Generator().manual_seed(rows * columns)
+    x = torch.randn(rows, columns, generator=generator) * torch.exp(3 * torch.randn(rows, columns, generator=generator))
+    special = [
+        0.0,
+        -0.0,
+        1e-42,
+        -1e-45,
+        float("inf"),
+        float("-inf"),
+        float("nan"),
+        -float("nan"),
+        3e38,
+        -6e-8,
+        448.0,
+        0.5,
+    ]
+    for i, value in enumerate(special[: columns - 1]):
+        x[i % rows, (7 * i + 3) % columns] = value
+    return x.to(dtype)
+
+
+def compiled(operation: str) -> Iterator[table.Kernel]:
+    for kernel in table.operations()[operation].kernels[:-1]:
+        if kernel.isa in machine.detect().isas:
+            yield kernel
+
+
+def scales_of(x: Tensor, name: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The scales that the format gives to the finite numbers of x, a NaN among them where there are two."""
+    given = {}
+    if isinstance(formats.parse(name).scale, formats.ScaleDelayed):
+        given = {"scale": torch.tensor([[0.37]])}
+    tensors = encode(torch.nan_to_num(x.float(), 0.0, 5.0, -5.0), name, **given).tensors
+    scale = tensors.get("scale")
+    if scale is not None and scale.numel() > 1:
+        scale[-1, -1] = {torch.uint8: 255}.get(scale.dtype, float("nan"))
+        scale[0, 0] = 0
+    return scale, tensors.get("zero"), tensors.get("global_scale")
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_every_kernel_writes_the_codes_of_the_reference(name: str) -> None:
+    reference = table.operations()["cast_codes"].kernels[-1].run
+    for rows, columns in ((5, 300), (33, 64), (1, 17), (3, 1), (40, 513)):
+        for dtype in DTYPES:
+            x = sample(rows, columns, dtype)
+            scales = scales_of(x, name)
+            for rounding in ROUNDINGS:
+                for seed in (3, 2**64 - 1):
+                    wanted = reference(x, *scales, name, rounding, seed)
+                    for kernel in compiled("cast_codes"):
+                        found = kernel.run(x, *scales, name, rounding, seed)
+                        assert torch.equal(found, wanted), (kernel.name, rows, columns, dtype, rounding)
+                if rounding != "stochastic":
+                    assert torch.equal(cast_codes(x, *scales, name, rounding, 0), wanted)
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1", "int8:tensor", "nf4:64"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_all_numbers_of_16_bits(name: str, rounding: Any) -> None:
+    reference = table.operations()["cast_codes"].kernels[-1].run
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).reshape(256, 256)
+        scales = scales_of(torch.ones(256, 256), name)
+        for kernel in compiled("cast_codes"):
+            assert torch.equal(kernel.run(x, *scales, name, rounding, 5), reference(x, *scales, name, rounding, 5)), (
+                kernel.name
+            )
+
+
+def test_threads_and_strides_do_not_change_the_codes() -> None:
+    x = sample(700, 520)
+    scales = scales_of(x, "mxfp8_e4m3")
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(cast_codes(x, *scales, "mxfp8_e4m3", "stochastic", 9))
+            found.append(cast_codes(x.T.contiguous().T, *scales, "mxfp8_e4m3", "stochastic", 9))
+            assert torch.equal(row_amax(x, 32).nan_to_num(), row_amax(x.T.contiguous().T, 32).nan_to_num())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(codes, found[0]) for codes in found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_amax_is_the_references(dtype: torch.dtype) -> None:
+    reference = table.operations()["row_amax"].kernels[-1].run
+    for rows, columns in ((5, 300), (33, 64), (1, 17), (3, 1), (0, 5), (9, 4096)):
+        x = sample(rows, columns, dtype) if rows else torch.zeros(0, columns, dtype=dtype)
+        for group in (1, 16, 32, 48, 128, 1 << 40):
+            wanted = reference(x, group)
+            assert wanted.isnan().any() == x.isnan().any()
+            for kernel in compiled("row_amax"):
+                torch.testing.assert_close(kernel.run(x, group), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_wrong_arguments_are_named() -> None:
+    x, scale = torch.zeros(4, 64), torch.zeros(4, 2, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"x is torch\.int32"):
+        cast_codes(x.int(), scale, None, None, "int4:32", "nearest", 0)
+    with pytest.raises(ValueError, match="scale is None"):
+        cast_codes(x, None, None, None, "int4:32", "nearest", 0)
+    with pytest.raises(ValueError, match="zero is"):
+        cast_codes(x, scale, torch.zeros(4, 2, dtype=torch.uint8), None, "int4:32", "nearest", 0)
+    with pytest.raises(ValueError, match="dense"):
+        cast_codes(x, None, None, None, "bf16", "nearest", 0)
+    with pytest.raises(ValueError, match="rounding='up'"):
+        cast_codes(x, scale, None, None, "int4:32", "up", 0)
+    with pytest.raises(ValueError, match="seed=-1"):
+        cast_codes(x, scale, None, None, "int4:32", "stochastic", -1)
+    with pytest.raises(TypeError, match="matrix of floats"):
+        row_amax(torch.zeros(4), 2)
+    with pytest.raises(ValueError, match="group=0"):
+        row_amax(x, 0)
+
+
+class TestCastCodes(KernelLaws):
+    operation = "cast_codes"
+
+    @pytest.fixture(params=["mxfp4", "int4:32:asym", "nf4:64", "nvfp4:16x16"])
+    def call(self, request: pytest.FixtureRequest) -> tuple[Any, ...]:
+        x = torch.randn(20, 96, generator=torch.Generator().manual_seed(1))
+        return x, *scales_of(x, request.param), request.param, "stochastic", 7
+
+
+class TestRowAmax(KernelLaws):
+    operation = "row_amax"
+
+    @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+    def call(self, request: pytest.FixtureRequest) -> tuple[Any, ...]:
+        return torch.randn(20, 96, generator=torch.Generator().manual_seed(1)).to(request.param), 32
