@@ -26,13 +26,15 @@ inline void load_chunk(const void* x, Type type, std::int64_t index, int count, 
     return;
   }
   if (type == Type::fp32) {
-    std::memcpy(to, from, chunk * sizeof(float));
+#pragma omp simd
+    for (int i = 0; i < chunk; i++) std::memcpy(to + i, from + 4 * i, 4);
   } else if (type == Type::bf16) {
-    std::uint16_t halves[chunk];
-    std::uint32_t bits[chunk];
-    std::memcpy(halves, from, sizeof(halves));
-    for (int i = 0; i < chunk; i++) bits[i] = static_cast<std::uint32_t>(halves[i]) << 16;
-    std::memcpy(to, bits, sizeof(bits));
+#pragma omp simd
+    for (int i = 0; i < chunk; i++) {
+      std::uint16_t half;
+      std::memcpy(&half, from + 2 * i, 2);
+      to[i] = float_of(static_cast<std::uint32_t>(half) << 16);
+    }
   } else {
     for (int i = 0; i < chunk; i++) to[i] = load_float(from, type, i);
   }
@@ -183,14 +185,15 @@ void listed_codes(const CastCall& call, const float* x, const std::uint32_t* ran
   for (int i = 0; i < chunk; i++) codes[i] = static_cast<std::uint8_t>(index[i]);
 }
 
-// A chunk of codes into the first `count` codes' bytes.
+// `count` codes of a chunk into the bytes that they fill; those past them are zero.
 inline void pack_chunk(const std::uint8_t* codes, int bits, int count, std::uint8_t* to) {
-  std::uint8_t packed[chunk];
+  std::uint8_t last[chunk];
+  std::uint8_t* packed = count == chunk ? to : last;
   if (bits == 8) {
-    std::memcpy(to, codes, static_cast<std::size_t>(count));
-    return;
-  }
-  if (bits == 4) {
+#pragma omp simd
+    for (int i = 0; i < chunk; i++) packed[i] = codes[i];
+  } else if (bits == 4) {
+#pragma omp simd
     for (int i = 0; i < chunk / 2; i++) packed[i] = static_cast<std::uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
   } else {
     for (int i = 0; i < chunk / 8; i++) {
@@ -199,7 +202,7 @@ inline void pack_chunk(const std::uint8_t* codes, int bits, int count, std::uint
       for (int j = 0; j < bits; j++) packed[i * bits + j] = static_cast<std::uint8_t>(window >> 8 * j);
     }
   }
-  std::memcpy(to, packed, static_cast<std::size_t>((count * bits + 7) / 8));
+  if (count < chunk) std::memcpy(to, packed, static_cast<std::size_t>((count * bits + 7) / 8));
 }
 
 // What numbers of a row's group g are multiplied with or divided by.
@@ -222,12 +225,15 @@ inline void rescale(const CastCall& call, std::int64_t n, std::int64_t k, int co
       continue;
     }
     const float by = rescale_by(call, row + g);
-    // Of a fixed length: one vector operation.
+    // Of a fixed length: one vector operation, where the compiler is told not to unroll it first.
     for (; i + 16 <= stop; i += 16) {
-      if (call.rescaling == Rescaling::multiply)
-        for (int j = 0; j < 16; j++) x[i + j] *= by;
-      else
-        for (int j = 0; j < 16; j++) x[i + j] /= by;
+      if (call.rescaling == Rescaling::multiply) {
+#pragma omp simd
+        for (int j = i; j < i + 16; j++) x[j] *= by;
+      } else {
+#pragma omp simd
+        for (int j = i; j < i + 16; j++) x[j] /= by;
+      }
     }
     for (; i < stop; i++) x[i] = call.rescaling == Rescaling::multiply ? x[i] * by : x[i] / by;
   }
@@ -278,26 +284,26 @@ inline void run_cast(const CastCall& call) {
 
 // Magnitudes are compared as their patterns: those of NaN are the greatest.
 inline std::uint32_t group_amax(const void* x, Type type, std::int64_t index, std::int64_t count) {
-  std::uint32_t most[16] = {};
-  std::int64_t i = 0;
-  if (type != Type::fp16) {
-    const char* from = static_cast<const char*>(x) + index * size_of(type);
-    for (; i + 16 <= count; i += 16) {
-      std::uint32_t bits[16];
-      std::uint16_t halves[16];
-      if (type == Type::fp32) {
-        std::memcpy(bits, from + 4 * i, sizeof(bits));
-      } else {
-        std::memcpy(halves, from + 2 * i, sizeof(halves));
-        for (int j = 0; j < 16; j++) bits[j] = static_cast<std::uint32_t>(halves[j]) << 16;
-      }
-      for (int j = 0; j < 16; j++) most[j] = std::max(most[j], bits[j] & 0x7fffffffu);
+  const char* from = static_cast<const char*>(x) + index * size_of(type);
+  std::uint32_t most = 0;
+  if (type == Type::fp32) {
+#pragma omp simd reduction(max : most)
+    for (std::int64_t i = 0; i < count; i++) {
+      std::uint32_t bits;
+      std::memcpy(&bits, from + 4 * i, 4);
+      most = std::max(most, bits & 0x7fffffffu);
     }
+    return most;
   }
-  for (; i < count; i++) most[0] = std::max(most[0], bits_of(load_float(x, type, index + i)) & 0x7fffffffu);
-  for (int width = 8; width; width /= 2)
-    for (int j = 0; j < width; j++) most[j] = std::max(most[j], most[j + width]);
-  return most[0];
+  // 16-bit patterns order as their magnitudes do, too.
+  std::uint16_t greatest = 0;
+#pragma omp simd reduction(max : greatest)
+  for (std::int64_t i = 0; i < count; i++) {
+    std::uint16_t bits;
+    std::memcpy(&bits, from + 2 * i, 2);
+    greatest = std::max(greatest, static_cast<std::uint16_t>(bits & 0x7fff));
+  }
+  return bits_of(load_float(&greatest, type, 0));
 }
 
 inline void run_amax(const AmaxCall& call) {
