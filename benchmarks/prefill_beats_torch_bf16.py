@@ -1,5 +1,5 @@
-"""Claim: 512 rows times stored weights run as fast as torch's bf16 product where there is no AMX, and faster: formats
-that compute in integers at least 1.5 times, the others 1.3 times.
+"""Claim: where there is no AMX, 512 rows times stored weights run faster than torch's bf16 product: at least 1.5 times
+as fast where a format computes in integers and its groups are not the shortest, 1.3 times elsewhere.
 
 `of_peak` is the share of the 16-bit integer peak that parco.machine measures
 on operands in L1. torch's fp32 product is shown beside them: on processors whose bf16 dot products are slow it is the

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from parco.cli import evaluate, explain, fit, generate, machine
+from parco.cli import bench, evaluate, explain, fit, generate, machine
 
 app = typer.Typer(
     name="parco",
@@ -27,6 +27,7 @@ for name, command, summary in (
     ("eval", evaluate.evaluate, "Measure a model's loss and speed."),
     ("generate", generate.generate, "Let a model write."),
     ("explain", explain.explain, "Show what was chosen for each layer, and why."),
+    ("bench", bench.bench, "Time every storage on a model's shapes beside PyTorch's own products."),
     ("machine", machine.machine, "Show what this machine can do."),
 ):
     app.command(name, short_help=summary)(command)

@@ -1,0 +1,111 @@
+"""parco.bench: that every contender multiplies what it says, and that what cannot run is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from parco import bench, cli
+from parco.report import throughput
+
+SHAPE = (64, 96)
+
+
+@pytest.fixture(scope="module")
+def report() -> bench.Report:
+    return bench.run({SHAPE: 3}, formats=["int4:32", "bf16", "mxfp8_e4m3"], rows=[1, 20], rounds=2, cold=1 << 16)
+
+
+def test_every_contender_is_timed_on_every_number_of_rows(report: bench.Report) -> None:
+    names = {"torch fp32", "torch bf16", "torch int8pack", "torch int4pack:32", "torch int_mm"}
+    names |= {"parco int4:32", "parco bf16", "parco mxfp8_e4m3"}
+    assert {row["contender"] for row in report["rows"]} | set(report["missing"]) == names
+    for row in report["rows"]:
+        assert row["quartile1_us"] <= row["median_us"] <= row["quartile3_us"]
+        assert row["G_multiply_adds_per_s"] == pytest.approx(row["rows"] * 64 * 96 / row["median_us"] / 1e3)
+        assert row["GB_per_s"] == pytest.approx(row["bytes"] / row["median_us"] / 1e3)
+        assert row["of_peak"] > 0
+        assert (row["times_bf16"] == 1) == (row["contender"] == bench.BASELINE)
+    (int4,) = (row for row in report["rows"] if row["contender"] == "parco int4:32" and row["rows"] == 1)
+    assert (int4["bytes"], int4["layers"]) == (64 * 96 // 2 + 64 * 3 * 2, 3)
+    assert int4["kernel"].startswith("int-linear-")
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_contenders_multiply(rows: int) -> None:
+    """Those that store the matrix itself come near the product; torch's int4 and int8 ones are fed random codes."""
+    weight, x = torch.randn(SHAPE), torch.randn(rows, 96).bfloat16()
+    wanted = x.double() @ weight.double().T
+    for contender in bench.contenders(SHAPE, rows, ["int8:row", "fp8_e4m3:row"]):
+        y = contender.run(x, *contender.make(weight))
+        assert y.shape == (rows, 64), contender.name
+        if contender.name not in ("torch int4pack:32", "torch int_mm"):
+            assert (y.double() - wanted).norm() < 0.05 * wanted.norm(), contender.name
+
+
+def test_a_peer_that_cannot_run_is_named_and_costs_nothing_else() -> None:
+    found = bench.run({(30, 50): 1}, formats=["int4:32"], rows=[1], rounds=1, cold=1)
+    assert "torch int4pack:32" in found["missing"]
+    assert {row["contender"] for row in found["rows"]} >= {"torch bf16", "parco int4:32"}
+
+
+def test_the_axes_of_the_plot_end_at_the_peak(report: bench.Report) -> None:
+    drawn = throughput.figure(report)
+    assert drawn.layout.xaxis.range == (0, report["peaks"]["read_bytes_per_second"] / 1e9)
+    elements = {row["element"] for row in report["rows"]}
+    assert drawn.layout.xaxis2.range == (0, max(report["peaks"][element] for element in elements) / 1e9)
+    bars = dict(zip(drawn.data[0].y, drawn.data[0].x, strict=True))
+    (int4,) = (row for row in report["rows"] if row["contender"] == "parco int4:32" and row["rows"] == 1)
+    assert bars["parco int4:32"] == pytest.approx(int4["GB_per_s"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rows": [0]}, r"rows=\[0\]"),
+        ({"rounds": 0}, r"rounds=\[0\]"),
+        ({"formats": ["int99"]}, "int99"),
+        ({"rows": []}, r"rows=\[\]"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench.run({SHAPE: 1}, **arguments)
+
+
+def test_the_command_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "found"
+    words = ["bench", "--shapes", "64x96,64x96,32x64", "--formats", "int4:32", "--rows", "1,2", "--rounds", "1"]
+    assert cli.main([*words, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "64 outputs x 96 inputs, 2 layers" in printed
+    assert "parco int4:32" in printed
+    saved = json.loads((out / "bench.json").read_text())
+    assert {tuple(row["shape"]): row["layers"] for row in saved["rows"]} == {(64, 96): 2, (32, 64): 1}
+    assert "<script" in (out / "bench.html").read_text()
+    assert cli.main([*words, "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shapes", "64"], "'64' is no shape"),
+        (["--shapes", "64x96", "--rows", "1,no"], "'no' is no whole number"),
+        (["--shapes", "64x96", "--formats", "int4:32,best"], "best"),
+        (["nowhere-at-all"], "nowhere-at-all"),
+    ],
+)
+def test_wrong_words_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_without_a_model_the_embedded_one_is_taken(tmp_path: Path) -> None:
+    words = ["bench", "--rows", "1", "--rounds", "1", "--formats", "int4:32", "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    saved = json.loads((tmp_path / "bench.json").read_text())
+    assert sum({tuple(row["shape"]): row["layers"] for row in saved["rows"]}.values()) == 36
