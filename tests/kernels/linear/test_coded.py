@@ -41,7 +41,7 @@ def stored(format: str, outputs: int, columns: int, *, seed: int = 1) -> Stored:
     generator = torch.Generator().manual_seed(seed)
     specs = form.tensors((outputs, columns))
     codes = torch.randint(0, 256, specs["codes"].shape, dtype=torch.uint8, generator=generator)
-    values = storage(format).values
+    values = torch.from_numpy(storage(format).values)
     if form.bits == 8:
         codes[~values[codes.long()].isfinite()] = 64
     if form.bits == 8 and isinstance(form.scale, formats.Unscaled | formats.ScaleE8M0):
@@ -276,7 +276,7 @@ def test_a_scale_that_is_no_number(format: str, nan: int, rows: int) -> None:
 def test_the_least_and_the_greatest_scales_of_mx(rows: int) -> None:
     """2^-127 is subnormal as fp32, and 2^127 times 1.5 its greatest power of two but one."""
     for format in ("mxfp4", "mxfp6_e2m3", "mxfp8_e4m3", "mxfp8_e5m2"):
-        values = storage(format).values
+        values = torch.from_numpy(storage(format).values)
         one = int((values == 1.5).nonzero()[0])
         codes = formats.parse(format).tensors((3, 32))["codes"]
         bits = formats.parse(format).bits

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from parco import _C
@@ -24,14 +27,15 @@ VECTOR = 16
 @final
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """`values` are the numbers of all codes, fp32. Where they are `unit` times integers within one byte, `integers`
+    """`values` are the numbers of all codes, fp32 (NumPy's arrays: a tensor would be a fake one where a graph is
+    traced). Where they are `unit` times integers within one byte, `integers`
     says so: (table[code] − zero_point)·unit is the number, or (code − zero_point)·unit without a `table`.
     """
 
     format: Format
-    values: Tensor
+    values: NDArray[np.float32]
     integers: bool
-    table: Tensor | None
+    table: NDArray[np.uint8] | None
     zero_point: int
     unit: float
 
@@ -76,28 +80,28 @@ def storage(name: str) -> Storage:
         return Storage(format, values, False, None, 0, 1.0)
     unit, numbers = found
     zero_point = -int(numbers.min())
-    table = (numbers + zero_point).to(torch.uint8).repeat(64 // numbers.numel())
+    table = np.tile((numbers + zero_point).astype(np.uint8), 64 // numbers.size)
     return Storage(format, values, True, table, zero_point, unit)
 
 
-def _values(element: Element) -> Tensor:
+def _values(element: Element) -> NDArray[np.float32]:
     if isinstance(element, Integer):
-        return torch.arange(element.codes, dtype=torch.float32) - element.offset
-    return torch.tensor(element.values(), dtype=torch.float32)
+        return np.arange(element.codes, dtype=np.float32) - np.float32(element.offset)
+    return np.array(element.values(), dtype=np.float32)
 
 
-def _integers(values: Tensor) -> tuple[float, Tensor] | None:
+def _integers(values: NDArray[np.float32]) -> tuple[float, NDArray[np.int32]] | None:
     """(unit, values / unit) where all are integers in units of the least magnitude, at most 6 bits index them and a
     byte holds their span; None elsewhere.
     """
-    if values.numel() > 64 or not values.isfinite().all():
+    if values.size > 64 or not np.isfinite(values).all():
         return None
-    unit = values.abs()[values != 0].min()
+    unit = float(np.abs(values[values != 0]).min())
     numbers = values / unit
-    whole = bool((numbers == numbers.round()).all()) and bool(unit.log2() == unit.log2().round())
+    whole = bool((numbers == np.round(numbers)).all()) and math.frexp(unit)[0] == 0.5
     if not whole or numbers.max() - numbers.min() > 255:
         return None
-    return float(unit), numbers.to(torch.int32)
+    return unit, numbers.astype(np.int32)
 
 
 def check_tensors(operation: str, name: str, columns: int, tensors: Mapping[str, Tensor | None]) -> None:
@@ -143,8 +147,8 @@ def settle(
     block, values, table = storage.format.block, storage.values, storage.table
     group = columns if scale is None or block.columns is None else min(block.columns, columns)
     return _C.CodedCall(
-        values=values.data_ptr(),
-        table=0 if table is None else table.data_ptr(),
+        values=values.ctypes.data,
+        table=0 if table is None else table.ctypes.data,
         rows=rows,
         outputs=outputs,
         columns=columns,
