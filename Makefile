@@ -12,7 +12,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no
 # The tools of the environment first: its cmake and ninja, not the system's.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: fit build test bench lint sanitize docs wheel
+.PHONY: fit build test bench lint sanitize prove docs wheel
 
 fit: build
 	$(BIN)/parco fit $(FIT)
@@ -40,6 +40,17 @@ sanitize: $(VENV)/ready
 	@cmake -S . -B build/sanitize -G Ninja -DPARCO_PYTHON=OFF -DPARCO_TESTS=ON -DPARCO_SANITIZE=address,undefined >/dev/null
 	@cmake --build build/sanitize
 	ctest --test-dir build/sanitize --output-on-failure
+
+# What CI samples, at length: SHAPES random products on every instruction set, and kernels from several threads at once
+# under ThreadSanitizer.
+SHAPES ?= 5000
+prove: $(VENV)/ready
+	@cmake -S . -B build/prove -G Ninja -DPARCO_PYTHON=OFF -DPARCO_TESTS=ON >/dev/null
+	@cmake --build build/prove
+	build/prove/linear_coded $(SHAPES)
+	@cmake -S . -B build/threads -G Ninja -DPARCO_PYTHON=OFF -DPARCO_TESTS=ON -DPARCO_SANITIZE=thread >/dev/null
+	@cmake --build build/threads --target threads
+	build/threads/threads
 
 docs: build $(VENV)/ready-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

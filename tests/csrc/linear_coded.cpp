@@ -3,6 +3,7 @@
 // say. Inputs lie at odd addresses in buffers of exactly their size, so that a read past an end is seen.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>
@@ -241,7 +242,8 @@ Codes listed(Codes codes, float unit, int zero_point) {
 
 }  // namespace
 
-int main() {
+// `linear_coded N` tries N random shapes instead of the chosen ones.
+int main(int argc, char** argv) {
   std::vector<Kernel> integer{{"int generic", int_generic}}, real{{"float generic", float_generic}};
   if (parco::features().avx2) integer.push_back({"int avx2", int_avx2});
   if (parco::features().avx512) {
@@ -262,25 +264,36 @@ int main() {
   std::vector<Codes> small{listed(floats("e2m1", 2, 1, Element::listed, 0, 0), 0.5f, 12),
                            listed(floats("e2m3", 2, 3, Element::listed, 0, 0), 0.125f, 60)};
   for (int bits = 2; bits <= 8; bits++) small.push_back(integers(bits));
-  for (const Codes& codes : small)
-    for (Shape shape : shapes)
-      for (Type x_type : types) {
-        const bool asymmetric = checks % 2 && codes.table.empty();
-        check(integer, codes, shape, x_type, scales[checks % 5], asymmetric, true);
-        if (checks++ % 3 == 0) check(real, codes, shape, x_type, scales[checks % 5], asymmetric, false);
-      }
-  const Codes elements[] = {floats("e4m3", 4, 3, Element::e4m3, 1, 0), floats("e5m2", 5, 2, Element::e5m2, 4, 124),
-                            floats("e3m2", 3, 2, Element::e3m2, 0, 0), floats("e2m1", 2, 1, Element::listed, 0, 0),
-                            integers(4)};
-  for (const Codes& codes : elements)
-    for (Shape shape : shapes)
-      for (Type x_type : types) {
-        if (shape.group < shape.columns && shape.group & (shape.group - 1))
-          check(real, codes, shape, x_type, scales[checks % 5], false, false);
-        else
-          check(vectors, codes, shape, x_type, scales[checks % 5], false, false);
-        checks++;
-      }
+  const std::vector<Codes> elements{
+      floats("e4m3", 4, 3, Element::e4m3, 1, 0), floats("e5m2", 5, 2, Element::e5m2, 4, 124),
+      floats("e3m2", 3, 2, Element::e3m2, 0, 0), floats("e2m1", 2, 1, Element::listed, 0, 0), integers(4)};
+  const auto try_both = [&](const Codes& codes, bool in_integers, Shape shape, Type x_type) {
+    const bool asymmetric = checks % 2 && in_integers && codes.table.empty();
+    const bool power = shape.group >= shape.columns || !(shape.group & (shape.group - 1));
+    if (in_integers) check(integer, codes, shape, x_type, scales[checks % 5], asymmetric, true);
+    if (!in_integers || checks % 3 == 0)
+      check(power && !in_integers ? vectors : real, codes, shape, x_type, scales[checks % 5], asymmetric, false);
+    checks++;
+  };
+  if (argc > 1) {
+    const auto below = [](std::uint32_t bound) { return static_cast<std::int64_t>(random_bits() % bound); };
+    for (int left = std::atoi(argv[1]); left > 0; left--) {
+      Shape shape{1 + (below(4) ? below(12) : below(600)), 1 + below(90), 1 + (below(8) ? below(400) : below(5000)), 0,
+                  1};
+      shape.group = below(3) ? 16 << below(4) : below(2) ? 16 * (1 + below(20)) : shape.columns;
+      if (shape.group > shape.columns) shape.group = shape.columns;
+      if (below(4) == 0) shape.block_rows = 16 * (1 + below(8));
+      const bool in_integers = below(2);
+      const auto& from = in_integers ? small : elements;
+      try_both(from[static_cast<std::size_t>(below(static_cast<std::uint32_t>(from.size())))], in_integers, shape,
+               types[below(3)]);
+    }
+  } else {
+    for (const std::vector<Codes>* from : {static_cast<const std::vector<Codes>*>(&small), &elements})
+      for (const Codes& codes : *from)
+        for (Shape shape : shapes)
+          for (Type x_type : types) try_both(codes, from == &small, shape, x_type);
+  }
   std::printf("%d shapes, %zu and %zu kernels, %d differences\n", checks, integer.size(), vectors.size(), failures);
   return failures != 0;
 }

@@ -1,0 +1,148 @@
+// Every instruction set of the casts against the generic one, bit for bit, on odd shapes at odd addresses in buffers of
+// exactly their size; built with sanitizers too.
+#include "cast/cast.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "machine/features.h"
+
+using namespace parco::cast;
+using parco::linear::size_of;
+
+namespace {
+
+struct Kernels {
+  const char* name;
+  void (*cast)(const CastCall&);
+  void (*amax)(const AmaxCall&);
+};
+
+// Bytes at an odd address; freed as one block, so the sanitizer knows both ends.
+struct Bytes {
+  explicit Bytes(std::size_t count) : block(count + 1), data(block.data() + 1) {}
+  std::vector<char> block;
+  char* data;
+};
+
+int failures = 0;
+std::mt19937 random_bits(22);
+
+// Patterns of all kinds: mostly of ordinary size, some of any bits at all.
+void fill(Bytes& to, std::int64_t count, Type type) {
+  for (std::int64_t i = 0; i < count; i++) {
+    std::uint32_t bits = random_bits();
+    if (random_bits() % 8) bits = (bits & 0x807fffff) | (120 + random_bits() % 12) << 23;
+    const std::uint16_t half = static_cast<std::uint16_t>(random_bits() % 8 ? 0x2c00 + (bits & 0x8fff) : bits);
+    if (type == Type::fp32)
+      std::memcpy(to.data + 4 * i, &bits, 4);
+    else if (type == Type::bf16)
+      std::memcpy(to.data + 2 * i, reinterpret_cast<const char*>(&bits) + 2, 2);
+    else if (type == Type::fp16)
+      std::memcpy(to.data + 2 * i, &half, 2);
+    else
+      to.data[i] = static_cast<char>(bits);
+  }
+}
+
+void check(const std::vector<Kernels>& kernels, CastCall call, const char* what) {
+  const std::int64_t groups = (call.columns + call.group - 1) / call.group;
+  const std::int64_t down = (call.rows + call.block_rows - 1) / call.block_rows;
+  const std::int64_t row_bytes = (call.columns * call.bits + 7) / 8;
+  Bytes x(call.rows * call.columns * size_of(call.x_type)), scale(down * groups * size_of(call.scale_type));
+  Bytes zero(down * groups);
+  fill(x, call.rows * call.columns, call.x_type);
+  fill(scale, down * groups, call.scale_type);
+  for (std::int64_t i = 0; i < down * groups; i++)
+    zero.data[i] = static_cast<char>(random_bits() & ((1 << call.bits) - 1));
+  call.x = x.data;
+  call.scale = scale.data;
+  call.scale_stride = groups;
+  if (call.zero) call.zero = reinterpret_cast<const std::uint8_t*>(zero.data);
+  std::string first, first_amax;
+  for (const Kernels& kernel : kernels) {
+    for (int threads : {1, 3}) {
+      Bytes codes(call.rows * row_bytes);
+      std::vector<float> amax(call.rows * groups);
+      call.codes = reinterpret_cast<std::uint8_t*>(codes.data);
+      call.threads = threads;
+      kernel.cast(call);
+      kernel.amax({call.x, amax.data(), call.rows, call.columns, call.group, threads, call.x_type});
+      const std::string found(codes.data, call.rows * row_bytes);
+      const std::string found_amax(reinterpret_cast<const char*>(amax.data()), amax.size() * sizeof(float));
+      if (first.empty()) first = found, first_amax = found_amax;
+      if (found == first && found_amax == first_amax) continue;
+      failures++;
+      std::printf("%s of %s: rows %ld columns %ld group %ld rounding %d x_type %d scale_type %d threads %d\n",
+                  kernel.name, what, static_cast<long>(call.rows), static_cast<long>(call.columns),
+                  static_cast<long>(call.group), static_cast<int>(call.rounding), static_cast<int>(call.x_type),
+                  static_cast<int>(call.scale_type), threads);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  std::vector<Kernels> kernels{{"generic", cast_generic, amax_generic}};
+  if (parco::features().avx2) kernels.push_back({"avx2", cast_avx2, amax_avx2});
+  if (parco::features().avx512) kernels.push_back({"avx512", cast_avx512, amax_avx512});
+  std::vector<float> entries;
+  for (int i = 0; i < 16; i++) entries.push_back(std::ldexp(static_cast<float>(i * i * i) - 1000.0f, -10));
+  const std::uint8_t some = 0;
+  struct Element {
+    const char* name;
+    Kind kind;
+    int bits, mantissa_bits, least_exponent, max_code, nan_code, least, greatest, offset;
+    bool zero;
+  };
+  const Element elements[] = {
+      {"e4m3", Kind::floating, 8, 3, -6, 126, 127, 0, 0, 0, false},
+      {"e5m2", Kind::floating, 8, 2, -14, 123, 126, 0, 0, 0, false},
+      {"e3m2", Kind::floating, 6, 2, -2, 31, -1, 0, 0, 0, false},
+      {"e2m3", Kind::floating, 6, 3, 0, 31, -1, 0, 0, 0, false},
+      {"e2m1", Kind::floating, 4, 1, 0, 7, -1, 0, 0, 0, false},
+      {"int8", Kind::integer, 8, 0, 0, 0, 0, -127, 127, 128, false},
+      {"int5 from a zero", Kind::integer, 5, 0, 0, 0, 0, -16, 15, 16, true},
+      {"int3", Kind::integer, 3, 0, 0, 0, 0, -4, 3, 4, false},
+      {"ternary", Kind::integer, 2, 0, 0, 0, 0, -1, 1, 1, false},
+      {"listed", Kind::listed, 4, 0, 0, 0, 0, 0, 0, 0, false},
+  };
+  const struct {
+    std::int64_t rows, columns, group, block_rows;
+  } shapes[] = {{1, 1, 1, 1},     {3, 17, 17, 1},  {5, 300, 32, 1},   {7, 513, 48, 1},
+                {33, 64, 64, 16}, {2, 1000, 1, 2}, {40, 257, 128, 40}};
+  const Type types[] = {Type::fp32, Type::bf16, Type::fp16};
+  const Type scales[] = {Type::fp32, Type::bf16, Type::fp16, Type::e8m0, Type::e4m3};
+  const float factor = 0.3f;
+  int checks = 0;
+  for (const Element& element : elements)
+    for (const auto& shape : shapes)
+      for (int rounding = 0; rounding < 3; rounding++)
+        for (Type x_type : types) {
+          CastCall call{};
+          call.rows = shape.rows, call.columns = shape.columns, call.group = shape.group;
+          call.block_rows = shape.block_rows;
+          call.seed = 0x123456789abcdefull;
+          call.kind = element.kind;
+          call.rounding = static_cast<Rounding>(rounding);
+          call.rescaling = static_cast<Rescaling>(checks % 3);
+          call.factor = checks % 2 ? &factor : nullptr;
+          call.entries = entries.data();
+          call.bits = element.bits, call.mantissa_bits = element.mantissa_bits;
+          call.least_exponent = element.least_exponent, call.max_code = element.max_code;
+          call.nan_code = element.nan_code, call.least = element.least, call.greatest = element.greatest;
+          call.offset = element.offset;
+          call.zero = element.zero ? &some : nullptr;
+          call.x_type = x_type;
+          call.scale_type = scales[checks % 5];
+          check(kernels, call, element.name);
+          checks++;
+        }
+  std::printf("%d casts, %zu kernels, %d differences\n", checks, kernels.size(), failures);
+  return failures != 0;
+}

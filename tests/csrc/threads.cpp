@@ -1,0 +1,69 @@
+// Kernels called from several threads at once, on the same weights: their results are those of one thread alone. Built
+// with ThreadSanitizer by `make prove`; the kernels' own threads are left out there, because libgomp is not built for
+// it.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cast/cast.h"
+#include "linear/dense.h"
+#include "linear/float.h"
+#include "linear/int.h"
+#include "machine/features.h"
+
+using namespace parco::linear;
+
+int main() {
+  constexpr std::int64_t rows = 21, outputs = 67, columns = 320;
+  std::mt19937 random_bits(23);
+  std::vector<float> x(rows * columns), values(256), scale(outputs * 10);
+  std::vector<std::uint8_t> codes(outputs * columns);
+  for (float& value : x) value = static_cast<float>(static_cast<int>(random_bits() % 2001) - 1000) / 500;
+  for (float& value : scale) value = static_cast<float>(random_bits() % 100 + 1) / 1000;
+  for (int code = 0; code < 256; code++) values[code] = static_cast<float>(code - 128);
+  for (std::uint8_t& code : codes) code = static_cast<std::uint8_t>(random_bits() % 120);
+
+  CodedCall call{};
+  call.x = x.data(), call.codes = codes.data(), call.values = values.data(), call.scale = scale.data();
+  call.outputs = outputs, call.columns = columns, call.group = 32, call.block_rows = 1, call.scale_stride = 10;
+  call.unit = 1.0f, call.zero_point = 128, call.bits = 8, call.threads = 1, call.element = Element::e4m3;
+
+  std::vector<void (*)(const CodedCall&)> kernels{int_generic, float_generic};
+  if (parco::features().avx2) kernels.insert(kernels.end(), {int_avx2, float_avx2});
+  if (parco::features().avx512) kernels.insert(kernels.end(), {int_avx512, float_avx512, int_amx_emulated});
+  const auto all = [&] {
+    std::vector<float> found;
+    for (const auto kernel : kernels) {
+      for (std::int64_t height : {std::int64_t{1}, std::int64_t{5}, rows}) {
+        std::vector<float> y(height * outputs);
+        CodedCall own = call;
+        own.rows = height, own.y = y.data();
+        kernel(own);
+        found.insert(found.end(), y.begin(), y.end());
+      }
+    }
+    std::vector<float> amax(rows * 10);
+    parco::cast::amax_generic({x.data(), amax.data(), rows, columns, 32, 1, Type::fp32});
+    found.insert(found.end(), amax.begin(), amax.end());
+    return found;
+  };
+
+  const std::vector<float> expected = all();
+  std::vector<std::vector<float>> results(4);
+  std::vector<std::thread> threads;
+  for (auto& result : results) {
+    threads.emplace_back([&result, &all] {
+      for (int turn = 0; turn < 5; turn++) result = all();
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  int failures = 0;
+  for (const auto& result : results)
+    failures += result.size() != expected.size() ||
+                std::memcmp(result.data(), expected.data(), expected.size() * sizeof(float)) != 0;
+  std::printf("%zu kernels on %zu threads, %d differ\n", kernels.size(), threads.size(), failures);
+  return failures != 0;
+}
