@@ -20,11 +20,11 @@ void define_cast(nb::module_& module, const char* name) {
       name,
       [](std::uintptr_t x, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t factor, std::uintptr_t entries,
          std::uintptr_t codes, std::int64_t rows, std::int64_t columns, std::int64_t group, std::int64_t block_rows,
-         std::int64_t scale_stride, std::uint64_t seed, int kind, int rounding, int rescaling, int bits,
+         std::int64_t scale_stride, std::uint64_t seed, int kind, int rule, int rounding, int rescaling, int bits,
          int mantissa_bits, int least_exponent, int max_code, int nan_code, int least, int greatest, int offset,
-         int x_type, int scale_type, int threads) {
+         float largest, int greatest_exponent, int x_type, int scale_type, int threads) {
         const CastCall call{address<const void>(x),
-                            address<const void>(scale),
+                            address<void>(scale),
                             address<const std::uint8_t>(zero),
                             address<const float>(factor),
                             address<const float>(entries),
@@ -36,6 +36,7 @@ void define_cast(nb::module_& module, const char* name) {
                             scale_stride,
                             seed,
                             static_cast<Kind>(kind),
+                            static_cast<Rule>(rule),
                             static_cast<Rounding>(rounding),
                             static_cast<Rescaling>(rescaling),
                             bits,
@@ -46,6 +47,8 @@ void define_cast(nb::module_& module, const char* name) {
                             least,
                             greatest,
                             offset,
+                            largest,
+                            greatest_exponent,
                             threads,
                             static_cast<Type>(x_type),
                             static_cast<Type>(scale_type)};
@@ -54,10 +57,11 @@ void define_cast(nb::module_& module, const char* name) {
       },
       nb::kw_only(), nb::arg("x"), nb::arg("scale"), nb::arg("zero"), nb::arg("factor"), nb::arg("entries"),
       nb::arg("codes"), nb::arg("rows"), nb::arg("columns"), nb::arg("group"), nb::arg("block_rows"),
-      nb::arg("scale_stride"), nb::arg("seed"), nb::arg("kind"), nb::arg("rounding"), nb::arg("rescaling"),
-      nb::arg("bits"), nb::arg("mantissa_bits"), nb::arg("least_exponent"), nb::arg("max_code"), nb::arg("nan_code"),
-      nb::arg("least"), nb::arg("greatest"), nb::arg("offset"), nb::arg("x_type"), nb::arg("scale_type"),
-      nb::arg("threads"), "Numbers into codes under given scales; csrc/cast/cast.h.");
+      nb::arg("scale_stride"), nb::arg("seed"), nb::arg("kind"), nb::arg("rule"), nb::arg("rounding"),
+      nb::arg("rescaling"), nb::arg("bits"), nb::arg("mantissa_bits"), nb::arg("least_exponent"), nb::arg("max_code"),
+      nb::arg("nan_code"), nb::arg("least"), nb::arg("greatest"), nb::arg("offset"), nb::arg("largest"),
+      nb::arg("greatest_exponent"), nb::arg("x_type"), nb::arg("scale_type"), nb::arg("threads"),
+      "Numbers into codes; csrc/cast/cast.h.");
 }
 
 template <void (*kernel)(const AmaxCall&)>

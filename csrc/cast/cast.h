@@ -12,9 +12,12 @@ enum class Rounding : int { nearest = 0, zero = 1, stochastic = 2 };
 // What brings a number into the element's range: nothing, a product with 1 / scale, or a division by the scale.
 enum class Rescaling : int { none = 0, multiply = 1, divide = 2 };
 
+// How the scale of a block follows from its greatest magnitude; see parco.kernels.cast.scaling. Blocks lie in one row.
+enum class Rule : int { given = 0, absmax = 1, floor = 2, ceil = 3, even = 4, rceil = 5, e4m3 = 6 };
+
 struct CastCall {
   const void* x;             // [rows, columns] of x_type
-  const void* scale;         // scales[n / block_rows * scale_stride + k / group] of scale_type
+  void* scale;               // scales[n / block_rows * scale_stride + k / group] of scale_type, read or found
   const std::uint8_t* zero;  // the same, added to rounded numbers; null: offset
   const float* factor;       // of every scale (`multiply` divides 1 by it first), or null
   const float* entries;      // [2^bits], ascending: of `listed`
@@ -22,11 +25,14 @@ struct CastCall {
   std::int64_t rows, columns, group, block_rows, scale_stride;
   std::uint64_t seed;
   Kind kind;
+  Rule rule;
   Rounding rounding;
   Rescaling rescaling;
   int bits;
   int mantissa_bits, least_exponent, max_code, nan_code;  // of `floating`; nan_code -1: NaN becomes max_code, unsigned
   int least, greatest, offset;                            // of `integer`
+  float largest;          // number of the element, to which the rules but floor, ceil and even map a greatest magnitude
+  int greatest_exponent;  // of the element, for those
   int threads;
   Type x_type, scale_type;
 };

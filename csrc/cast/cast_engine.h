@@ -67,44 +67,58 @@ inline void draw(std::uint64_t seed, std::int64_t row, std::int64_t k, std::uint
     for (int w = 0; w < 4; w++) random[4 * q + w] = word[w][q];
 }
 
+// What float_code knows of an element.
+struct Float {
+  int least, mantissa, sign_shift;
+  std::uint32_t most, nan, sign_mask;
+  bool has_nan;
+};
+
+inline Float float_of_element(int bits, int mantissa_bits, int least_exponent, int max_code, int nan_code) {
+  const std::uint32_t most = static_cast<std::uint32_t>(max_code);
+  const bool has_nan = nan_code >= 0;
+  return {least_exponent + 127, mantissa_bits, 32 - bits, most, has_nan ? static_cast<std::uint32_t>(nan_code) : most,
+          1u << (bits - 1),     has_nan};
+}
+
 // See rounding.py's _float_codes: significand * 2^(exponent - 150) loses `drop` bits and the rest is added to the code
 // of its binade's start.
 template <Rounding rounding>
+inline std::uint32_t float_code(const Float& element, std::uint32_t bits, std::uint32_t random) {
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  const int exponent = std::max(static_cast<int>(magnitude >> 23), 1);
+  const std::uint32_t significand = magnitude > fraction_mask ? (magnitude & fraction_mask) | (1u << 23) : magnitude;
+  const int binade = exponent - element.least;
+  const int drop = 23 - element.mantissa - std::min(binade, 0);
+  std::uint32_t kept;
+  if constexpr (rounding == Rounding::stochastic) {
+    // Beyond 32 there are no random bits left to compare with: what lies below them is cut off first.
+    const std::uint32_t cut = significand >> std::min(std::max(drop - 32, 0), 31);
+    const std::uint32_t mask = drop >= 32 ? ~0u : (1u << (drop & 31)) - 1;
+    const std::uint32_t sum = cut + (random & mask);
+    const std::uint32_t carry = sum < cut ? 1 : 0;
+    kept = drop >= 32 ? carry : sum >> (drop & 31);
+  } else {
+    const int bounded = std::min(drop, 25);  // from 25 on both give 0
+    kept = significand >> bounded;
+    if constexpr (rounding == Rounding::nearest)
+      kept = (significand + ((1u << (bounded - 1)) - 1) + (kept & 1)) >> bounded;
+  }
+  const std::uint32_t code =
+      std::min(kept + (static_cast<std::uint32_t>(std::max(binade, 0)) << element.mantissa), element.most);
+  const bool is_nan = magnitude > 0x7f800000u;
+  const std::uint32_t sign = is_nan && !element.has_nan ? 0 : bits >> element.sign_shift & element.sign_mask;
+  return (is_nan ? element.nan : code) | sign;
+}
+
+template <Rounding rounding>
 void float_codes(const CastCall& call, const float* x, const std::uint32_t* random, std::uint8_t* codes) {
-  const int least = call.least_exponent + 127, mantissa = call.mantissa_bits;
-  const std::uint32_t most = static_cast<std::uint32_t>(call.max_code);
-  const bool has_nan = call.nan_code >= 0;
-  const std::uint32_t nan = has_nan ? static_cast<std::uint32_t>(call.nan_code) : most;
-  const int sign_shift = 32 - call.bits;
-  const std::uint32_t sign_mask = 1u << (call.bits - 1);
+  const Float element =
+      float_of_element(call.bits, call.mantissa_bits, call.least_exponent, call.max_code, call.nan_code);
   std::uint32_t wide[chunk], pattern[chunk];
   std::memcpy(pattern, x, sizeof(pattern));
-  for (int i = 0; i < chunk; i++) {
-    const std::uint32_t bits = pattern[i], magnitude = bits & 0x7fffffffu;
-    const int exponent = std::max(static_cast<int>(magnitude >> 23), 1);
-    const std::uint32_t significand = magnitude > fraction_mask ? (magnitude & fraction_mask) | (1u << 23) : magnitude;
-    const int binade = exponent - least;
-    const int drop = 23 - mantissa - std::min(binade, 0);
-    std::uint32_t kept;
-    if constexpr (rounding == Rounding::stochastic) {
-      // Beyond 32 there are no random bits left to compare with: what lies below them is cut off first.
-      const std::uint32_t cut = significand >> std::min(std::max(drop - 32, 0), 31);
-      const std::uint32_t mask = drop >= 32 ? ~0u : (1u << (drop & 31)) - 1;
-      const std::uint32_t sum = cut + (random[i] & mask);
-      const std::uint32_t carry = sum < cut ? 1 : 0;
-      kept = drop >= 32 ? carry : sum >> (drop & 31);
-    } else {
-      const int bounded = std::min(drop, 25);  // from 25 on both give 0
-      kept = significand >> bounded;
-      if constexpr (rounding == Rounding::nearest)
-        kept = (significand + ((1u << (bounded - 1)) - 1) + (kept & 1)) >> bounded;
-    }
-    std::uint32_t code = kept + (static_cast<std::uint32_t>(std::max(binade, 0)) << mantissa);
-    code = std::min(code, most);
-    const bool is_nan = magnitude > 0x7f800000u;
-    const std::uint32_t sign = is_nan && !has_nan ? 0 : bits >> sign_shift & sign_mask;
-    wide[i] = (is_nan ? nan : code) | sign;
-  }
+  for (int i = 0; i < chunk; i++)
+    wide[i] = float_code<rounding>(element, pattern[i], rounding == Rounding::stochastic ? random[i] : 0);
   for (int i = 0; i < chunk; i++) codes[i] = static_cast<std::uint8_t>(wide[i]);
 }
 
@@ -239,6 +253,69 @@ inline void rescale(const CastCall& call, std::int64_t n, std::int64_t k, int co
   }
 }
 
+// Magnitudes are compared as their patterns: those of NaN are the greatest.
+inline std::uint32_t group_amax(const void* x, Type type, std::int64_t index, std::int64_t count) {
+  const char* from = static_cast<const char*>(x) + index * size_of(type);
+  std::uint32_t most = 0;
+  if (type == Type::fp32) {
+#pragma omp simd reduction(max : most)
+    for (std::int64_t i = 0; i < count; i++) {
+      std::uint32_t bits;
+      std::memcpy(&bits, from + 4 * i, 4);
+      most = std::max(most, bits & 0x7fffffffu);
+    }
+    return most;
+  }
+  // 16-bit patterns order as their magnitudes do, too.
+  std::uint16_t greatest = 0;
+#pragma omp simd reduction(max : greatest)
+  for (std::int64_t i = 0; i < count; i++) {
+    std::uint16_t bits;
+    std::memcpy(&bits, from + 2 * i, 2);
+    greatest = std::max(greatest, static_cast<std::uint16_t>(bits & 0x7fff));
+  }
+  return bits_of(load_float(&greatest, type, 0));
+}
+
+// The scale of a block whose greatest magnitude has this pattern, to its place.
+inline void store_scale(const CastCall& call, std::uint32_t most, std::int64_t at) {
+  const bool is_nan = most > 0x7f800000u;
+  char* to = static_cast<char*>(call.scale) + at * size_of(call.scale_type);
+  if (call.rule == Rule::absmax) {
+    const float limit = call.scale_type == Type::fp16   ? 65504.0f
+                        : call.scale_type == Type::bf16 ? float_of(0x7f7f0000u)
+                                                        : float_of(0x7f7fffffu);
+    const float scale = std::min(float_of(std::min(most, 0x7f7fffffu)) / call.largest, limit);
+    linear::store_float(to, call.scale_type, 0, is_nan ? float_of(0x7fc00000u) : scale);
+    return;
+  }
+  std::uint32_t code;
+  if (call.rule == Rule::e4m3) {
+    const Float e4m3 = float_of_element(8, 3, -6, 126, 127);
+    const float scale = float_of(most) / call.largest / *call.factor;
+    code = float_code<Rounding::nearest>(e4m3, bits_of(scale), 0);
+  } else if (call.rule == Rule::rceil) {
+    const float descale = float_of(most) / call.largest;
+    const std::uint32_t bits = bits_of(descale);
+    code = (bits >> 23) + ((bits & fraction_mask) ? 1 : 0);
+    code = descale <= 0x1p-127f ? 0 : std::min(code, 254u);
+  } else {
+    const std::uint32_t bits = call.rule == Rule::even ? most + (1u << (22 - call.mantissa_bits)) : most;
+    const int exponent = static_cast<int>(bits >> 23) + (call.rule == Rule::ceil && (bits & fraction_mask) ? 1 : 0);
+    code = static_cast<std::uint32_t>(std::clamp(exponent - call.greatest_exponent, 0, 254));
+  }
+  if (is_nan) code = call.rule == Rule::e4m3 ? 127 : 255;
+  *to = static_cast<char>(code);
+}
+
+inline void find_scales(const CastCall& call, std::int64_t n) {
+  const std::int64_t groups = (call.columns + call.group - 1) / call.group;
+  for (std::int64_t g = 0; g < groups; g++) {
+    const std::int64_t k = g * call.group, count = std::min(call.group, call.columns - k);
+    store_scale(call, group_amax(call.x, call.x_type, n * call.columns + k, count), n * call.scale_stride + g);
+  }
+}
+
 template <Rounding rounding>
 void cast_rows(const CastCall& call, std::int64_t first, std::int64_t last) {
   const std::int64_t row_bytes = (call.columns * call.bits + 7) / 8;
@@ -248,6 +325,7 @@ void cast_rows(const CastCall& call, std::int64_t first, std::int64_t last) {
   alignas(64) int zero[chunk];
   std::fill(zero, zero + chunk, call.offset);
   for (std::int64_t n = first; n < last; n++) {
+    if (call.rule != Rule::given) find_scales(call, n);
     for (std::int64_t k = 0; k < call.columns; k += chunk) {
       const int count = static_cast<int>(std::min<std::int64_t>(chunk, call.columns - k));
       load_chunk(call.x, call.x_type, n * call.columns + k, count, x);
@@ -280,30 +358,6 @@ inline void run_cast(const CastCall& call) {
     else
       cast_rows<Rounding::stochastic>(call, first, last);
   }
-}
-
-// Magnitudes are compared as their patterns: those of NaN are the greatest.
-inline std::uint32_t group_amax(const void* x, Type type, std::int64_t index, std::int64_t count) {
-  const char* from = static_cast<const char*>(x) + index * size_of(type);
-  std::uint32_t most = 0;
-  if (type == Type::fp32) {
-#pragma omp simd reduction(max : most)
-    for (std::int64_t i = 0; i < count; i++) {
-      std::uint32_t bits;
-      std::memcpy(&bits, from + 4 * i, 4);
-      most = std::max(most, bits & 0x7fffffffu);
-    }
-    return most;
-  }
-  // 16-bit patterns order as their magnitudes do, too.
-  std::uint16_t greatest = 0;
-#pragma omp simd reduction(max : greatest)
-  for (std::int64_t i = 0; i < count; i++) {
-    std::uint16_t bits;
-    std::memcpy(&bits, from + 2 * i, 2);
-    greatest = std::max(greatest, static_cast<std::uint16_t>(bits & 0x7fff));
-  }
-  return bits_of(load_float(&greatest, type, 0));
 }
 
 inline void run_amax(const AmaxCall& call) {

@@ -1,11 +1,11 @@
-def cast_generic(*, x: int, scale: int, zero: int, factor: int, entries: int, codes: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, seed: int, kind: int, rounding: int, rescaling: int, bits: int, mantissa_bits: int, least_exponent: int, max_code: int, nan_code: int, least: int, greatest: int, offset: int, x_type: int, scale_type: int, threads: int) -> None:
-    """Numbers into codes under given scales; csrc/cast/cast.h."""
+def cast_generic(*, x: int, scale: int, zero: int, factor: int, entries: int, codes: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, seed: int, kind: int, rule: int, rounding: int, rescaling: int, bits: int, mantissa_bits: int, least_exponent: int, max_code: int, nan_code: int, least: int, greatest: int, offset: int, largest: float, greatest_exponent: int, x_type: int, scale_type: int, threads: int) -> None:
+    """Numbers into codes; csrc/cast/cast.h."""
 
-def cast_avx2(*, x: int, scale: int, zero: int, factor: int, entries: int, codes: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, seed: int, kind: int, rounding: int, rescaling: int, bits: int, mantissa_bits: int, least_exponent: int, max_code: int, nan_code: int, least: int, greatest: int, offset: int, x_type: int, scale_type: int, threads: int) -> None:
-    """Numbers into codes under given scales; csrc/cast/cast.h."""
+def cast_avx2(*, x: int, scale: int, zero: int, factor: int, entries: int, codes: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, seed: int, kind: int, rule: int, rounding: int, rescaling: int, bits: int, mantissa_bits: int, least_exponent: int, max_code: int, nan_code: int, least: int, greatest: int, offset: int, largest: float, greatest_exponent: int, x_type: int, scale_type: int, threads: int) -> None:
+    """Numbers into codes; csrc/cast/cast.h."""
 
-def cast_avx512(*, x: int, scale: int, zero: int, factor: int, entries: int, codes: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, seed: int, kind: int, rounding: int, rescaling: int, bits: int, mantissa_bits: int, least_exponent: int, max_code: int, nan_code: int, least: int, greatest: int, offset: int, x_type: int, scale_type: int, threads: int) -> None:
-    """Numbers into codes under given scales; csrc/cast/cast.h."""
+def cast_avx512(*, x: int, scale: int, zero: int, factor: int, entries: int, codes: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, seed: int, kind: int, rule: int, rounding: int, rescaling: int, bits: int, mantissa_bits: int, least_exponent: int, max_code: int, nan_code: int, least: int, greatest: int, offset: int, largest: float, greatest_exponent: int, x_type: int, scale_type: int, threads: int) -> None:
+    """Numbers into codes; csrc/cast/cast.h."""
 
 def amax_generic(x: int, amax: int, rows: int, columns: int, group: int, x_type: int, threads: int) -> None:
     """Greatest magnitude of each group of columns of each row."""

@@ -13,6 +13,7 @@ from parco.kernels import table
 from parco.kernels.cast import ROUNDINGS, encode
 from parco.kernels.cast.amax import row_amax
 from parco.kernels.cast.codes import cast_codes
+from parco.kernels.cast.rows import cast_rows, rule
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALED = [name for name in formats.NAMES if not formats.parse(name).is_dense]
@@ -77,6 +78,47 @@ def test_every_kernel_writes_the_codes_of_the_reference(name: str) -> None:
                     assert torch.equal(cast_codes(x, *scales, name, rounding, 0), wanted)
 
 
+ROWS = [name for name in SCALED if rule(formats.parse(name)) is not None]
+
+
+@pytest.mark.parametrize(
+    "name", [*ROWS, "mxfp8_e5m2:floor", "mxfp6_e2m3:even", "mxfp8_e4m3:ceil", "int4:32:fp16", "int8:16:fp32"]
+)
+def test_every_kernel_finds_the_scales_of_the_reference(name: str) -> None:
+    reference = table.operations()["cast_rows"].kernels[-1].run
+    for rows, columns in ((5, 300), (33, 64), (1, 17), (3, 1), (0, 40), (40, 513)):
+        for dtype in DTYPES:
+            x = sample(rows, columns, dtype) if rows else torch.zeros(0, columns, dtype=dtype)
+            if rows > 2:
+                x[2] = 0
+                x[1] *= 1e-30
+            if rows:  # the sign of a NaN under a scale that is NaN is nobody's: one, positive
+                x = torch.nan_to_num(x, nan=0.0, posinf=float("inf"), neginf=-float("inf"))
+                x[0, columns // 2] = float("nan")
+            factor = torch.tensor([0.0017]) if name == "nvfp4" else None
+            for rounding in ("nearest", "stochastic"):
+                wanted = reference(x, factor, name, rounding, 11)
+                for kernel in compiled("cast_rows"):
+                    codes, scale = kernel.run(x, factor, name, rounding, 11)
+                    assert torch.equal(codes, wanted[0]), (kernel.name, rows, columns, dtype)
+                    torch.testing.assert_close(scale, wanted[1], rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_largest_and_least_magnitudes_have_the_scales_of_the_reference() -> None:
+    """Every exponent that fp32 has, at its ends, as the greatest magnitude of a block."""
+    reference = table.operations()["cast_rows"].kernels[-1].run
+    bits = torch.arange(0, 255, dtype=torch.int32)[:, None] << 23
+    ends = torch.cat([bits, bits + 1, bits + 0x3FFFFF, bits + 0x400000, bits + 0x600000, bits + 0x7FFFFF], 1)
+    x = torch.zeros(255 * 6, 32)
+    x[:, 7] = ends.reshape(-1).view(torch.float32)
+    for name in ROWS:
+        factor = torch.tensor([2.0**-117]) if name == "nvfp4" else None
+        wanted = reference(x, factor, name, "nearest", 0)
+        for kernel in compiled("cast_rows"):
+            for found, expected in zip(kernel.run(x, factor, name, "nearest", 0), wanted, strict=True):
+                assert torch.equal(found, expected), (name, kernel.name)
+
+
 @pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1", "int8:tensor", "nf4:64"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_all_numbers_of_16_bits(name: str, rounding: Any) -> None:
@@ -132,6 +174,12 @@ def test_wrong_arguments_are_named() -> None:
         cast_codes(x, scale, None, None, "int4:32", "up", 0)
     with pytest.raises(ValueError, match="seed=-1"):
         cast_codes(x, scale, None, None, "int4:32", "stochastic", -1)
+    with pytest.raises(ValueError, match="not found row by row"):
+        cast_rows(x, None, "fp8_e4m3:tensor", "nearest", 0)
+    with pytest.raises(ValueError, match="global_scale is None"):
+        cast_rows(x, None, "nvfp4", "nearest", 0)
+    with pytest.raises(ValueError, match="global_scale is"):
+        cast_rows(x, torch.ones(1), "mxfp4", "nearest", 0)
     with pytest.raises(TypeError, match="matrix of floats"):
         row_amax(torch.zeros(4), 2)
     with pytest.raises(ValueError, match="group=0"):
@@ -153,3 +201,12 @@ class TestRowAmax(KernelLaws):
     @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
     def call(self, request: pytest.FixtureRequest) -> tuple[Any, ...]:
         return torch.randn(20, 96, generator=torch.Generator().manual_seed(1)).to(request.param), 32
+
+
+class TestCastRows(KernelLaws):
+    operation = "cast_rows"
+
+    @pytest.fixture(params=["mxfp8_e4m3", "int4:32", "nvfp4"])
+    def call(self, request: pytest.FixtureRequest) -> tuple[Any, ...]:
+        x = torch.randn(20, 96, generator=torch.Generator().manual_seed(1))
+        return x, torch.tensor([0.01]) if request.param == "nvfp4" else None, request.param, "nearest", 7

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from parco.formats import Format, parse
+from parco.formats import Format, ScaleE4M3, TensorSpec, parse
 from parco.kernels.cast.codes import cast_codes
 from parco.kernels.cast.packing import unpack
 from parco.kernels.cast.philox import random_bits
 from parco.kernels.cast.rounding import Rounding, check_rounding, from_codes, to_codes
-from parco.kernels.cast.scaling import find_scales, poison, scale_numbers
+from parco.kernels.cast.rows import cast_rows, rule
+from parco.kernels.cast.scaling import find_scales, nvfp4_global_scale, poison, scale_numbers
 from parco.kernels.cast.tiles import block_amax, row_chunks, scale_rows, spread, tile, untile
 
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -78,6 +79,8 @@ def encode(
     shape = matrix_shape(tuple(x.shape))
     matrix = x.detach().reshape(shape)
     given = {"scale": scale, "zero": zero, "global_scale": global_scale}
+    if scale is None and zero is None and rule(format) is not None:
+        return Encoded(format, tuple(x.shape), _cast_rows(matrix, format, global_scale, rounding, seed))
     scales = _scales(matrix, format, {name: tensor for name, tensor in given.items() if tensor is not None})
     if format.dtype is not None:
         stored = {"values": _encode_dense(matrix, format, rounding, seed)}
@@ -85,6 +88,23 @@ def encode(
         tensors = (scales.get("scale"), scales.get("zero"), scales.get("global_scale"))
         stored = {"codes": cast_codes(matrix, *tensors, str(format), rounding, seed), **scales}
     return Encoded(format, tuple(x.shape), {name: stored[name] for name in format.tensors(shape)})
+
+
+def _cast_rows(
+    matrix: Tensor, format: Format, global_scale: Tensor | None, rounding: Rounding, seed: int
+) -> dict[str, Tensor]:
+    """All tensors of `matrix` [N, K] in one pass, or two for NVFP4, whose first finds the global scale."""
+    if isinstance(format.scale, ScaleE4M3):
+        given = {} if global_scale is None else {"global_scale": global_scale}
+        _check_scales(matrix, format, given)
+        if global_scale is None:
+            amax = torch.nan_to_num(block_amax(matrix, format.block), nan=0.0, posinf=torch.finfo(torch.float32).max)
+            global_scale = nvfp4_global_scale(amax)
+    elif global_scale is not None:
+        _check_scales(matrix, format, {"global_scale": global_scale})
+    codes, scale = cast_rows(matrix, global_scale, str(format), rounding, seed)
+    tensors = {"codes": codes, "scale": scale}
+    return tensors if global_scale is None else {**tensors, "global_scale": global_scale}
 
 
 def decode(encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -126,17 +146,7 @@ def _scales(matrix: Tensor, format: Format, given: dict[str, Tensor]) -> dict[st
     """The scale tensors of `format`: those given, checked and NaN where a block has a NaN, and the others by its
     rule.
     """
-    shape = (matrix.shape[0], matrix.shape[1])
-    specs = {name: spec for name, spec in format.tensors(shape).items() if name not in ("values", "codes")}
-    for name, tensor in given.items():
-        if name not in specs:
-            raise ValueError(f"{name}= given, but format {format} has {', '.join(specs) or 'no scales'}")
-        if (tuple(tensor.shape), tensor.dtype) != specs[name]:
-            wanted = specs[name]
-            raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, but format {format} of {shape} needs "
-                f"{wanted.dtype} {wanted.shape}"
-            )
+    specs = _check_scales(matrix, format, given)
     if "zero" in given and "scale" not in given:
         raise ValueError("zero= given without scale=: a zero point belongs to a scale")
     scales = dict(given)
@@ -148,6 +158,22 @@ def _scales(matrix: Tensor, format: Format, given: dict[str, Tensor]) -> dict[st
     if "scale" in given:
         scales["scale"] = poison(given["scale"], format, torch.isnan(block_amax(matrix, format.block)))
     return scales
+
+
+def _check_scales(matrix: Tensor, format: Format, given: dict[str, Tensor]) -> dict[str, TensorSpec]:
+    """The specs of the format's scale tensors. ValueError unless those given are among them and fit."""
+    shape = (matrix.shape[0], matrix.shape[1])
+    specs = {name: spec for name, spec in format.tensors(shape).items() if name not in ("values", "codes")}
+    for name, tensor in given.items():
+        if name not in specs:
+            raise ValueError(f"{name}= given, but format {format} has {', '.join(specs) or 'no scales'}")
+        if (tuple(tensor.shape), tensor.dtype) != specs[name]:
+            wanted = specs[name]
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, but format {format} of {shape} needs "
+                f"{wanted.dtype} {wanted.shape}"
+            )
+    return specs
 
 
 def _encode_dense(matrix: Tensor, format: Format, rounding: Rounding, seed: int) -> Tensor:

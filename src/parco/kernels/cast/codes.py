@@ -1,18 +1,18 @@
 """cast_codes: numbers into the codes of a format, under scales that are there."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from parco import _C, machine
-from parco.formats import Block, Element, Float, Format, Integer, ScaleE4M3, ScaleE8M0, Unscaled
+from parco.formats import Block, Element, Float, Format, Integer, ScaleE4M3, ScaleE8M0, Table
 from parco.kernels import table
 from parco.kernels.cast.packing import pack
 from parco.kernels.cast.philox import random_bits
 from parco.kernels.cast.rounding import ROUNDINGS, Rounding, check_rounding, round_integers, to_codes
-from parco.kernels.cast.scaling import scale_numbers, scale_reciprocals
+from parco.kernels.cast.scaling import greatest, scale_numbers, scale_reciprocals
 from parco.kernels.cast.tiles import row_chunks, scale_rows, spread, tile, untile
 from parco.kernels.library import BYTE_SCALES, LIBRARY, TYPES
 
@@ -126,20 +126,75 @@ def _per_element(scale: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
 def _element_numbers(element: Element) -> dict[str, int]:
     """What csrc/cast/cast.h says of an element."""
     numbers = dict.fromkeys(
-        ("mantissa_bits", "least_exponent", "max_code", "nan_code", "least", "greatest", "offset"), 0
+        ("mantissa_bits", "least_exponent", "max_code", "nan_code", "greatest_exponent", "least", "greatest", "offset"),
+        0,
     )
     match element:
         case Float():
-            nan = -1 if element.nan_code is None else element.nan_code
-            found = (element.mantissa_bits, element.least_exponent, element.max_code, nan)
-            names = ("mantissa_bits", "least_exponent", "max_code", "nan_code")
-            return numbers | dict(zip(names, found, strict=True)) | {"kind": 0}
+            return numbers | {
+                "kind": 0,
+                "mantissa_bits": element.mantissa_bits,
+                "least_exponent": element.least_exponent,
+                "max_code": element.max_code,
+                "nan_code": -1 if element.nan_code is None else element.nan_code,
+                "greatest_exponent": element.greatest_exponent,
+            }
         case Integer():
             return numbers | {
-                "least": element.least, "greatest": element.greatest, "offset": element.offset, "kind": 1
-            }  # fmt: skip
-        case _:
+                "kind": 1,
+                "least": element.least,
+                "greatest": element.greatest,
+                "offset": element.offset,
+            }
+        case Table():
             return numbers | {"kind": 2}
+
+
+RULES: dict[str, int] = {"given": 0, "absmax": 1, "floor": 2, "ceil": 3, "even": 4, "rceil": 5, "e4m3": 6}
+"""The numbers by which C++ knows how a scale is found (`parco::cast::Rule`)."""
+
+
+def launch(
+    function: Callable[..., None],
+    form: Format,
+    x: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    rounding: str,
+    seed: int,
+    rule: str = "given",
+) -> Tensor:
+    """Run a compiled cast and return the codes. All tensors are contiguous; `scale` is written unless it is given."""
+    rows, columns = x.shape
+    spec = form.tensors((rows, columns))["codes"]
+    codes = torch.empty(spec.shape, dtype=spec.dtype)
+    entries = torch.tensor(form.element.entries) if isinstance(form.element, Table) else None
+    group = min(form.block.columns or columns, columns)
+    function(
+        x=x.data_ptr(),
+        scale=0 if scale is None else scale.data_ptr(),
+        zero=0 if zero is None else zero.data_ptr(),
+        factor=0 if global_scale is None else global_scale.data_ptr(),
+        entries=0 if entries is None else entries.data_ptr(),
+        codes=codes.data_ptr(),
+        rows=rows,
+        columns=columns,
+        group=group,
+        block_rows=form.block.rows or max(rows, 1),
+        scale_stride=-(-columns // group),
+        seed=seed % (1 << 64),
+        rule=RULES[rule],
+        rounding=ROUNDINGS.index(cast(Rounding, rounding)),
+        rescaling=0 if scale is None else 1 if isinstance(form.scale, ScaleE8M0 | ScaleE4M3) else 2,
+        bits=form.bits,
+        largest=greatest(form.element),
+        x_type=TYPES[x.dtype],
+        scale_type=BYTE_SCALES.get(type(form.scale)) or (0 if scale is None else TYPES[scale.dtype]),
+        threads=torch.get_num_threads(),
+        **_element_numbers(form.element),
+    )
+    return codes
 
 
 def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
@@ -152,40 +207,9 @@ def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
         rounding: str,
         seed: int,
     ) -> Tensor:
-        form = Format.parse(format)
-        rows, columns = x.shape
-        x = x.contiguous()
         scale = None if scale is None else scale.contiguous()
         zero = None if zero is None else zero.contiguous()
-        spec = form.tensors((rows, columns))["codes"]
-        codes = torch.empty(spec.shape, dtype=spec.dtype)
-        entries = None if isinstance(form.element, Float | Integer) else torch.tensor(form.element.entries)
-        unscaled = isinstance(form.scale, Unscaled)
-        rescaling = 0 if unscaled else 1 if isinstance(form.scale, ScaleE8M0 | ScaleE4M3) else 2
-        group = columns if form.block.columns is None else form.block.columns
-        byte_scale = BYTE_SCALES.get(type(form.scale))
-        function(
-            x=x.data_ptr(),
-            scale=0 if scale is None else scale.data_ptr(),
-            zero=0 if zero is None else zero.data_ptr(),
-            factor=0 if global_scale is None else global_scale.data_ptr(),
-            entries=0 if entries is None else entries.data_ptr(),
-            codes=codes.data_ptr(),
-            rows=rows,
-            columns=columns,
-            group=group,
-            block_rows=form.block.rows or max(rows, 1),
-            scale_stride=-(-columns // group),
-            seed=seed % (1 << 64),
-            rounding=ROUNDINGS.index(rounding),  # pyright: ignore[reportArgumentType]
-            rescaling=rescaling,
-            bits=form.bits,
-            x_type=TYPES[x.dtype],
-            scale_type=byte_scale or (0 if scale is None else TYPES[scale.dtype]),
-            threads=torch.get_num_threads(),
-            **_element_numbers(form.element),
-        )
-        return codes
+        return launch(function, Format.parse(format), x.contiguous(), scale, zero, global_scale, rounding, seed)
 
     return run
 
@@ -254,7 +278,11 @@ def cast_codes(
     """The packed codes uint8 [N, ceil(K·bits/8)] of x [N, K] in `format` under scales in its stored shape and dtype,
     None for those that it has not. `seed` in [0, 2⁶⁴). Raises ValueError or TypeError naming the argument.
     """
+    return torch.ops.parco.cast_codes.default(x, scale, zero, global_scale, format, rounding, signed(seed))
+
+
+def signed(seed: int) -> int:
+    """The seed as operations take it, a signed word. ValueError outside [0, 2⁶⁴)."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed={seed}: must lie in [0, 2**64)")
-    signed = seed - (1 << 64) if seed >= 1 << 63 else seed
-    return torch.ops.parco.cast_codes.default(x, scale, zero, global_scale, format, rounding, signed)
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
