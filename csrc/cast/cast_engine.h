@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "cast/cast.h"
 #include "linear/floats.h"
@@ -253,28 +254,33 @@ inline void rescale(const CastCall& call, std::int64_t n, std::int64_t k, int co
   }
 }
 
-// Magnitudes are compared as their patterns: those of NaN are the greatest.
+// Magnitudes are compared as their patterns: those of NaN are the greatest. `Count` is a number, or a constant for the
+// compiler to know the length.
+template <class Bits, class Count>
+inline Bits greatest_pattern(const char* from, Count count) {
+  constexpr Bits magnitude = static_cast<Bits>(~Bits{0}) >> 1;
+  Bits most = 0;
+#pragma omp simd reduction(max : most)
+  for (std::int64_t i = 0; i < count; i++) {
+    Bits bits;
+    std::memcpy(&bits, from + static_cast<std::int64_t>(sizeof(Bits)) * i, sizeof(Bits));
+    most = std::max(most, static_cast<Bits>(bits & magnitude));
+  }
+  return most;
+}
+
+template <class Bits>
+inline Bits greatest_of(const char* from, std::int64_t count) {
+  if (count == 16) return greatest_pattern<Bits>(from, std::integral_constant<std::int64_t, 16>{});
+  if (count == 32) return greatest_pattern<Bits>(from, std::integral_constant<std::int64_t, 32>{});
+  return greatest_pattern<Bits>(from, count);
+}
+
 inline std::uint32_t group_amax(const void* x, Type type, std::int64_t index, std::int64_t count) {
   const char* from = static_cast<const char*>(x) + index * size_of(type);
-  std::uint32_t most = 0;
-  if (type == Type::fp32) {
-#pragma omp simd reduction(max : most)
-    for (std::int64_t i = 0; i < count; i++) {
-      std::uint32_t bits;
-      std::memcpy(&bits, from + 4 * i, 4);
-      most = std::max(most, bits & 0x7fffffffu);
-    }
-    return most;
-  }
-  // 16-bit patterns order as their magnitudes do, too.
-  std::uint16_t greatest = 0;
-#pragma omp simd reduction(max : greatest)
-  for (std::int64_t i = 0; i < count; i++) {
-    std::uint16_t bits;
-    std::memcpy(&bits, from + 2 * i, 2);
-    greatest = std::max(greatest, static_cast<std::uint16_t>(bits & 0x7fff));
-  }
-  return bits_of(load_float(&greatest, type, 0));
+  if (type == Type::fp32) return greatest_of<std::uint32_t>(from, count);
+  const std::uint16_t most = greatest_of<std::uint16_t>(from, count);  // 16-bit patterns order as their magnitudes too
+  return bits_of(load_float(&most, type, 0));
 }
 
 // The scale of a block whose greatest magnitude has this pattern, to its place.
