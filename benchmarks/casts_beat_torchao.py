@@ -1,5 +1,5 @@
-"""Claim: casts to MX formats are at least four times as fast as torchao's, and casts under one scale a row move at least
-0.3 of the bytes per second that a plain copy does.
+"""Claim: casts to MX formats are at least four times as fast as torchao's, and casts under one scale a row move at
+least 0.3 of the bytes per second that a plain copy does.
 
 `of_copy` is bytes read and written per second over what parco.machine's probe copies per second in the same run.
 

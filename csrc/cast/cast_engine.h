@@ -225,7 +225,7 @@ inline float rescale_by(const CastCall& call, std::int64_t at) {
   const float scale = load_float(call.scale, call.scale_type, at);
   if (call.rescaling == Rescaling::divide) return scale == 0 ? HUGE_VALF : scale;
   if (!call.factor) return 1.0f / scale;
-  return scale == 0 ? 0.0f : (1.0f / *call.factor) / scale;
+  return scale == 0 ? 0.0f : (1.0f / load_float(call.factor, Type::fp32, 0)) / scale;
 }
 
 // Numbers [k, k + count) of row n under their scales, and each one's zero.
@@ -298,7 +298,7 @@ inline void store_scale(const CastCall& call, std::uint32_t most, std::int64_t a
   std::uint32_t code;
   if (call.rule == Rule::e4m3) {
     const Float e4m3 = float_of_element(8, 3, -6, 126, 127);
-    const float scale = float_of(most) / call.largest / *call.factor;
+    const float scale = float_of(most) / call.largest / load_float(call.factor, Type::fp32, 0);
     code = float_code<Rounding::nearest>(e4m3, bits_of(scale), 0);
   } else if (call.rule == Rule::rceil) {
     const float descale = float_of(most) / call.largest;

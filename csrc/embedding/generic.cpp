@@ -7,8 +7,13 @@
 namespace parco::embedding {
 
 std::int64_t embedding_generic(const linear::CodedCall& matrix, const std::int64_t* indices) {
+  const auto index = [&](std::int64_t m) {
+    std::int64_t found;
+    std::memcpy(&found, indices + m, sizeof(found));
+    return found;
+  };
   for (std::int64_t m = 0; m < matrix.rows; m++)
-    if (indices[m] < 0 || indices[m] >= matrix.outputs) return m;
+    if (index(m) < 0 || index(m) >= matrix.outputs) return m;
   const std::int64_t columns = matrix.columns;
   const int threads = static_cast<int>(std::clamp<std::int64_t>(matrix.rows * columns >> 17, 1, matrix.threads));
   const bool direct = matrix.x_type == linear::Type::fp32 && reinterpret_cast<std::uintptr_t>(matrix.y) % 4 == 0;
@@ -18,7 +23,7 @@ std::int64_t embedding_generic(const linear::CodedCall& matrix, const std::int64
   for (int t = 0; t < threads; t++) {
     for (std::int64_t m = matrix.rows * t / threads; m < matrix.rows * (t + 1) / threads; m++) {
       float* row = direct ? static_cast<float*>(matrix.y) + m * columns : held + t * columns;
-      linear::expand_row(matrix, indices[m], row);
+      linear::expand_row(matrix, index(m), row);
       if (direct) continue;
       for (std::int64_t k = 0; k < columns; k++) linear::store_float(matrix.y, matrix.x_type, m * columns + k, row[k]);
     }

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace parco::linear {
 
@@ -30,7 +31,11 @@ struct CodedCall {
   Element element;
   Type x_type, scale_type, bias_type;
 
-  float scale_factor() const { return factor ? *factor : 1.0f; }
+  float scale_factor() const {
+    float found = 1.0f;
+    if (factor) std::memcpy(&found, factor, sizeof(found));
+    return found;
+  }
 };
 
 // Memory of the calling thread that only grows and is reused by its next call; aligned to 64 bytes. Throws

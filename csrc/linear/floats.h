@@ -24,8 +24,9 @@ inline float float_of(std::uint32_t bits) {
 inline float from_fp16(std::uint16_t half) {
   const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7fff;
   if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-  // Normal and subnormal alike: as an fp32 pattern the exponent is 112 too small, which one exact product mends.
-  return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
+  // Without an fp32 subnormal on the way, which a thread may be set to flush.
+  if (magnitude < 0x400) return float_of(sign | bits_of(static_cast<float>(magnitude) * 0x1p-24f));
+  return float_of(sign | ((magnitude << 13) + (112u << 23)));
 }
 
 inline std::uint16_t to_fp16(float value) {

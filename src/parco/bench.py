@@ -1,7 +1,8 @@
 """Products timed as a user runs them: every storage beside PyTorch's own, interleaved in one run.
 
-Weights are cold: each contender rotates through copies, and by the time it meets one again all the others have passed
-through the caches. Times are medians with quartiles; ratios and shares of the machine's peak hold inside one run only.
+Before every timed product other bytes pass through the caches, as the rest of a model does between two uses of a
+layer, and then x, which its user has just written. Times are medians with quartiles; ratios and shares of the machine's
+peak hold inside one run only.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -21,15 +21,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from parco import machine
-from parco.formats import Format, parse
+from parco.formats import Format, ScaleDelayed, parse
 from parco.kernels.table import explain
 from parco.weights import Dense, Quantized, Weight
 
 FORMATS = ("int8:row", "int4:32", "nf4:64", "ternary", "fp8_e4m3:row", "mxfp8_e4m3", "mxfp4", "nvfp4")
 ROWS = (1, 8, 64, 512)
 ROUNDS = 7
-COLD = 1 << 30
-"""Bytes that all contenders together rotate through."""
+MOST_BETWEEN = 512 << 20
+"""Bytes that pass between two uses of a weight, at most; twice the last cache where that is less."""
 
 BASELINE = "torch bf16"
 
@@ -57,22 +57,32 @@ class Row(TypedDict):
     times_bf16: float
 
 
+class Missing(TypedDict):
+    """A peer that could not run on a shape."""
+
+    shape: Shape
+    contender: str
+    reason: str
+
+
 class Report(TypedDict):
-    """`missing` names the peers that could not run, with the reason."""
+    """`missing` are peers that could not run on a shape, each with the reason."""
 
     machine: dict[str, Any]
     peaks: dict[str, Any]
     threads: int
     versions: dict[str, str]
     commit: str
-    cold_bytes: int
+    bytes_between: int
     rows: list[Row]
-    missing: dict[str, str]
+    missing: list[Missing]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to multiply: `make(weight)` stores an fp32 matrix [N, K], and `run(x, *stored)` multiplies by it."""
+    """One way to multiply: `make(weight)` stores an fp32 matrix [N, K], and `run(x, *stored)` multiplies by it.
+    `kernel` is parco's own, empty for a peer; `element` is what the multiply-adds are made of.
+    """
 
     name: str
     element: str
@@ -94,10 +104,14 @@ def contenders(shape: Shape, rows: int, formats: Sequence[str | Format]) -> list
         form = parse(format)
         spec: Weight = Dense(shape, str(form)) if form.is_dense else Quantized(form, shape)
         (explained,) = explain(spec, rows=rows, dtype=torch.bfloat16)
-        element = "int16" if explained.kernel.startswith("int") else "fp32"
-        name = f"parco {form}"
-        found.append(Contender(name, element, spec.encode, spec.apply, explained.kernel))
+        found.append(Contender(f"parco {form}", _element(explained.kernel), spec.encode, spec.apply, explained.kernel))
     return found
+
+
+def _element(kernel: str) -> str:
+    if kernel.startswith("int-linear"):
+        return "int8" if kernel.endswith("amx") else "int16"
+    return "bf16" if kernel.endswith("native") else "fp32"
 
 
 def _int8pack(weight: Tensor) -> tuple[Tensor, ...]:
@@ -135,29 +149,32 @@ def run(
     formats: Sequence[str | Format] = FORMATS,
     rows: Sequence[int] = ROWS,
     rounds: int = ROUNDS,
-    cold: int = COLD,
+    between: int | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Report:
     """Time every contender on every shape (N, K) and number of rows; `shapes` says how many layers have each.
 
-    `advance` is called after each of len(shapes) · len(rows) measurements. Raises ValueError for unknown formats and
-    sizes below 1.
+    `between` is how many bytes pass through the caches before every product: those of the rest of the model, or, by
+    default, twice the last cache. `advance` is called after each of len(shapes) · len(rows) measurements. Raises
+    ValueError for unknown formats, for delayed ones, whose scale comes from a training, and for sizes below 1.
     """
     formats = [parse(format) for format in formats]
-    for name, numbers in (
-        ("shapes", [size for shape in shapes for size in shape]),
-        ("rows", rows),
-        ("rounds", [rounds]),
-    ):
+    for form in formats:
+        if isinstance(form.scale, ScaleDelayed):
+            raise ValueError(f"formats: {str(form)!r} has the scale of an earlier step, and here is none")
+    sizes = [size for shape in shapes for size in shape]
+    for name, numbers in (("shapes", sizes), ("rows", rows), ("rounds", [rounds])):
         if not numbers or min(numbers) < 1:
             raise ValueError(f"{name}={list(numbers)}: at least one is needed, and each at least 1")
+    limit = min(2 * machine.detect().l3 or MOST_BETWEEN, MOST_BETWEEN, machine.detect().memory // 8)
+    passing = torch.ones(max(1, min(limit, limit if between is None else between) // 4))
     before = machine.peaks(refresh=True)
     found: list[Row] = []
-    missing: dict[str, str] = {}
+    missing: list[Missing] = []
     for shape, layers in shapes.items():
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / shape[1] ** 0.5
         for height in rows:
-            found += _time(shape, layers, height, weight, contenders(shape, height, formats), rounds, cold, missing)
+            found += _time(shape, layers, height, weight, contenders(shape, height, formats), rounds, passing, missing)
             advance()
     # The probe too is slowed by other work: the better of before and after counts.
     peaks = _best(before, machine.peaks(refresh=True))
@@ -171,7 +188,7 @@ def run(
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "commit": _commit(),
-        "cold_bytes": cold,
+        "bytes_between": passing.nbytes,
         "rows": found,
         "missing": missing,
     }
@@ -202,33 +219,41 @@ def _time(
     weight: Tensor,
     entrants: Sequence[Contender],
     rounds: int,
-    cold: int,
-    missing: dict[str, str],
+    passing: Tensor,
+    missing: list[Missing],
 ) -> list[Row]:
     x = torch.randn(height, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
-    runs: dict[str, Callable[[], Tensor]] = {}
-    sizes: dict[str, int] = {}
+    held: dict[str, tuple[Tensor, ...]] = {}
     with torch.inference_mode():
         for entrant in entrants:
             try:
                 stored = entrant.make(weight)
                 entrant.run(x, *stored)
             except (RuntimeError, AttributeError) as error:
-                missing[entrant.name] = str(error).splitlines()[0]
+                if entrant.kernel:
+                    raise
+                reason = " ".join(str(error).split()) or type(error).__name__
+                if all((shape, entrant.name) != (one["shape"], one["contender"]) for one in missing):
+                    missing.append({"shape": shape, "contender": entrant.name, "reason": reason})
                 continue
-            sizes[entrant.name] = sum(tensor.nbytes for tensor in stored)
-            runs[entrant.name] = _rotating(x, entrant, stored, cold // len(entrants) // sizes[entrant.name])
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
+            held[entrant.name] = stored
+        seconds: dict[str, list[float]] = {name: [] for name in held}
         for turn in range(rounds + 1):
-            for name, call in runs.items():
+            for entrant in entrants:
+                if entrant.name not in held:
+                    continue
+                stored = held[entrant.name]
+                passing.sum()
+                x.sum()
                 began = time.perf_counter()
-                call()
+                entrant.run(x, *stored)
                 if turn:
-                    seconds[name].append(time.perf_counter() - began)
+                    seconds[entrant.name].append(time.perf_counter() - began)
+    sizes = {name: sum(tensor.nbytes for tensor in stored) for name, stored in held.items()}
     work = height * shape[0] * shape[1]
     found: list[Row] = []
     for entrant in entrants:
-        if entrant.name not in runs:
+        if entrant.name not in held:
             continue
         mine = seconds[entrant.name]
         low, middle, high = statistics.quantiles(mine, n=4) if len(mine) > 1 else (mine[0],) * 3
@@ -255,16 +280,15 @@ def _time(
     return found
 
 
-def _rotating(x: Tensor, entrant: Contender, stored: tuple[Tensor, ...], copies: int) -> Callable[[], Tensor]:
-    held = [stored, *(tuple(tensor.clone() for tensor in stored) for _ in range(min(copies, 64) - 1))]
-    turn = count()
-    return lambda: entrant.run(x, *held[next(turn) % len(held)])
-
-
 def _commit() -> str:
     """The commit of the clone that this file lies in; empty elsewhere."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here.parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") if git("ls-files", here.name) else ""
     except OSError:
         return ""

@@ -80,3 +80,12 @@ def test_encode_takes_a_scale():
 def test_refusals_name_what_was_wrong(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def test_a_lookup_may_be_in_fp64() -> None:
+    for form in ("int4:32", "mxfp4", "fp8_e4m3:128x128"):
+        spec = Quantized(form, (40, 64))
+        tensors = spec.encode(torch.randn(40, 64))
+        rows = spec.lookup(torch.tensor([3, 39]), *tensors, dtype=torch.float64)
+        assert rows.dtype == torch.float64
+        assert torch.equal(rows, spec.dense(*tensors, dtype=torch.float64)[[3, 39]])

@@ -42,15 +42,18 @@ def bench(
 ) -> None:
     """Time every storage on the shapes of a model, for decode and prefill, beside PyTorch's own products.
 
-    All contenders run in turn in one process on cold weights; medians, ratios to PyTorch's bf16, and shares of what
-    this machine was measured to reach in the same run.
+    All contenders run in turn in one process; before each, as many bytes as the model has pass through the caches.
+    Medians, ratios to PyTorch's bf16, and shares of what this machine was measured to reach in the same run.
     """
     terminal.quiet_libraries()
     from parco import bench
     from parco.report import throughput
 
     heights = [_whole(text, "--rows") for text in rows.split(",")]
+    if shapes is not None and model is not None:
+        raise ValueError(f"--shapes {shapes} and the model {model!r} are two answers to one question: give one of them")
     chosen = _shapes(shapes) if shapes is not None else _model_shapes(model)
+    model_bytes = sum(2 * shape[0] * shape[1] * layers for shape, layers in chosen.items())
     with terminal.progress() as bar:
         bar.stage("measure", len(chosen) * len(heights))
         report = bench.run(
@@ -58,6 +61,7 @@ def bench(
             formats=bench.FORMATS if formats is None else formats.split(","),
             rows=heights,
             rounds=rounds,
+            between=None if shapes is not None else model_bytes,
             advance=bar.advance,
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -70,8 +74,8 @@ def bench(
     for table in throughput.tables(report):
         console.print(table)
         console.print()
-    for name, reason in report["missing"].items():
-        console.print(f"{name} did not run: {reason}")
+    for one in report["missing"]:
+        console.print(f"{one['contender']} did not run on {one['shape'][0]}x{one['shape'][1]}: {one['reason']}")
     console.print(f"{out / 'bench.html'} shows the same, {out / 'bench.json'} holds it.")
 
 

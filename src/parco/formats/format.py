@@ -65,6 +65,14 @@ class Format:
         return print_parts(self.element, self.block, self.scale)
 
     @property
+    def is_named(self) -> bool:
+        """Whether its text stands for it: not where an element of one's own has no name, or that of another."""
+        try:
+            return Format.parse(str(self)) == self
+        except ValueError:
+            return False
+
+    @property
     def bits(self) -> int:
         """Bits of one element, scales not counted."""
         return self.element.bits

@@ -62,10 +62,11 @@ def figure(report: Report) -> Any:
     for index, height in enumerate(heights, start=1):
         mine = [row for row in report["rows"] if row["rows"] == height]
         reading = height < 16
-        values = {name: _rate(mine, name, reading) for name in dict.fromkeys(row["contender"] for row in mine)}
+        partly = {one["contender"] for one in report["missing"]}  # a bar stands for all layers
+        names = [name for name in dict.fromkeys(row["contender"] for row in mine) if name not in partly]
+        values = {name: _rate(mine, name, reading) for name in names}
         elements = {row["element"] for row in mine}
         top = peaks["read_bytes_per_second"] if reading else max(peaks[element] for element in elements)
-        names = list(values)
         drawn.add_trace(
             graph.Bar(
                 x=[values[name] for name in names],

@@ -30,6 +30,10 @@ class Quantized(Weight):
             raise ValueError(
                 f"Quantized: format is {str(form)!r}, which is dense; Dense(shape, {str(form)!r}) stores it"
             )
+        if not form.is_named:
+            raise ValueError(
+                f"Quantized: format is {form!r}, which no name stands for; kernels and files know formats by name"
+            )
         object.__setattr__(self, "format", form)
         object.__setattr__(self, "shape", (shape[0], shape[1]))
         object.__setattr__(self, "_specs", tuple(form.tensors(self.shape).items()))
@@ -68,7 +72,8 @@ class Quantized(Weight):
         return decode_tensors(self.format, self.shape, self._named(tensors), dtype)
 
     def lookup(self, indices: torch.Tensor, *tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return embedding_coded(indices, *self._arguments(tensors), self._name, self.shape[1], dtype)
+        computed = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+        return embedding_coded(indices, *self._arguments(tensors), self._name, self.shape[1], computed).to(dtype)
 
     def magnitude(self, *tensors: torch.Tensor) -> torch.Tensor:
         return self.dense(*tensors).abs()

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from parco import formats, machine
 from parco.kernels import table
-from parco.kernels.cast import ROUNDINGS, encode
+from parco.kernels.cast import ROUNDINGS, decode, encode
 from parco.kernels.cast.amax import row_amax
 from parco.kernels.cast.codes import cast_codes
 from parco.kernels.cast.rows import cast_rows, rule
+from parco.weights import Quantized
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALED = [name for name in formats.NAMES if not formats.parse(name).is_dense]
@@ -158,6 +159,42 @@ def test_amax_is_the_references(dtype: torch.dtype) -> None:
             assert wanted.isnan().any() == x.isnan().any()
             for kernel in compiled("row_amax"):
                 torch.testing.assert_close(kernel.run(x, group), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["nf4:64", "mxfp4", "int4:32"])
+def test_the_default_dtype_has_no_say(name: str) -> None:
+    x = sample(4, 128)
+    wanted = encode(x, name).tensors["codes"]
+    try:
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            assert torch.equal(encode(x, name).tensors["codes"], wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_neither_has_a_mode_that_flushes_subnormals() -> None:
+    x = torch.full((4096, 64), 3e-5, dtype=torch.float16)
+    wanted = cast_codes(x, None, None, None, "fp8_e5m2", "nearest", 0)
+    try:
+        torch.set_flush_denormal(True)
+        for kernel in compiled("cast_codes"):
+            assert torch.equal(kernel.run(x, None, None, None, "fp8_e5m2", "nearest", 0), wanted), kernel.name
+    finally:
+        torch.set_flush_denormal(False)
+    assert wanted.all()
+
+
+def test_an_element_of_ones_own_is_encoded_by_its_own_entries() -> None:
+    entries = tuple(i / 15 for i in range(16))
+    own = formats.Format(formats.Table("nf4", 4, entries), formats.group(64), formats.ScaleAbsmax())
+    assert not own.is_named
+    x = torch.rand(3, 64)
+    assert (decode(encode(x, own)) - x).abs().max() < 0.04
+    five = formats.Format(formats.Float("fp5_e2m2", 2, 2, 1, "none"), formats.ROW, formats.ScaleAbsmax())
+    assert (decode(encode(torch.linspace(-1, 1, 64)[None], five)) - torch.linspace(-1, 1, 64)).abs().max() < 0.2
+    with pytest.raises(ValueError, match="no name stands for"):
+        Quantized(own, (3, 64))
 
 
 def test_wrong_arguments_are_named() -> None:

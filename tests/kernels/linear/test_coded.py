@@ -452,6 +452,15 @@ def test_the_gradient_expands_a_part_of_the_matrix_at_a_time(monkeypatch: pytest
         torch.testing.assert_close(parts, whole)
 
 
+def test_no_rows_cost_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> Tensor:
+        raise AssertionError("the matrix was decoded")
+
+    monkeypatch.setattr("parco.kernels.linear.reference.dense", refuse)
+    tensors = stored("mxfp4", 21, 96)
+    assert linear_coded(torch.empty(2, 0, 96), *tensors, None, "mxfp4", 96).shape == (2, 0, 21)
+
+
 def test_there_is_no_forward_derivative_and_that_is_said() -> None:
     tensors = stored("int4:48", 5, 48)
     with pytest.raises((RuntimeError, NotImplementedError)):

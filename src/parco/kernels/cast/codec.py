@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from parco.formats import Format, ScaleE4M3, TensorSpec, parse
+from parco.kernels.cast import codes
 from parco.kernels.cast.codes import cast_codes
 from parco.kernels.cast.packing import unpack
 from parco.kernels.cast.philox import random_bits
@@ -79,14 +80,19 @@ def encode(
     shape = matrix_shape(tuple(x.shape))
     matrix = x.detach().reshape(shape)
     given = {"scale": scale, "zero": zero, "global_scale": global_scale}
-    if scale is None and zero is None and rule(format) is not None:
+    is_named = format.is_named  # the operations know formats by their names
+    if is_named and scale is None and zero is None and rule(format) is not None:
         return Encoded(format, tuple(x.shape), _cast_rows(matrix, format, global_scale, rounding, seed))
     scales = _scales(matrix, format, {name: tensor for name, tensor in given.items() if tensor is not None})
     if format.dtype is not None:
         stored = {"values": _encode_dense(matrix, format, rounding, seed)}
     else:
         tensors = (scales.get("scale"), scales.get("zero"), scales.get("global_scale"))
-        stored = {"codes": cast_codes(matrix, *tensors, str(format), rounding, seed), **scales}
+        if is_named:
+            written = cast_codes(matrix, *tensors, str(format), rounding, seed)
+        else:
+            written = codes.reference(matrix, *tensors, format, rounding, seed)
+        stored = {"codes": written, **scales}
     return Encoded(format, tuple(x.shape), {name: stored[name] for name in format.tensors(shape)})
 
 
@@ -102,8 +108,8 @@ def _cast_rows(
             global_scale = nvfp4_global_scale(amax)
     elif global_scale is not None:
         _check_scales(matrix, format, {"global_scale": global_scale})
-    codes, scale = cast_rows(matrix, global_scale, str(format), rounding, seed)
-    tensors = {"codes": codes, "scale": scale}
+    written, found = cast_rows(matrix, global_scale, str(format), rounding, seed)
+    tensors = {"codes": written, "scale": found}
     return tensors if global_scale is None else {**tensors, "global_scale": global_scale}
 
 

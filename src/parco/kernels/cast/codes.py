@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parco import _C, machine
-from parco.formats import Block, Element, Float, Format, Integer, ScaleE4M3, ScaleE8M0, Table
+from parco.formats import Block, Element, Float, Format, Integer, ScaleE4M3, ScaleE8M0, Table, parse
 from parco.kernels import table
 from parco.kernels.cast.packing import pack
 from parco.kernels.cast.philox import random_bits
@@ -76,12 +76,12 @@ def reference(
     scale: Tensor | None,
     zero: Tensor | None,
     global_scale: Tensor | None,
-    format: str,
+    format: str | Format,
     rounding: Rounding,
     seed: int,
 ) -> Tensor:
     """Packed codes of `x` [N, K], chunk by chunk."""
-    form = Format.parse(format)
+    form = parse(format)
     given = {"scale": scale, "zero": zero, "global_scale": global_scale}
     scales = {name: tensor for name, tensor in given.items() if tensor is not None}
     shape = (x.shape[0], x.shape[1])
@@ -169,7 +169,7 @@ def launch(
     rows, columns = x.shape
     spec = form.tensors((rows, columns))["codes"]
     codes = torch.empty(spec.shape, dtype=spec.dtype)
-    entries = torch.tensor(form.element.entries) if isinstance(form.element, Table) else None
+    entries = torch.tensor(form.element.entries, dtype=torch.float32) if isinstance(form.element, Table) else None
     group = min(form.block.columns or columns, columns)
     function(
         x=x.data_ptr(),

@@ -323,11 +323,19 @@ def _grad_x(grad: Tensor, tensors: tuple[Tensor | None, ...], format: str, colum
     codes, scale, zero, global_scale = tensors
     assert codes is not None
     total = grad.new_zeros((*grad.shape[:-1], columns))
-    step = max(1, EXPANDED // columns)
+    height = storage(format).format.block.rows or 1
+    step = max(1, EXPANDED // columns // height) * height
     for first in range(0, codes.shape[0], step):
-        rows = torch.arange(first, min(first + step, codes.shape[0]), device=codes.device)
+        last = min(first + step, codes.shape[0])
+        if height > 1:  # looked up, these would decode all rows for some
+            part = slice(first // height, -(-last // height))
+            scales = (None if scale is None else scale[part], None if zero is None else zero[part])
+            weight = reference.dense(codes[first:last], *scales, global_scale, format, columns)
+            total += grad[..., first:last] @ weight
+            continue
+        rows = torch.arange(first, last, device=codes.device)
         weight = torch.ops.parco.embedding_coded(rows, codes, scale, zero, global_scale, format, columns, torch.float32)
-        total += grad[..., first : first + step] @ weight
+        total += grad[..., first:last] @ weight
     return total
 
 

@@ -12,6 +12,18 @@ def _named(*tensors: Tensor | None) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
 
 
+def dense(
+    codes: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    format: str,
+    columns: int,
+) -> Tensor:
+    """The whole matrix in fp32, [N, columns]."""
+    return decode_tensors(format, (codes.shape[0], columns), _named(codes, scale, zero, global_scale))
+
+
 def linear_coded(
     x: Tensor,
     codes: Tensor,
@@ -23,8 +35,9 @@ def linear_coded(
     columns: int,
 ) -> Tensor:
     """x @ decode(...).T + bias in fp32 arithmetic, rounded once to x's dtype: [..., K] -> [..., N]."""
-    weight = decode_tensors(format, (codes.shape[0], columns), _named(codes, scale, zero, global_scale))
-    return linear_dense(x, weight, bias)
+    if x.numel() == 0:
+        return x.new_empty((*x.shape[:-1], codes.shape[0]))
+    return linear_dense(x, dense(codes, scale, zero, global_scale, format, columns), bias)
 
 
 def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
