@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -186,7 +187,11 @@ def run(
         "machine": {"cpu": here.cpu, "cores": here.cores, "isa": machine.isa(), "features": list(here.features)},
         "peaks": {"read_bytes_per_second": peaks.read_bytes_per_second, **peaks.multiply_adds_per_second},
         "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "parco": metadata.version("parco"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "commit": _commit(),
         "bytes_between": passing.nbytes,
         "rows": found,

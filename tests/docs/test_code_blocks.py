@@ -11,6 +11,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,29 +70,45 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if runnable(page)], ids=lambda page: str(page.relative_to(ROOT))
-)
-def test_every_code_block_runs(page: Path, model_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "my-model").symlink_to(model_folder)
-    (tmp_path / "my-text.txt").write_text((parco.hub.embedded_path() / "heldout.txt").read_text()[:24_000])
+def run(page: Path, folder: Path, model_folder: Path) -> subprocess.CompletedProcess[str]:
+    """The page's blocks as one program, in a process of its own."""
+    (folder / "my-model").symlink_to(model_folder)
+    (folder / "my-text.txt").write_text((parco.hub.embedded_path() / "heldout.txt").read_text()[:24_000])
     if "--out fitted" not in page.read_text():
-        (tmp_path / "fitted").mkdir()
-        (tmp_path / "fitted" / "result.json").write_text(json.dumps(example.result()))
+        (folder / "fitted").mkdir()
+        (folder / "fitted" / "result.json").write_text(json.dumps(example.result()))
     program = "\n".join(
         f"run_{block.language}({block.body!r}, {f'{page.relative_to(ROOT)}:{block.line}'!r})"
         for block in runnable(page)
     )
-    (tmp_path / "page.py").write_text(f"{Path(__file__).with_name('page_program.py').read_text()}\n{program}\n")
-    ran = subprocess.run(
+    (folder / "page.py").write_text(f"{Path(__file__).with_name('page_program.py').read_text()}\n{program}\n")
+    return subprocess.run(
         [sys.executable, "page.py", str(ROOT)],
-        cwd=tmp_path,
+        cwd=folder,
         # One thread: the model is so small that more of them only wait for each other.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.fixture(scope="session")
+def running(
+    request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Path, Future[subprocess.CompletedProcess[str]]]]:
+    """Every page that this session tests, as many at once as there are cores: each takes one."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    pages = [call.params["page"] for call in calls if call is not None and "page" in call.params]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {page: pool.submit(run, page, tmp_path_factory.mktemp("page"), model_folder) for page in pages}
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if runnable(page)], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_every_code_block_runs(page: Path, running: dict[Path, Future[subprocess.CompletedProcess[str]]]) -> None:
+    ran = running[page].result()
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
 
 

@@ -57,6 +57,7 @@ def _show_all(explained: list[Explained]) -> None:
 
 
 def _show_one(one: Explained, prefill_tokens: int) -> None:
+    from parco.kernels.table import NATIVE
     from parco.report import tables
 
     out = terminal.console()
@@ -68,6 +69,6 @@ def _show_one(one: Explained, prefill_tokens: int) -> None:
         out.print()
         out.print(f"{member.name}: {member.stored}")
         for title, found in (("one token", member.decode), (f"a prompt of {prefill_tokens} tokens", member.prefill)):
-            text = "\n".join(str(explanation) for explanation in found) or member.instead
+            text = "\n".join(str(explanation) for explanation in found) or NATIVE
             out.print(f"  {title}")
             out.print("\n".join(f"    {line}" for line in text.splitlines()))

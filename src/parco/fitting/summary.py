@@ -32,7 +32,7 @@ from parco.fitting.result import (
 from parco.fitting.size import shape_of, stored_bytes
 from parco.fitting.solve import Goal
 from parco.fitting.table import owners_shapes, products, reason
-from parco.kernels.table import DECODED, NATIVE, explain
+from parco.kernels.table import NATIVE, explain
 from parco.nn import Embedding, StoredWeight
 from parco.nn.blocks import Group, groups
 
@@ -260,7 +260,7 @@ def kernel_name(fit: Fit, group: Group, method: str) -> str:
         spec = Method.parse(method).spec(shape_of(model, group.members[0]))
         runs = Embedding(StoredWeight.empty(spec, device="meta"))
     found = explain(runs, rows=1, dtype=fit.dtype)
-    return " + ".join(dict.fromkeys(each.kernel for each in found)) or DECODED
+    return " + ".join(dict.fromkeys(each.kernel for each in found)) or NATIVE
 
 
 def _remainder(fixed: Fixed, goal: Goal) -> Remainder:

@@ -21,10 +21,7 @@ TORCH = "torch"
 
 
 NATIVE = "PyTorch"
-"""What runs a matrix that parco does not store: the model's own layer."""
-
-DECODED = "PyTorch, on the decoded matrix"
-"""What runs a stored matrix that no operation of the table covers."""
+"""What runs a matrix that no operation of the table covers: the model's own layer, or rows of a dense matrix."""
 
 
 class Call(Protocol):
@@ -153,9 +150,8 @@ def explain(
 
     `thing` is the name of an operation, followed by the arguments of an example call; or a Weight, of which the product
     is explained; or a module that holds one: `parco.nn.Linear`, or `parco.nn.Embedding`, of which the lookup is. For
-    these `rows` and `dtype` say of what the input (or the looked-up rows) consists. An empty answer means that no
-    operation of the table covers how the matrix is stored: it is decoded and multiplied in plain torch. On another
-    device than the CPU every operation runs as its reference. Raises TypeError for anything else.
+    these `rows` and `dtype` say of what the input (or the looked-up rows) consists. On another device than the CPU
+    every operation runs as its reference. Raises TypeError for anything else.
     """
     if isinstance(thing, str):
         if thing not in _operations:

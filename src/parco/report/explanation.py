@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from parco.kernels.table import DECODED, NATIVE, Explanation, explain
+from parco.kernels.table import NATIVE, Explanation, explain
 from parco.nn.blocks import Group, groups, site
 
 if TYPE_CHECKING:
@@ -24,12 +24,11 @@ class Member:
     stored: str
     decode: tuple[Explanation, ...]
     prefill: tuple[Explanation, ...]
-    instead: str = NATIVE
 
     @property
     def kernels(self) -> tuple[str, ...]:
         """The kernels of one token, or what runs instead."""
-        return tuple(found.kernel for found in self.decode) or (self.instead,)
+        return tuple(found.kernel for found in self.decode) or (NATIVE,)
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def _member(model: nn.Module, name: str, prefill_tokens: int) -> Member:
         return Member(name, stored, (), ())
     runs = where.module if where.kind == "embedding" else spec
     found = [explain(runs, rows=tokens, dtype=held.dtype) for tokens in (1, prefill_tokens)]
-    return Member(name, stored, found[0], found[1], DECODED)
+    return Member(name, stored, found[0], found[1])
 
 
 def _unknown(name: str, known: Sequence[Group]) -> list[Group]:
