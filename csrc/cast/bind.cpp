@@ -1,18 +1,13 @@
 // cast and amax of parco._C. Tensors come as addresses, 0 for an absent one; what they must be is checked by
 // parco.kernels.cast.
-#include <nanobind/nanobind.h>
-
 #include "cast/cast.h"
+#include "linear/coded_bind.h"
 
 namespace nb = nanobind;
 using namespace parco::cast;
+using parco::linear::address;
 
 namespace {
-
-template <class T>
-T* address(std::uintptr_t value) {
-  return reinterpret_cast<T*>(value);
-}
 
 template <void (*kernel)(const CastCall&)>
 void define_cast(nb::module_& module, const char* name) {

@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parco import machine
+from parco.kernels.library import LIBRARY
 
 TORCH = "torch"
 """The `isa` of a kernel written in plain torch, as the reference is: usable on every device."""
@@ -90,6 +91,32 @@ def register(operation: Operation) -> None:
     if not operation.kernels or operation.kernels[-1].isa != TORCH:
         raise ValueError(f"the kernels of {operation.name!r} must end with its reference in plain torch")
     _operations[operation.name] = operation
+
+
+def implement(
+    name: str, check: Callable[..., None], fake: Callable[..., Any], cpu: Callable[..., Any] | None = None
+) -> None:
+    """Put a registered operation, which the library defines under the same name, behind the dispatcher.
+
+    Its reference runs on every device, the chosen kernel on the CPU (or `cpu`, which checks and chooses itself), and
+    `fake` where a graph is traced; `check` sees the arguments first.
+    """
+
+    def everywhere(*arguments: Any) -> Any:
+        check(*arguments)
+        return _operations[name].kernels[-1].run(*arguments)
+
+    def chosen(*arguments: Any) -> Any:
+        check(*arguments)
+        return choose(name, _operations[name].describe(*arguments)).run(*arguments)
+
+    def traced(*arguments: Any) -> Any:
+        check(*arguments)
+        return fake(*arguments)
+
+    LIBRARY.impl(name, everywhere, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, cpu or chosen, "CPU")
+    torch.library.register_fake(f"parco::{name}", traced, lib=LIBRARY)
 
 
 def operations() -> Mapping[str, Operation]:

@@ -85,24 +85,11 @@ table.register(
 LIBRARY.define("row_amax(Tensor x, int group) -> Tensor")
 
 
-def _reference(x: Tensor, group: int) -> Tensor:
-    check(x, group)
-    return reference(x, group)
-
-
-def _cpu(x: Tensor, group: int) -> Tensor:
-    check(x, group)
-    return table.choose("row_amax", describe(x, group)).run(x, group)
-
-
 def _fake(x: Tensor, group: int) -> Tensor:
-    check(x, group)
     return x.new_empty((x.shape[0], -(-x.shape[1] // min(group, x.shape[1]))), dtype=torch.float32)
 
 
-LIBRARY.impl("row_amax", _reference, "CompositeExplicitAutograd")
-LIBRARY.impl("row_amax", _cpu, "CPU")
-torch.library.register_fake("parco::row_amax", _fake, lib=LIBRARY)
+table.implement("row_amax", check, _fake)
 
 
 def row_amax(x: Tensor, group: int) -> Tensor:

@@ -100,14 +100,10 @@ def _cast_rows(
     matrix: Tensor, format: Format, global_scale: Tensor | None, rounding: Rounding, seed: int
 ) -> dict[str, Tensor]:
     """All tensors of `matrix` [N, K] in one pass, or two for NVFP4, whose first finds the global scale."""
-    if isinstance(format.scale, ScaleE4M3):
-        given = {} if global_scale is None else {"global_scale": global_scale}
-        _check_scales(matrix, format, given)
-        if global_scale is None:
-            amax = torch.nan_to_num(block_amax(matrix, format.block), nan=0.0, posinf=torch.finfo(torch.float32).max)
-            global_scale = nvfp4_global_scale(amax)
-    elif global_scale is not None:
-        _check_scales(matrix, format, {"global_scale": global_scale})
+    _check_scales(matrix, format, {} if global_scale is None else {"global_scale": global_scale})
+    if isinstance(format.scale, ScaleE4M3) and global_scale is None:
+        amax = torch.nan_to_num(block_amax(matrix, format.block), nan=0.0, posinf=torch.finfo(torch.float32).max)
+        global_scale = nvfp4_global_scale(amax)
     written, found = cast_rows(matrix, global_scale, str(format), rounding, seed)
     tensors = {"codes": written, "scale": found}
     return tensors if global_scale is None else {**tensors, "global_scale": global_scale}

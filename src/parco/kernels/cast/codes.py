@@ -1,7 +1,7 @@
 """cast_codes: numbers into the codes of a format, under scales that are there."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from parco.kernels.library import BYTE_SCALES, LIBRARY, TYPES
 
 
 class CastCall(NamedTuple):
-    """One call of cast_codes on `rows` by `columns` numbers of `dtype`."""
+    """One call of cast_codes or cast_rows on `rows` by `columns` numbers of `dtype`."""
 
     device: str
     isa: str
@@ -214,7 +214,8 @@ def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
     return run
 
 
-def _refuses(call: CastCall) -> str | None:
+def refuses(call: CastCall) -> str | None:
+    """Why no compiled cast reads the numbers, or None."""
     return None if call.dtype in TYPES else f"it reads no {call.dtype}"
 
 
@@ -223,9 +224,9 @@ table.register(
         "cast_codes",
         describe,
         (
-            table.Kernel("cast-avx512", "avx512", _compiled(_C.cast_avx512), _refuses),
-            table.Kernel("cast-avx2", "avx2", _compiled(_C.cast_avx2), _refuses),
-            table.Kernel("cast-generic", "generic", _compiled(_C.cast_generic), _refuses),
+            table.Kernel("cast-avx512", "avx512", _compiled(_C.cast_avx512), refuses),
+            table.Kernel("cast-avx2", "avx2", _compiled(_C.cast_avx2), refuses),
+            table.Kernel("cast-generic", "generic", _compiled(_C.cast_generic), refuses),
             table.Kernel("cast-torch", table.TORCH, reference),
         ),
     )
@@ -237,16 +238,6 @@ LIBRARY.define(
 )
 
 
-def _reference(*arguments: Any) -> Tensor:
-    check(*arguments)
-    return reference(*arguments)
-
-
-def _cpu(*arguments: Any) -> Tensor:
-    check(*arguments)
-    return table.choose("cast_codes", describe(*arguments)).run(*arguments)
-
-
 def _fake(
     x: Tensor,
     scale: Tensor | None,
@@ -256,14 +247,11 @@ def _fake(
     rounding: str,
     seed: int,
 ) -> Tensor:
-    check(x, scale, zero, global_scale, format, rounding, seed)
     spec = Format.parse(format).tensors((x.shape[0], x.shape[1]))["codes"]
     return x.new_empty(spec.shape, dtype=spec.dtype)
 
 
-LIBRARY.impl("cast_codes", _reference, "CompositeExplicitAutograd")
-LIBRARY.impl("cast_codes", _cpu, "CPU")
-torch.library.register_fake("parco::cast_codes", _fake, lib=LIBRARY)
+table.implement("cast_codes", check, _fake)
 
 
 def cast_codes(

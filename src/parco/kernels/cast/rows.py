@@ -1,7 +1,6 @@
 """cast_rows: scales found and codes written in one pass, for blocks that lie within a row."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from parco.kernels import table
 from parco.kernels.cast import codes
 from parco.kernels.cast.rounding import Rounding, check_rounding
 from parco.kernels.cast.scaling import find_scales
-from parco.kernels.library import LIBRARY, TYPES
+from parco.kernels.library import LIBRARY
 
 
 def rule(format: Format) -> str | None:
@@ -30,24 +29,9 @@ def rule(format: Format) -> str | None:
             return None
 
 
-class RowsCall(NamedTuple):
-    """One call of cast_rows on `rows` by `columns` numbers of `dtype`."""
-
-    device: str
-    isa: str
-    dtype: torch.dtype
-    rows: int
-    columns: int
-    format: str
-    rounding: str
-
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.columns} of {self.dtype} to {self.format} with its scales, {self.rounding}"
-
-
-def describe(x: Tensor, global_scale: Tensor | None, format: str, rounding: str, seed: int) -> RowsCall:
+def describe(x: Tensor, global_scale: Tensor | None, format: str, rounding: str, seed: int) -> codes.CastCall:
     """The table's key of a call."""
-    return RowsCall(x.device.type, machine.isa(), x.dtype, x.shape[0], x.shape[1], format, rounding)
+    return codes.CastCall(x.device.type, machine.isa(), x.dtype, x.shape[0], x.shape[1], format, rounding)
 
 
 def check(x: Tensor, global_scale: Tensor | None, format: str, rounding: str, seed: int) -> None:
@@ -87,18 +71,14 @@ def _compiled(function: Callable[..., None]) -> Callable[..., tuple[Tensor, Tens
     return run
 
 
-def _refuses(call: RowsCall) -> str | None:
-    return None if call.dtype in TYPES else f"it reads no {call.dtype}"
-
-
 table.register(
     table.Operation(
         "cast_rows",
         describe,
         (
-            table.Kernel("cast-rows-avx512", "avx512", _compiled(_C.cast_avx512), _refuses),
-            table.Kernel("cast-rows-avx2", "avx2", _compiled(_C.cast_avx2), _refuses),
-            table.Kernel("cast-rows-generic", "generic", _compiled(_C.cast_generic), _refuses),
+            table.Kernel("cast-rows-avx512", "avx512", _compiled(_C.cast_avx512), codes.refuses),
+            table.Kernel("cast-rows-avx2", "avx2", _compiled(_C.cast_avx2), codes.refuses),
+            table.Kernel("cast-rows-generic", "generic", _compiled(_C.cast_generic), codes.refuses),
             table.Kernel("cast-rows-torch", table.TORCH, reference),
         ),
     )
@@ -107,26 +87,13 @@ table.register(
 LIBRARY.define("cast_rows(Tensor x, Tensor? global_scale, str format, str rounding, int seed) -> (Tensor, Tensor)")
 
 
-def _reference(*arguments: Any) -> tuple[Tensor, Tensor]:
-    check(*arguments)
-    return reference(*arguments)
-
-
-def _cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
-    check(*arguments)
-    return table.choose("cast_rows", describe(*arguments)).run(*arguments)
-
-
 def _fake(x: Tensor, global_scale: Tensor | None, format: str, rounding: str, seed: int) -> tuple[Tensor, Tensor]:
-    check(x, global_scale, format, rounding, seed)
     specs = Format.parse(format).tensors((x.shape[0], x.shape[1]))
     written, scale = (x.new_empty(specs[name].shape, dtype=specs[name].dtype) for name in ("codes", "scale"))
     return written, scale
 
 
-LIBRARY.impl("cast_rows", _reference, "CompositeExplicitAutograd")
-LIBRARY.impl("cast_rows", _cpu, "CPU")
-torch.library.register_fake("parco::cast_rows", _fake, lib=LIBRARY)
+table.implement("cast_rows", check, _fake)
 
 
 def cast_rows(

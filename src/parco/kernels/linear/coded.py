@@ -222,11 +222,6 @@ LIBRARY.define(
 )
 
 
-def _reference(*arguments: Any) -> Tensor:
-    check(*arguments)
-    return reference.linear_coded(*arguments)
-
-
 def _kind(tensor: Tensor | None) -> Hashable:
     return None if tensor is None else (tensor.dtype, tensor.shape)
 
@@ -248,8 +243,8 @@ def _cpu(
         codes.dtype,
         codes.shape,
         None if scale is None else (scale.dtype, scale.shape),
-        None if zero is None else _kind(zero),
-        None if global_scale is None else _kind(global_scale),
+        _kind(zero),
+        _kind(global_scale),
         None if bias is None else (bias.dtype, bias.shape),
         format,
         columns,
@@ -292,7 +287,6 @@ def _fake(
     format: str,
     columns: int,
 ) -> Tensor:
-    check(x, codes, scale, zero, global_scale, bias, format, columns)
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
@@ -331,10 +325,11 @@ def _grad_x(grad: Tensor, tensors: tuple[Tensor | None, ...], format: str, colum
             part = slice(first // height, -(-last // height))
             scales = (None if scale is None else scale[part], None if zero is None else zero[part])
             weight = reference.dense(codes[first:last], *scales, global_scale, format, columns)
-            total += grad[..., first:last] @ weight
-            continue
-        rows = torch.arange(first, last, device=codes.device)
-        weight = torch.ops.parco.embedding_coded(rows, codes, scale, zero, global_scale, format, columns, torch.float32)
+        else:
+            rows = torch.arange(first, last, device=codes.device)
+            weight = torch.ops.parco.embedding_coded(
+                rows, codes, scale, zero, global_scale, format, columns, torch.float32
+            )
         total += grad[..., first:last] @ weight
     return total
 
@@ -349,9 +344,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, None, grad_bias, None, None
 
 
-LIBRARY.impl("linear_coded", _reference, "CompositeExplicitAutograd")
-LIBRARY.impl("linear_coded", _cpu, "CPU")
-torch.library.register_fake("parco::linear_coded", _fake, lib=LIBRARY)
+table.implement("linear_coded", check, _fake, _cpu)
 differentiate("linear_coded", _needs_grad, _setup, _backward)
 
 

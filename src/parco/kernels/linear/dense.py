@@ -135,18 +135,7 @@ table.register(
 LIBRARY.define("linear_dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    check(x, weight, bias)
-    return reference.linear_dense(x, weight, bias)
-
-
-def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    check(x, weight, bias)
-    return table.choose("linear_dense", describe(x, weight, bias)).run(x, weight, bias)
-
-
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    check(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -174,9 +163,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, grad_bias
 
 
-LIBRARY.impl("linear_dense", _reference, "CompositeExplicitAutograd")
-LIBRARY.impl("linear_dense", _cpu, "CPU")
-torch.library.register_fake("parco::linear_dense", _fake, lib=LIBRARY)
+table.implement("linear_dense", check, _fake)
 differentiate("linear_dense", _needs_grad, _setup, _backward)
 
 

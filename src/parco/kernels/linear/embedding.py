@@ -1,6 +1,6 @@
 """embedding_coded: rows of a stored matrix, expanded."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,16 +113,6 @@ LIBRARY.define(
 )
 
 
-def _reference(*arguments: Any) -> Tensor:
-    check(*arguments)
-    return reference.embedding_coded(*arguments)
-
-
-def _cpu(*arguments: Any) -> Tensor:
-    check(*arguments)
-    return table.choose("embedding_coded", describe(*arguments)).run(*arguments)
-
-
 def _fake(
     indices: Tensor,
     codes: Tensor,
@@ -133,13 +123,10 @@ def _fake(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    check(indices, codes, scale, zero, global_scale, format, columns, dtype)
     return codes.new_empty((*indices.shape, columns), dtype=dtype)
 
 
-LIBRARY.impl("embedding_coded", _reference, "CompositeExplicitAutograd")
-LIBRARY.impl("embedding_coded", _cpu, "CPU")
-torch.library.register_fake("parco::embedding_coded", _fake, lib=LIBRARY)
+table.implement("embedding_coded", check, _fake)
 
 
 def embedding_coded(

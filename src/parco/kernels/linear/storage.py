@@ -28,8 +28,8 @@ VECTOR = 16
 @dataclass(frozen=True, eq=False)
 class Storage:
     """`values` are the numbers of all codes, fp32 (NumPy's arrays: a tensor would be a fake one where a graph is
-    traced). Where they are `unit` times integers within one byte, `integers`
-    says so: (table[code] − zero_point)·unit is the number, or (code − zero_point)·unit without a `table`.
+    traced). Where they are `unit` times integers within one byte, `integers` says so: the number is then
+    (table[code] − zero_point)·unit, or (code − zero_point)·unit without a `table`.
     """
 
     format: Format
