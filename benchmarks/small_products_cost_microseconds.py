@@ -24,9 +24,10 @@ def main() -> None:
         x, dense = torch.randn(1, columns).bfloat16(), torch.randn(outputs, columns).bfloat16()
         spec = Quantized("int4:32", (outputs, columns))
         ((codes, scale),) = stored_copies(spec, 1)
-        kernel = table.choose("linear_coded", describe(x, codes, scale, None, None, None, "int4:32", columns)).run
+        call = describe(x, codes, scale, None, None, None, "int4:32", columns, outputs)
+        kernel = table.choose("linear_coded", call).run
         assert isinstance(kernel, Compiled)
-        launch = kernel.settle(x, codes, scale, None, "int4:32", columns)
+        launch = kernel.settle(x, codes, scale, None, "int4:32", outputs)
         runs = {
             "torch": lambda x=x, dense=dense: torch.nn.functional.linear(x, dense),
             "parco": lambda x=x, c=codes, s=scale, spec=spec: spec.apply(x, c, s),
@@ -34,9 +35,9 @@ def main() -> None:
         }
         with torch.inference_mode():
             seconds = interleave(runs, 60, calls=50)
-        call = spread(seconds["parco"])["median_us"] - spread(seconds["launch"])["median_us"]
+        overhead = spread(seconds["parco"])["median_us"] - spread(seconds["launch"])["median_us"]
         rows.append(
-            {"weights": f"{outputs}x{columns}", **spread(seconds["parco"]), "call_us": call}
+            {"weights": f"{outputs}x{columns}", **spread(seconds["parco"]), "call_us": overhead}
             | {"times_torch_bf16": ratio(seconds["torch"], seconds["parco"])}
         )
     save(__file__, rows)

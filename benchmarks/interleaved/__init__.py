@@ -46,9 +46,9 @@ def ratio(peer: list[float], ours: list[float]) -> float:
 
 
 def stored_copies(spec: Weight, copies: int) -> list[tuple[torch.Tensor, ...]]:
-    """The tensors of a random matrix, stored as `spec` says, so many times; random, since zeros run faster."""
+    """The packed tensors of a random matrix, stored as `spec` says, so many times; random, since zeros run faster."""
     generator = torch.Generator().manual_seed(0)
-    tensors = spec.encode(torch.randn(spec.shape, generator=generator) / spec.shape[1] ** 0.5)
+    tensors = spec.pack(*spec.encode(torch.randn(spec.shape, generator=generator) / spec.shape[1] ** 0.5))
     return [tensors, *(tuple(tensor.clone() for tensor in tensors) for _ in range(copies - 1))]
 
 

@@ -14,7 +14,14 @@ inline constexpr int size_of(Type type) { return type == Type::fp32 ? 4 : type <
 // How a code becomes a float without looking it up: `listed` codes are looked up.
 enum class Element : int { listed = 0, e4m3 = 1, e5m2 = 2, e3m2 = 3 };
 
+// Rows of weights in one panel.
+constexpr std::int64_t panel_rows = 16;
+
 // Every pointer may have any alignment. Rows are contiguous, one after the other.
+//
+// Codes that are `packed` lie in panels instead, of 16 rows and whole dwords of their bit streams: dword d of row r of
+// a panel is its dword 16 d + r. So do the scales and zeros of a panel, [group][row], where every row has its own and
+// more than one of them. The last panel is whole; what it holds past the last row may be anything finite.
 struct CodedCall {
   const void* x;              // [rows, columns] of x_type
   const std::uint8_t* codes;  // [outputs, ceil(columns * bits / 8)], each row an LSB-first bit stream
@@ -28,6 +35,7 @@ struct CodedCall {
   std::int64_t rows, outputs, columns, group, block_rows, scale_stride;
   float unit;
   int zero_point, bits, threads;
+  bool packed;
   Element element;
   Type x_type, scale_type, bias_type;
 
@@ -35,6 +43,19 @@ struct CodedCall {
     float found = 1.0f;
     if (factor) std::memcpy(&found, factor, sizeof(found));
     return found;
+  }
+  bool packed_scales() const { return packed && block_rows == 1 && scale_stride > 1; }
+  // Where the scale of row n and group g is.
+  std::int64_t scale_index(std::int64_t n, std::int64_t g) const {
+    if (packed_scales()) return (n / panel_rows * scale_stride + g) * panel_rows + n % panel_rows;
+    return n / block_rows * scale_stride + g;
+  }
+  // Code k of row n of packed codes.
+  std::uint32_t packed_code(std::int64_t n, std::int64_t k) const {
+    const std::int64_t dword = n / panel_rows * (columns * bits / 32) + k * bits / 32;
+    std::uint32_t value;
+    std::memcpy(&value, codes + (dword * panel_rows + n % panel_rows) * 4, 4);
+    return value >> k * bits % 32 & ((1u << bits) - 1);
   }
 };
 

@@ -8,21 +8,22 @@ namespace parco::linear {
 
 // Eight codes fill whole bytes, so a row is read in windows of eight codes.
 void expand_row(const CodedCall& call, std::int64_t n, float* to) {
-  const std::int64_t row_bytes = (call.columns * call.bits + 7) / 8,
-                     scales_at = n / call.block_rows * call.scale_stride;
+  const std::int64_t row_bytes = (call.columns * call.bits + 7) / 8;
   const std::uint8_t* row = call.codes + n * row_bytes;
   const std::uint64_t mask = (1u << call.bits) - 1;
   const float factor = call.scale_factor();
   for (std::int64_t start = 0, group = 0; start < call.columns; start += call.group, group++) {
-    const float scale = load_float(call.scale, call.scale_type, scales_at + group) * factor;
-    const int zero = call.zero ? call.zero[scales_at + group] : 0;
+    const std::int64_t at = call.scale_index(n, group);
+    const float scale = load_float(call.scale, call.scale_type, at) * factor;
+    const int zero = call.zero ? call.zero[at] : 0;
     const std::int64_t end = std::min(start + call.group, call.columns);
     for (std::int64_t k = start; k < end; k += 8) {
       const std::int64_t byte = k * call.bits / 8;
       std::uint64_t window = 0;
-      std::memcpy(&window, row + byte, static_cast<std::size_t>(std::min<std::int64_t>(call.bits, row_bytes - byte)));
+      if (!call.packed)
+        std::memcpy(&window, row + byte, static_cast<std::size_t>(std::min<std::int64_t>(call.bits, row_bytes - byte)));
       for (int i = 0; i < std::min<std::int64_t>(8, end - k); i++) {
-        const std::uint64_t code = window >> i * call.bits & mask;
+        const std::uint64_t code = call.packed ? call.packed_code(n, k + i) : window >> i * call.bits & mask;
         to[k + i] = (call.zero ? static_cast<float>(static_cast<int>(code) - zero) : call.values[code]) * scale;
       }
     }

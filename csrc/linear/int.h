@@ -19,8 +19,8 @@ void int_amx(const CodedCall& call);
 void int_amx_emulated(const CodedCall& call);
 
 // The blocks of k and how they lie in memory. A "dword" is what one 32-bit lane holds at a time: 8 codes of up to 4
-// bits as nibbles, or 4 wider ones as bytes; `pieces` are runs of whole blocks of at most 32 dwords, the unit in which
-// weights are read.
+// bits as nibbles, or 4 wider ones as bytes, or, where they go from packed memory straight into products, as many as
+// there are. `pieces` are runs of whole blocks of at most 32 dwords, the unit in which weights are read.
 struct Block {
   std::int32_t k, length, group, dword, dwords;
 };
@@ -39,6 +39,6 @@ constexpr std::int32_t longest_block = 128;
 constexpr std::int32_t piece_dwords = 32;
 
 std::size_t plan_bytes(const CodedCall& call);
-Plan make_plan(const CodedCall& call, void* memory);
+Plan make_plan(const CodedCall& call, void* memory, bool straight = false);
 
 }  // namespace parco::linear

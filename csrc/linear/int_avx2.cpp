@@ -17,7 +17,8 @@ struct Avx2 {
   static F set(float value) { return _mm256_set1_ps(value); }
   static I load(const void* from) { return _mm256_load_si256(static_cast<const I*>(from)); }
   static F load(const float* from) { return _mm256_load_ps(from); }
-  static void store(I* to, I value) { _mm256_store_si256(to, value); }
+  static void store(void* to, I value) { _mm256_store_si256(static_cast<I*>(to), value); }
+  static void store(float* to, F value) { _mm256_store_ps(to, value); }
   static I broadcast(const void* from) {
     std::int32_t pair;
     std::memcpy(&pair, from, 4);
@@ -72,6 +73,58 @@ struct Avx2 {
       }
     }
     for (int r = 0; r < all; r++) sum[r] = add(sum[r], other[r]);
+  }
+
+  // Packed codes.
+  static constexpr int parts = 1;
+  static constexpr int streams(int all) { return all == 1 ? 4 : all == 2 ? 2 : 1; }
+  struct Lookup {
+    I table;
+    explicit Lookup(const CodedCall& call) : table(set(0)) {
+      if (call.table)
+        table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(call.table)));
+    }
+  };
+  template <Coding coding, int all>
+  static void add_products(const void* from, [[maybe_unused]] const Lookup& lookup, const char* const* x,
+                           std::int32_t d, I (*sum)[parts]) {
+    constexpr int count = coding == Coding::bytes ? 2 : coding == Coding::pairs ? 8 : 4;
+    const I dword = _mm256_loadu_si256(static_cast<const I*>(from));
+    I pair[count];
+    if constexpr (coding == Coding::pairs) {
+      for (int i = 0; i < count; i++) pair[i] = _mm256_and_si256(_mm256_srli_epi16(dword, 2 * i), _mm256_set1_epi16(3));
+    } else if constexpr (coding == Coding::looked_up) {
+      const I mask = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255);
+      const I even = _mm256_shuffle_epi8(lookup.table, _mm256_and_si256(dword, mask));
+      const I odd = _mm256_shuffle_epi8(lookup.table, _mm256_and_si256(_mm256_srli_epi16(dword, 4), mask));
+      pair[0] = _mm256_and_si256(even, byte), pair[1] = _mm256_and_si256(odd, byte);
+      pair[2] = _mm256_srli_epi16(even, 8), pair[3] = _mm256_srli_epi16(odd, 8);
+    } else {
+      for (int i = 0; i < count; i++) pair[i] = pairs<coding == Coding::nibbles>(dword, i, 0);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++)
+      for (int r = 0; r < all; r++) sum[r][0] = dot(sum[r][0], pair[i], broadcast(x[r] + 4 * (count * d + i)));
+  }
+  static I whole(const I* sum) { return sum[0]; }
+  static F load_scales(const CodedCall& call, std::int64_t at, float factor) {
+    const char* from = static_cast<const char*>(call.scale) + at * size_of(call.scale_type);
+    F scale;
+    if (call.scale_type == Type::fp32) {
+      scale = _mm256_loadu_ps(reinterpret_cast<const float*>(from));
+    } else if (size_of(call.scale_type) == 2) {
+      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+      scale = call.scale_type == Type::fp16 ? _mm256_cvtph_ps(halves)
+                                            : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    } else {
+      alignas(32) float values[8];
+      for (int i = 0; i < 8; i++) values[i] = load_float(from, call.scale_type, i);
+      scale = load(values);
+    }
+    return multiply(scale, set(factor));
+  }
+  static I load_zeros(const void* from) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from)));
   }
 
   // Codes of `bits` bits from rows of weights: 32 bytes of nibbles or of bytes a row, transposed. A dword holds `unit`
@@ -129,6 +182,27 @@ struct Avx2 {
       alignas(32) std::uint8_t bytes[32] = {};
       if (left > 0) std::memcpy(bytes, from, static_cast<std::size_t>(left));
       return load(bytes);
+    }
+
+    // `dwords` dwords from dword `first` of half a panel.
+    void read_packed(const std::uint8_t* panel, std::int32_t first, std::int32_t dwords, I* to) const {
+      const int each = 32 / bits / unit;  // in one of memory
+      for (std::int32_t d = 0; d < dwords; d++) {
+        const I stored = _mm256_loadu_si256(reinterpret_cast<const I*>(panel + (first + d) / each * 64));
+        if (each == 1) {
+          store(to + d, stored);
+          continue;
+        }
+        const I half = (first + d) % 2 ? _mm256_srli_epi32(stored, 16) : stored;
+        const I bytes = spread(_mm256_and_si256(half, _mm256_set1_epi32(0xffff)), 8, 0x00ff00ff);
+        const I nibbles = spread(bytes, 4, 0x0f0f0f0f);
+        store(to + d, mapped ? map(nibbles) : spread(nibbles, 2, 0x33333333));
+      }
+    }
+
+    // The upper half of every field that `mask` is to hold goes `shift` up.
+    static I spread(I fields, int shift, int mask) {
+      return _mm256_and_si256(_mm256_or_si256(fields, _mm256_slli_epi32(fields, shift)), _mm256_set1_epi32(mask));
     }
 
     // `dwords` dwords from dword `first` of 8 rows. Also asks for the same bytes of the 8 rows that follow.

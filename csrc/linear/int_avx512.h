@@ -17,7 +17,8 @@ struct Avx512 {
   static F set(float value) { return _mm512_set1_ps(value); }
   static I load(const void* from) { return _mm512_load_si512(from); }
   static F load(const float* from) { return _mm512_load_ps(from); }
-  static void store(I* to, I value) { _mm512_store_si512(to, value); }
+  static void store(void* to, I value) { _mm512_store_si512(to, value); }
+  static void store(float* to, F value) { _mm512_store_ps(to, value); }
   static I broadcast(const void* from) {
     std::int32_t pair;
     std::memcpy(&pair, from, 4);
@@ -65,6 +66,57 @@ struct Avx512 {
         sum[r] = add(_mm512_slli_epi32(add(high[r][0], high[r][1]), 8), add(low[r][0], low[r][1]));
     }
   }
+
+  // Packed codes: sums of high bytes beside those of low ones.
+  static constexpr int parts = 2;
+  static constexpr int streams(int all) { return all <= 2 ? 4 : all <= 4 ? 2 : 1; }
+  struct Lookup {
+    I table;
+    explicit Lookup(const CodedCall& call) : table(_mm512_setzero_si512()) {
+      if (call.table) table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(call.table)));
+    }
+  };
+  template <Coding coding, int all>
+  static void add_products(const void* from, [[maybe_unused]] const Lookup& lookup, const char* const* x,
+                           std::int32_t d, I (*sum)[parts]) {
+    const I dword = _mm512_loadu_si512(from);
+    const auto add = [&](I codes, int offset) {
+#pragma GCC unroll 8
+      for (int r = 0; r < all; r++) {
+        sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], codes, broadcast(x[r] + offset));
+        sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], codes, broadcast(x[r] + offset + 4));
+      }
+    };
+    if constexpr (coding == Coding::bytes) {
+      add(dword, 8 * d);
+    } else if constexpr (coding == Coding::pairs) {
+      const I mask = byte_mask(2);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) add(_mm512_and_si512(_mm512_srli_epi16(dword, 2 * i), mask), 32 * d + 8 * i);
+    } else {
+      const I mask = byte_mask(4);
+      I even = _mm512_and_si512(dword, mask), odd = _mm512_and_si512(_mm512_srli_epi16(dword, 4), mask);
+      if constexpr (coding == Coding::looked_up)
+        even = _mm512_shuffle_epi8(lookup.table, even), odd = _mm512_shuffle_epi8(lookup.table, odd);
+      add(even, 16 * d), add(odd, 16 * d + 8);
+    }
+  }
+  static I whole(const I* sum) { return add(_mm512_slli_epi32(sum[1], 8), sum[0]); }
+  static F load_scales(const CodedCall& call, std::int64_t at, float factor) {
+    const char* from = static_cast<const char*>(call.scale) + at * size_of(call.scale_type);
+    I bits;
+    if (call.scale_type == Type::fp32)
+      bits = _mm512_loadu_si512(from);
+    else if (size_of(call.scale_type) == 2)
+      bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    else
+      bits = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return multiply(avx512::widen(bits, call.scale_type), set(factor));
+  }
+  static I load_zeros(const void* from) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+  }
+
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I multiply(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -97,9 +149,17 @@ struct Avx512 {
     std::int64_t row_bytes;
     I bytes, even, odd;  // of the bit stream: which bytes each quadword needs, then where its codes begin in them
     I mask;              // of a plain code, or the table of mapped ones
+    I half[2][2];        // of packed dwords that hold two: where either's even and odd codes begin
 
     Reader(const CodedCall& call, const Plan& plan)
         : bits(call.bits), unit(plan.unit), mapped(call.table), row_bytes(plan.row_bytes) {
+      for (int i = 0; i < 64 && call.packed; i++) {
+        const int start = i / 4 % 2 * 32 + i % 4 * 4;
+        for (int h = 0; h < 2; h++) {
+          reinterpret_cast<std::uint8_t*>(&half[h][0])[i] = static_cast<std::uint8_t>((start + 16 * h) & 63);
+          reinterpret_cast<std::uint8_t*>(&half[h][1])[i] = static_cast<std::uint8_t>((start + 16 * h - 2) & 63);
+        }
+      }
       if (is_stored()) return;
       alignas(64) std::uint8_t from[64], first[64], second[64];
       const bool nibble = unit == 8;
@@ -121,6 +181,10 @@ struct Avx512 {
     I unpack_nibbles(I stream) const {
       const I quadwords = _mm512_permutexvar_epi8(bytes, stream);
       const I low = _mm512_multishift_epi64_epi8(even, quadwords), high = _mm512_multishift_epi64_epi8(odd, quadwords);
+      return lower_nibbles(low, high);
+    }
+    // The lower nibbles of one and the upper ones of the other.
+    static I lower_nibbles(I low, I high) {
       return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(15), 0xe4);  // low where the mask is set
     }
 
@@ -137,6 +201,24 @@ struct Avx512 {
       if (mapped) return map_bytes(stream);
       if (is_stored()) return stream;
       return unit == 8 ? unpack_nibbles(stream) : unpack_bytes(stream);
+    }
+
+    // `dwords` dwords from dword `first` of a panel.
+    void read_packed(const std::uint8_t* panel, std::int32_t first, std::int32_t dwords, I* to) const {
+      const int each = 32 / bits / unit;  // in one of memory
+      for (std::int32_t d = 0; d < dwords; d++) {
+        const I stored = _mm512_loadu_si512(panel + (first + d) / each * 64);
+        if (each == 1) {
+          store(to + d, stored);
+          continue;
+        }
+        const I* start = half[(first + d) % 2];
+        const I even = _mm512_multishift_epi64_epi8(start[0], stored);
+        if (mapped)
+          store(to + d, _mm512_permutexvar_epi8(even, mask));
+        else
+          store(to + d, lower_nibbles(even, _mm512_multishift_epi64_epi8(start[1], stored)));
+      }
     }
 
     // `dwords` dwords from dword `first` of 16 rows. Also asks for the same bytes of the 16 rows that follow.
@@ -207,8 +289,7 @@ struct Avx512 {
                       places.byte[2 * to + 1] = static_cast<std::uint8_t>(2 * i + 1);
     }
     for (int i = 0; i < 32 && order == Order::bytes; i++) {  // from 32 high bytes and then 32 low ones
-      const int half = unit == 8 ? i % 2 : 0, place = unit == 8 ? i % 8 / 2 : i % 4;
-      const int to = i / unit * 2 * unit + 8 * half + place;
+      const int shifts = unit / 4, to = i / unit * 2 * unit + i % shifts * 8 + i % unit / shifts;
       places.byte[to] = static_cast<std::uint8_t>(i), places.byte[to + 4] = static_cast<std::uint8_t>(32 + i);
     }
     return places;
@@ -227,8 +308,9 @@ struct Avx512 {
   template <Order order, int word_count>
   static void quantize_words(const CodedCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words,
                              float* scales, std::int32_t* const* sums) {
-    static constexpr Places of_nibbles = places_of(order, 8), of_bytes = places_of(order, 4);
-    const I places = load(plan.unit == 8 ? of_nibbles.byte : of_bytes.byte);
+    static constexpr Places of_bytes = places_of(order, 4), of_nibbles = places_of(order, 8),
+                            of_pairs = places_of(order, 16);
+    const I places = load(plan.unit == 16 ? of_pairs.byte : plan.unit == 8 ? of_nibbles.byte : of_bytes.byte);
     const std::int64_t row = m * call.columns;
     const I magnitude = set(0x7fffffff);
     for (std::int32_t b = 0; b < plan.block_count; b++) {

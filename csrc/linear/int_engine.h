@@ -3,8 +3,9 @@
 // its lane and no reduction across lanes is ever needed. A vector of dwords becomes 4 (nibbles) or 2 (bytes) vectors of
 // 16-bit pairs by a shift and a mask; the words of x are stored in the order of those pairs.
 //
-// With few words per column of x (decode), weights go from memory through registers into the products. With more, 2 *
-// lanes rows are expanded once into a panel that stays in the L2 cache and is multiplied by tiles of x.
+// With few words per column of x (decode), weights go from memory through registers into the products; packed ones need
+// no turning, and several panels are read at once, as one stream of memory does not keep the memory busy. With more
+// words, 2 * lanes rows are expanded once into a panel that stays in the L2 cache and is multiplied by tiles of x.
 //
 // Included by one translation unit per instruction set; V is its vector type. Everything is unnamed (see floats.h).
 #pragma once
@@ -27,6 +28,11 @@ struct Job {
   std::int64_t block_stride;
 };
 
+// Where the packed codes of the outputs from n on begin.
+inline const std::uint8_t* packed_codes(const CodedCall& call, std::int64_t n) {
+  return call.codes + n / panel_rows * (call.columns * call.bits / 32) * panel_rows * 4 + n % panel_rows * 4;
+}
+
 // What belongs to `lanes * vectors` outputs: scales and zeros turned so that a group's values of all lanes are
 // neighbours.
 template <class V, int vectors>
@@ -36,30 +42,52 @@ struct Outputs {
   float* scale;        // [groups][vectors][lanes]
   std::int32_t* zero;  // the same, or null when all are equal
 
+  void take(const CodedCall& call, std::int64_t first_output) {
+    first = first_output;
+    count = std::min<std::int64_t>(V::lanes * vectors, call.outputs - first);
+    zero = nullptr;
+  }
+
   // Lanes past the last output repeat it; they are computed and not stored.
   void gather(const CodedCall& call, const Plan& plan, std::int64_t first_output, float* scales, std::int32_t* zeros) {
     constexpr int wide = V::lanes * vectors;
-    first = first_output;
-    count = std::min<std::int64_t>(wide, call.outputs - first);
+    take(call, first_output);
     const char* scale_rows[wide];
     for (int i = 0; i < wide; i++) {
       const std::int64_t n = first + std::min<std::int64_t>(i, count - 1);
       rows[i] = call.codes + n * plan.row_bytes;
-      scale_rows[i] =
-          static_cast<const char*>(call.scale) + n / call.block_rows * call.scale_stride * size_of(call.scale_type);
+      scale_rows[i] = static_cast<const char*>(call.scale) + call.scale_index(n, 0) * size_of(call.scale_type);
     }
     scale = scales;
+    zero = call.zero ? zeros : nullptr;
     const std::int32_t groups = plan.groups;
     const float factor = call.scale_factor() * call.unit;
-    for (int v = 0; v < vectors; v++)
+    for (int v = 0; v < vectors; v++) {
+      if (call.packed_scales()) {
+        // Vectors past the last panel repeat it.
+        const std::int64_t n = std::min(first + v * V::lanes, call.outputs - 1) / V::lanes * V::lanes;
+        for (std::int32_t g = 0; g < groups; g++) {
+          const std::int64_t at = call.scale_index(n, g);
+          V::store(scales + (g * vectors + v) * V::lanes, V::load_scales(call, at, factor));
+          if (zero) V::store(zeros + (g * vectors + v) * V::lanes, V::load_zeros(call.zero + at));
+        }
+        continue;
+      }
       V::transpose_scales(scale_rows + v * V::lanes, call.scale_type, groups, factor, scales + v * V::lanes, wide);
-    zero = call.zero ? zeros : nullptr;
-    if (!zero) return;
+    }
+    if (!zero || call.packed_scales()) return;
     for (int i = 0; i < wide; i++) {
       const std::int64_t n = first + std::min<std::int64_t>(i, count - 1);
-      const std::uint8_t* from = call.zero + n / call.block_rows * call.scale_stride;
-      for (std::int32_t g = 0; g < groups; g++) zeros[g * wide + i] = from[g];
+      for (std::int32_t g = 0; g < groups; g++) zeros[g * wide + i] = call.zero[call.scale_index(n, g)];
     }
+  }
+
+  // A piece of vector v.
+  void read(const CodedCall& call, const typename V::Reader& reader, int v, const Piece& piece,
+            typename V::I* to) const {
+    if (!call.packed) return reader.read(rows + v * V::lanes, piece.dword, piece.dwords, to);
+    const std::int64_t n = std::min(first + v * V::lanes, call.outputs - 1) / V::lanes * V::lanes;
+    reader.read_packed(packed_codes(call, n), piece.dword, piece.dwords, to);
   }
 };
 
@@ -111,7 +139,7 @@ void decode(const Job<V>& job, std::int64_t first_output, float* scales, std::in
   for (int m = 0; m < columns; m++) total[m] = V::set(0.0f);
   for (std::int32_t p = 0; p < plan.piece_count; p++) {
     const Piece& piece = plan.pieces[p];
-    reader.read(outputs.rows, piece.dword, piece.dwords, codes);
+    outputs.read(job.call, reader, 0, piece, codes);
     for (std::int64_t i = p * ahead; i < (p + 1) * ahead; i += 64) __builtin_prefetch(next_scales + i);
     const I* code = codes;
     for (std::int32_t b = piece.first; b < piece.last; b++) {
@@ -136,6 +164,113 @@ void decode(const Job<V>& job, std::int64_t first_output, float* scales, std::in
   for (int m = 0; m < columns; m++) finish(job, outputs, m, 0, total[m]);
 }
 
+// How codes lie in a dword of packed memory. Looked up, they are the bytes that a table says.
+enum class Coding { bytes, nibbles, looked_up, pairs };
+
+constexpr std::int64_t read_ahead = 1024;  // bytes of each stream
+
+// `strips` times `lanes` packed outputs, from outputs[strip] on, against `columns` rows of x.
+template <class V, Coding coding, int strips, int columns, int words>
+void decode_strips(const Job<V>& job, const std::int64_t* first, float* scales, std::int32_t* zeros) {
+  using I = typename V::I;
+  using F = typename V::F;
+  constexpr int all = columns * words;
+  const CodedCall& call = job.call;
+  const Plan& plan = job.plan;
+  const bool grouped = plan.groups > 1, direct = call.packed_scales();
+  const float factor = call.scale_factor() * call.unit;
+  const typename V::Lookup lookup(call);
+  Outputs<V, 1> outputs[strips];
+  const std::uint8_t* codes[strips];
+  F total[strips][columns];
+  for (int s = 0; s < strips; s++) {
+    const std::int64_t kept = s * static_cast<std::int64_t>(plan.groups) * V::lanes;
+    direct ? outputs[s].take(call, first[s]) : outputs[s].gather(call, plan, first[s], scales + kept, zeros + kept);
+    codes[s] = packed_codes(call, first[s]);
+    for (int m = 0; m < columns; m++) total[s][m] = V::set(0.0f);
+  }
+  for (std::int32_t b = 0; b < plan.block_count; b++) {
+    const Block& block = plan.blocks[b];
+    const char* x[all];
+    I sum[strips][all][V::parts];
+#pragma GCC unroll 8
+    for (int r = 0; r < all; r++) {
+      const int m = r / words, w = r % words;
+      x[r] = reinterpret_cast<const char*>(job.x[w] + m * plan.words + block.k);
+      const std::int32_t of_words = job.x_sum[w][m * job.block_stride + b];
+#pragma GCC unroll 4
+      for (int s = 0; s < strips; s++) {
+        sum[s][r][0] =
+            direct && call.zero
+                ? V::multiply(V::load_zeros(call.zero + call.scale_index(first[s], block.group)), V::set(of_words))
+                : first_sum(outputs[s], block, 0, of_words);
+        for (int part = 1; part < V::parts; part++) sum[s][r][part] = V::set(0);
+      }
+    }
+    const std::int64_t from = static_cast<std::int64_t>(block.dword) * panel_rows * 4;
+    for (std::int32_t d = 0; d < block.dwords; d++) {
+#pragma GCC unroll 4
+      for (int s = 0; s < strips; s++) {
+        const std::uint8_t* at = codes[s] + from + d * panel_rows * 4;
+        __builtin_prefetch(at + read_ahead);
+        V::template add_products<coding, all>(at, lookup, x, d, sum[s]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < strips; s++) {
+      F scale = V::set(1.0f);
+      if (grouped)
+        scale = direct ? V::load_scales(call, call.scale_index(first[s], block.group), factor)
+                       : V::load(outputs[s].scale + block.group * V::lanes);
+      for (int m = 0; m < columns; m++) {
+        I whole[words];
+        for (int w = 0; w < words; w++) whole[w] = V::whole(sum[s][m * words + w]);
+        const F unit = V::multiply(V::set(job.x_scale[m * job.block_stride + b]), scale);
+        total[s][m] = V::fma(exact<V, words>(whole), unit, total[s][m]);
+      }
+    }
+  }
+  for (int s = 0; s < strips; s++)
+    for (int m = 0; m < columns; m++) finish(job, outputs[s], m, 0, total[s][m]);
+}
+
+// Strips [first, last) in as many contiguous streams as are read at once.
+template <class V, Coding coding, int columns, int words>
+void decode_streams(const Job<V>& job, std::int64_t first, std::int64_t last, float* scales, std::int32_t* zeros) {
+  constexpr int streams = V::streams(columns * words);
+  const std::int64_t length = (last - first) / streams;
+  for (std::int64_t i = 0; i < length; i++) {
+    std::int64_t outputs[streams];
+    for (int s = 0; s < streams; s++) outputs[s] = (first + s * length + i) * V::lanes;
+    decode_strips<V, coding, streams, columns, words>(job, outputs, scales, zeros);
+  }
+  for (std::int64_t i = first + streams * length; i < last; i++) {
+    const std::int64_t output = i * V::lanes;
+    decode_strips<V, coding, 1, columns, words>(job, &output, scales, zeros);
+  }
+}
+
+template <class V, Coding coding, int columns, int words>
+void decode_packed_rows(const Job<V>& job, std::int64_t first, std::int64_t last, float* scales, std::int32_t* zeros) {
+  if (job.rows == columns) return decode_streams<V, coding, columns, words>(job, first, last, scales, zeros);
+  if constexpr (columns > 1) decode_packed_rows<V, coding, columns - 1, words>(job, first, last, scales, zeros);
+}
+
+template <class V, Coding coding>
+void decode_coding(const Job<V>& job, std::int64_t first, std::int64_t last, float* scales, std::int32_t* zeros) {
+  job.words == 2 ? decode_packed_rows<V, coding, V::decode_words / 2, 2>(job, first, last, scales, zeros)
+                 : decode_packed_rows<V, coding, V::decode_words, 1>(job, first, last, scales, zeros);
+}
+
+// Strips [first, last) of packed outputs; the plan's dwords are those of memory.
+template <class V>
+void decode_packed(const Job<V>& job, std::int64_t first, std::int64_t last, float* scales, std::int32_t* zeros) {
+  if (job.call.bits == 8) return decode_coding<V, Coding::bytes>(job, first, last, scales, zeros);
+  if (job.call.bits == 2) return decode_coding<V, Coding::pairs>(job, first, last, scales, zeros);
+  job.call.table ? decode_coding<V, Coding::looked_up>(job, first, last, scales, zeros)
+                 : decode_coding<V, Coding::nibbles>(job, first, last, scales, zeros);
+}
+
 // 2 * lanes outputs expanded to 16-bit pairs: [pair of k][2][lanes] dwords.
 template <class V, bool nibbles>
 void expand(const Job<V>& job, const Outputs<V, 2>& outputs, typename V::I* panel) {
@@ -146,7 +281,7 @@ void expand(const Job<V>& job, const Outputs<V, 2>& outputs, typename V::I* pane
   for (std::int32_t p = 0; p < job.plan.piece_count; p++) {
     const Piece& piece = job.plan.pieces[p];
     for (int v = 0; v < 2; v++) {
-      reader.read(outputs.rows + v * V::lanes, piece.dword, piece.dwords, codes);
+      outputs.read(job.call, reader, v, piece, codes);
       I* to = panel + static_cast<std::int64_t>(piece.dword) * shifts * 2 + v;
       for (std::int32_t d = 0; d < piece.dwords; d++) {
         const I dword = V::load(codes + d);
@@ -257,7 +392,8 @@ void run(const CodedCall& call) {
   const std::int64_t padded = (call.columns + 31) / 32 * 32 + 32;
   const std::size_t x_size = rounded(static_cast<std::size_t>(slab * padded) * sizeof(std::int16_t));
   const std::size_t block_size = rounded(static_cast<std::size_t>(slab * blocks) * 4);
-  const std::size_t scale_size = rounded(static_cast<std::size_t>(blocks * wide) * 4);
+  const bool straight = decoding && call.packed;
+  const std::size_t scale_size = rounded(static_cast<std::size_t>(blocks * wide * (straight ? V::streams(1) : 1)) * 4);
   const std::size_t panel_size = decoding ? 0 : rounded(static_cast<std::size_t>(padded * wide) * 2);
   const std::size_t thread_size = 2 * scale_size + panel_size;
   const std::int64_t bytes = call.outputs * ((call.columns * call.bits + 7) / 8);
@@ -266,7 +402,7 @@ void run(const CodedCall& call) {
 
   char* memory =
       static_cast<char*>(scratch(plan_size + (x_size + block_size) * words + block_size + thread_size * threads));
-  Job<V> job{call, make_plan(call, memory), words, {}, {}, {}, 0, 0, blocks};
+  Job<V> job{call, make_plan(call, memory, straight), words, {}, {}, {}, 0, 0, blocks};
   memory += plan_size;
   for (int w = 0; w < words; w++, memory += x_size) job.x[w] = reinterpret_cast<std::int16_t*>(memory);
   for (int w = 0; w < words; w++, memory += block_size) job.x_sum[w] = reinterpret_cast<std::int32_t*>(memory);
@@ -302,6 +438,10 @@ void run(const CodedCall& call) {
           nibbles ? expand<V, true>(job, outputs, panel) : expand<V, false>(job, outputs, panel);
           words == 1 ? tiles<V, 1>(job, outputs, panel, from, to) : tiles<V, 2>(job, outputs, panel, from, to);
         };
+        if (straight) {
+          decode_packed(job, panels * t / threads, panels * (t + 1) / threads, scales, zeros);
+          continue;
+        }
         if (by_rows) {
           const std::int64_t from = job.rows * t / threads, to = job.rows * (t + 1) / threads;
           for (std::int64_t m = from; m < to; m++) quantize(job, m);

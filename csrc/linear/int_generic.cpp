@@ -13,12 +13,17 @@ void expand_row(const CodedCall& call, const Plan& plan, std::int64_t n, std::in
   const std::uint32_t mask = (1u << call.bits) - 1;
   for (std::int32_t b = 0; b < plan.block_count; b++) {
     const Block& block = plan.blocks[b];
-    const int zero = call.zero ? call.zero[n / call.block_rows * call.scale_stride + block.group] : call.zero_point;
+    const int zero = call.zero ? call.zero[call.scale_index(n, block.group)] : call.zero_point;
     for (std::int64_t k = block.k; k < block.k + block.length; k++) {
       const std::int64_t bit = k * call.bits, byte = bit / 8;
-      std::uint32_t window = row[byte];
-      if (byte + 1 < plan.row_bytes) window |= static_cast<std::uint32_t>(row[byte + 1]) << 8;
-      const std::uint32_t code = window >> bit % 8 & mask;
+      std::uint32_t code;
+      if (call.packed) {
+        code = call.packed_code(n, k);
+      } else {
+        std::uint32_t window = row[byte];
+        if (byte + 1 < plan.row_bytes) window |= static_cast<std::uint32_t>(row[byte + 1]) << 8;
+        code = window >> bit % 8 & mask;
+      }
       codes[k] = static_cast<std::int16_t>((call.table ? call.table[code] : static_cast<int>(code)) - zero);
     }
   }
@@ -67,7 +72,6 @@ void int_generic(const CodedCall& call) {
       std::int16_t* row_codes = codes + padded * t;
       for (std::int64_t n = call.outputs * t / call.threads; n < call.outputs * (t + 1) / call.threads; n++) {
         expand_row(call, plan, n, row_codes);
-        const std::int64_t scales_at = n / call.block_rows * call.scale_stride;
         for (std::int64_t m = 0; m < rows; m++) {
           float sum = 0;
           for (std::int32_t b = 0; b < plan.block_count; b++) {
@@ -78,10 +82,11 @@ void int_generic(const CodedCall& call) {
               exact =
                   std::fma(exact, 32768.0f, static_cast<float>(dot(low + block.k, row_codes + block.k, block.length)));
             float unit = scales[m * blocks + b];
-            if (plan.groups > 1) unit *= load_float(call.scale, call.scale_type, scales_at + block.group) * factor;
+            if (plan.groups > 1)
+              unit *= load_float(call.scale, call.scale_type, call.scale_index(n, block.group)) * factor;
             sum = std::fma(exact, unit, sum);
           }
-          if (plan.groups <= 1) sum *= load_float(call.scale, call.scale_type, scales_at) * factor;
+          if (plan.groups <= 1) sum *= load_float(call.scale, call.scale_type, call.scale_index(n, 0)) * factor;
           if (call.bias) sum += load_float(call.bias, call.bias_type, n);
           store_float(call.y, call.x_type, (first + m) * call.outputs + n, sum);
         }

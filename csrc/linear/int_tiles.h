@@ -101,7 +101,7 @@ inline void expand_bytes(const TileJob& job, const Outputs<Avx512, 2>& outputs, 
   for (std::int32_t p = 0; p < job.plan.piece_count; p++) {
     const Piece& piece = job.plan.pieces[p];
     for (int v = 0; v < 2; v++) {
-      reader.read(outputs.rows + v * 16, piece.dword, piece.dwords, codes);
+      outputs.read(job.call, reader, v, piece, codes);
       const __m512i* code = codes;
       for (std::int32_t b = piece.first; b < piece.last; b++) {
         __m512i* to = panel + static_cast<std::int64_t>(b) * job.tiling.quads * 2 + v;

@@ -38,13 +38,13 @@ std::size_t plan_bytes(const CodedCall& call) {
   return static_cast<std::size_t>(most_blocks(call)) * (sizeof(Block) + sizeof(Piece));
 }
 
-Plan make_plan(const CodedCall& call, void* memory) {
+Plan make_plan(const CodedCall& call, void* memory, bool straight) {
   Block* blocks = static_cast<Block*>(memory);
   Piece* pieces = reinterpret_cast<Piece*>(blocks + most_blocks(call));
   Plan plan{};
   plan.blocks = blocks;
   plan.pieces = pieces;
-  plan.unit = call.bits <= 4 && !call.table ? 8 : 4;
+  plan.unit = straight ? 32 / call.bits : call.bits <= 4 && !call.table ? 8 : 4;
   plan.row_bytes = (call.columns * call.bits + 7) / 8;
   plan.words = (call.columns + 31) / 32 * 32 + 32;
   for (std::int64_t start = 0; start < call.columns; start += call.group) {

@@ -30,7 +30,7 @@ constexpr std::uint32_t nan_bits = 0x7fc00000;
 inline std::int32_t nearest(float value) { return static_cast<std::int32_t>(bits_of(value + 0x1.8p23f) - 0x4b400000u); }
 
 // Where the word of code i of a dword goes: the two words that meet the same shift of the dword are neighbours.
-constexpr int paired(int i, int unit) { return unit == 8 ? 2 * (i % 4) + i / 4 : 2 * (i % 2) + i / 2; }
+constexpr int paired(int i, int unit) { return 2 * (i % (unit / 2)) + i / (unit / 2); }
 
 // Row `row` of x: words[0] (and words[1] when x is fp32), one scale per block and the sums of each block's words.
 // A block that holds inf or NaN gets the scale NaN, so the whole row of y becomes NaN.

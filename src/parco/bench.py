@@ -105,7 +105,15 @@ def contenders(shape: Shape, rows: int, formats: Sequence[str | Format]) -> list
         form = parse(format)
         spec: Weight = Dense(shape, str(form)) if form.is_dense else Quantized(form, shape)
         (explained,) = explain(spec, rows=rows, dtype=torch.bfloat16)
-        found.append(Contender(f"parco {form}", _element(explained.kernel), spec.encode, spec.apply, explained.kernel))
+        found.append(
+            Contender(
+                f"parco {form}",
+                _element(explained.kernel),
+                lambda matrix, spec=spec: spec.pack(*spec.encode(matrix)),
+                spec.apply,
+                explained.kernel,
+            )
+        )
     return found
 
 

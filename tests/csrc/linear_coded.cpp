@@ -1,6 +1,7 @@
 // Every instruction set of the products over stored codes, on shapes that no vector divides; built with sanitizers too.
 // In integers all must give the bits of the generic one; in fp32, and the rows that are looked up, what sums in double
 // say. Inputs lie at odd addresses in buffers of exactly their size, so that a read past an end is seen.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -45,7 +46,7 @@ struct Codes {
   int zero_point;
 };
 
-int failures = 0;
+int failures = 0, packs_tried = 0;
 std::mt19937 random_bits(20);
 
 void fill(char* data, std::size_t count) {
@@ -96,6 +97,44 @@ float as_float(const char* from, Type type, std::int64_t i) {
   return half & 0x8000 ? -value : value;
 }
 
+// Panels as coded.h describes them; rows past the last hold anything.
+struct Packed {
+  Packed(const CodedCall& plain, std::int64_t groups)
+      : panels((plain.outputs + 15) / 16),
+        dwords(plain.columns * plain.bits / 32),
+        moved(plain.block_rows == 1 && groups > 1),
+        codes(panels * dwords * 64),
+        scale(panels * 16 * groups * size_of(plain.scale_type)),
+        zero(panels * 16 * groups),
+        call(plain) {
+    const int size = size_of(plain.scale_type);
+    for (std::int64_t n = 0; n < panels * 16; n++) {
+      const std::int64_t from = std::min(n, plain.outputs - 1);
+      for (std::int64_t d = 0; d < dwords; d++)
+        std::memcpy(codes.data + ((n / 16 * dwords + d) * 16 + n % 16) * 4, plain.codes + (from * dwords + d) * 4, 4);
+      for (std::int64_t g = 0; moved && g < groups; g++) {
+        const std::int64_t to = (n / 16 * groups + g) * 16 + n % 16;
+        std::memcpy(scale.data + to * size, static_cast<const char*>(plain.scale) + (from * groups + g) * size, size);
+        if (plain.zero) zero.data[to] = static_cast<char>(plain.zero[from * groups + g]);
+      }
+    }
+    call.packed = true;
+    call.codes = reinterpret_cast<const std::uint8_t*>(codes.data);
+    if (!moved) return;
+    call.scale = scale.data;
+    if (plain.zero) call.zero = reinterpret_cast<const std::uint8_t*>(zero.data);
+  }
+  static bool can(const CodedCall& plain) {
+    const std::int64_t in_dword = 32 / plain.bits;
+    return (plain.bits == 2 || plain.bits == 4 || (plain.bits == 8 && !plain.table)) && plain.columns % in_dword == 0 &&
+           (plain.group % in_dword == 0 || plain.group >= plain.columns);
+  }
+  std::int64_t panels, dwords;
+  bool moved;
+  Bytes codes, scale, zero;
+  CodedCall call;
+};
+
 void check(const std::vector<Kernel>& kernels, const Codes& format, Shape shape, Type x_type, Type scale_type,
            bool asymmetric, bool same_bits) {
   const std::int64_t groups = (shape.columns + shape.group - 1) / shape.group;
@@ -133,6 +172,7 @@ void check(const std::vector<Kernel>& kernels, const Codes& format, Shape shape,
                        format.zero_point,
                        format.bits,
                        1,
+                       false,
                        format.element,
                        x_type,
                        scale_type,
@@ -154,7 +194,11 @@ void check(const std::vector<Kernel>& kernels, const Codes& format, Shape shape,
                 static_cast<long>(shape.columns), static_cast<long>(shape.group), static_cast<int>(x_type),
                 static_cast<int>(scale_type), asymmetric, threads);
   };
-  const auto run = [&](const Kernel& kernel, int threads) {
+  CodedCall empty{};
+  empty.bits = 8, empty.block_rows = 1;
+  const bool packs = same_bits && Packed::can(call);
+  const Packed packed(packs ? call : empty, packs ? groups : 0);
+  const auto run = [&](const Kernel& kernel, const CodedCall& call, int threads) {
     Bytes y(shape.rows * shape.outputs * size_of(x_type));
     fill(y.data, shape.rows * shape.outputs * size_of(x_type));
     CodedCall own = call;
@@ -178,11 +222,13 @@ void check(const std::vector<Kernel>& kernels, const Codes& format, Shape shape,
   }
   // x has 4 bits within 2^7 of the largest: exact as words of 15. Then sums in fp32, and a rounding to y's type.
   const double unit = x_type == Type::fp32 ? 0 : x_type == Type::bf16 ? 0x1p-8 : 0x1p-11;
-  const std::string first = run(kernels[0], 1);
+  const std::string first = run(kernels[0], call, 1);
   for (const Kernel& kernel : kernels) {
     for (int threads : {1, 3}) {
-      const std::string y = run(kernel, threads);
+      const std::string y = run(kernel, call, threads);
       if (same_bits && y != first) tell(kernel.name, "other bits than the first", threads);
+      if (packs && run(kernel, packed.call, threads) != first) tell(kernel.name, "packed, other bits", threads);
+      packs_tried += packs;
       for (std::size_t i = 0; i < expected.size(); i++) {
         const double found = static_cast<double>(as_float(y.data(), x_type, static_cast<std::int64_t>(i)));
         if (x_type == Type::fp16 && std::abs(expected[i]) > 65000) continue;
@@ -199,6 +245,14 @@ void check(const std::vector<Kernel>& kernels, const Codes& format, Shape shape,
   CodedCall rows = call;
   rows.y = y.data, rows.rows = 3;
   if (parco::embedding::embedding_generic(rows, indices) != -1) tell("lookup", "refused its rows", 1);
+  if (packs) {
+    Bytes from_packed(3 * shape.columns * size_of(x_type));
+    CodedCall own = packed.call;
+    own.y = from_packed.data, own.rows = 3;
+    parco::embedding::embedding_generic(own, indices);
+    if (std::memcmp(y.data, from_packed.data, 3 * shape.columns * size_of(x_type)))
+      tell("lookup", "packed, other rows", 1);
+  }
   for (std::int64_t i = 0; i < 3 * shape.columns; i++) {
     const double wanted = weight(indices[i / shape.columns], i % shape.columns);
     const double found = static_cast<double>(as_float(y.data, x_type, i));
@@ -259,7 +313,8 @@ int main(int argc, char** argv) {
              scales[] = {Type::fp32, Type::bf16, Type::fp16, Type::e8m0, Type::e4m3};
   const Shape shapes[] = {{1, 37, 96, 32, 1},   {3, 16, 200, 48, 1},  {5, 33, 131, 131, 1},   {19, 65, 353, 32, 1},
                           {2, 7, 517, 160, 1},  {4, 50, 1, 1, 50},    {33, 34, 256, 128, 16}, {18, 5, 97, 16, 1},
-                          {389, 70, 64, 32, 1}, {7, 35, 160, 32, 32}, {8, 18, 256, 128, 1},   {40, 200, 300, 16, 16}};
+                          {389, 70, 64, 32, 1}, {7, 35, 160, 32, 32}, {8, 18, 256, 128, 1},   {40, 200, 300, 16, 16},
+                          {1, 200, 416, 32, 1}, {2, 150, 320, 16, 1}, {6, 70, 192, 64, 1},    {70, 90, 288, 288, 1}};
   int checks = 0;
   std::vector<Codes> small{listed(floats("e2m1", 2, 1, Element::listed, 0, 0), 0.5f, 12),
                            listed(floats("e2m3", 2, 3, Element::listed, 0, 0), 0.125f, 60)};
@@ -280,6 +335,7 @@ int main(int argc, char** argv) {
     for (int left = std::atoi(argv[1]); left > 0; left--) {
       Shape shape{1 + (below(4) ? below(12) : below(600)), 1 + below(90), 1 + (below(8) ? below(400) : below(5000)), 0,
                   1};
+      if (below(2)) shape.columns = (shape.columns + 15) / 16 * 16;  // what packs
       shape.group = below(3) ? 16 << below(4) : below(2) ? 16 * (1 + below(20)) : shape.columns;
       if (shape.group > shape.columns) shape.group = shape.columns;
       if (below(4) == 0) shape.block_rows = 16 * (1 + below(8));
@@ -294,6 +350,7 @@ int main(int argc, char** argv) {
         for (Shape shape : shapes)
           for (Type x_type : types) try_both(codes, from == &small, shape, x_type);
   }
-  std::printf("%d shapes, %zu and %zu kernels, %d differences\n", checks, integer.size(), vectors.size(), failures);
+  std::printf("%d shapes, %zu and %zu kernels, %d packed calls, %d differences\n", checks, integer.size(),
+              vectors.size(), packs_tried, failures);
   return failures != 0;
 }

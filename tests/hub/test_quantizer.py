@@ -34,7 +34,9 @@ def test_every_architecture_comes_back_bit_for_bit(architecture: str, tmp_path: 
     assert not any(information.values())
     assert describe(again) == describe(made)
     assert {kind.kind for kind in nn.groups(made) if not set(kind.members) <= stored_names(again)} <= {"router"}
-    for (name, first), (other, second) in zip(made.named_parameters(), again.named_parameters(), strict=True):
+    assert all(part.is_packed for part in again.modules() if isinstance(part, nn.StoredWeight))
+    assert [name for name, _ in made.named_parameters()] == [name for name, _ in again.named_parameters()]
+    for (name, first), (other, second) in zip(made.state_dict().items(), again.state_dict().items(), strict=True):
         assert (name, first.dtype) == (other, second.dtype)
         assert torch.equal(first, second)
 

@@ -20,6 +20,7 @@ from tests.hub import tiny
 
 import parco
 from parco import hub
+from parco.nn import StoredWeight
 from parco.nn.saved import HINT
 
 
@@ -64,6 +65,18 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     assert digests(first) == digests(hub.save(again.model, again.tokenizer, tmp_path / "second", plan={"a": 1}))
     assert hub.load(tmp_path / "second").fingerprint == again.fingerprint
     assert "local" not in (first / "tokenizer_config.json").read_text()
+
+
+def test_a_loaded_model_is_packed_and_saves_the_same_bytes(fitted: Any, tmp_path: Path) -> None:
+    folder = hub.save(fitted, tiny.tokenizer(), tmp_path / "first")
+    loaded = hub.load(folder)
+    stored = [part for part in loaded.model.modules() if isinstance(part, StoredWeight)]
+    assert stored
+    assert all(part.is_packed for part in stored)
+    again = hub.save(loaded.model, loaded.tokenizer, tmp_path / "second")
+    assert digests(again)["model.safetensors"] == digests(folder)["model.safetensors"]
+    loaded.model.save_pretrained(tmp_path / "third")
+    assert digests(tmp_path / "third")["model.safetensors"] == digests(folder)["model.safetensors"]
 
 
 def test_shards(fitted: Any, tmp_path: Path) -> None:

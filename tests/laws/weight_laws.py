@@ -124,6 +124,21 @@ class WeightLaws:
             with pytest.raises(IndexError):
                 spec.lookup(torch.tensor([0, outside]), *tensors)
 
+    def test_packed_tensors_are_the_same_matrix(self, make: Make) -> None:
+        for shape in (*self.shapes, self.small):
+            spec = make(shape)
+            tensors = stored_tensors(spec)
+            packed = spec.pack(*tensors)
+            assert all(torch.equal(a, b) for a, b in zip(spec.unpack(*packed), tensors, strict=True))
+            assert all(a is b for a, b in zip(spec.pack(*packed), packed, strict=True))
+            assert torch.equal(spec.dense(*packed), spec.dense(*tensors))
+            assert torch.equal(spec.magnitude(*packed), spec.magnitude(*tensors))
+            indices = torch.tensor([0, shape[0] - 1])
+            assert torch.equal(spec.lookup(indices, *packed), spec.lookup(indices, *tensors))
+            for rows in (1, 40):
+                x = inputs(rows, shape[1], dtype=torch.bfloat16)
+                assert torch.equal(spec.apply(x, *packed), spec.apply(x, *tensors))
+
     def test_tensors_are_what_the_spec_says(self, make: Make) -> None:
         for shape in self.shapes:
             spec = make(shape)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parco.nn import Embedding, Linear, StoredWeight
+from parco.nn import Embedding, Linear, StoredWeight, pack_, packed
 from parco.weights import Dense, LowRank, Quantized, Sum
 
 NESTED = Sum(Quantized("int4:32", (40, 72)), LowRank(Dense((40, 8), "bf16"), Quantized("int8:row", (8, 72))))
@@ -170,3 +170,64 @@ def test_refusals_name_what_was_wrong():
         StoredWeight(spec, (codes,))
     with pytest.raises(ValueError, match=r"\(41,\)"):
         Linear(StoredWeight(spec, (codes, scale)), torch.nn.Parameter(torch.zeros(41)))
+
+
+def equal_states(a, b):
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_packing_changes_the_layout_and_nothing_else():
+    made = layer(dtype=torch.bfloat16)
+    x = torch.randn(3, 72).bfloat16()
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    y, dense, identities = made(x), made.weight.dense(), [id(p) for p in made.parameters()]
+    assert made.weight.pack_() is made.weight
+    assert made.weight.is_packed
+    assert made.weight.get_parameter("0.codes").shape == (3, 9, 64)
+    assert made.weight.get_parameter("1.left.values").shape == (40, 8)
+    assert made.weight.get_parameter("1.right.codes").shape == (1, 18, 64)
+    assert [id(p) for p in made.parameters()] == identities
+    assert torch.equal(made(x), y)
+    assert torch.equal(copy.deepcopy(made)(x), y)
+    assert torch.equal(made.weight.dense(), dense)
+    assert equal_states(made.state_dict(), before)
+    assert made.weight.nbytes == NESTED.nbytes
+    made.weight.unpack_()
+    assert not made.weight.is_packed
+    assert equal_states(dict(sorted(made.named_parameters())), dict(sorted(before.items())))
+
+
+def test_packed_weights_load_what_lies_by_rows():
+    made, other = layer(), layer()
+    torch.nn.init.zeros_(other.weight.get_parameter("0.scale"))
+    state = made.state_dict()
+    other.weight.pack_()
+    other.load_state_dict(state)
+    assert other.weight.is_packed
+    x = torch.randn(2, 72)
+    assert torch.equal(other(x), made(x))
+    part = {name: value for name, value in state.items() if name != "weight.0.codes"}
+    assert other.load_state_dict(part, strict=False).missing_keys == ["weight.0.codes"]
+    assert torch.equal(other(x), made(x))
+
+
+def test_a_move_off_the_cpu_unpacks_and_a_cast_does_not():
+    made = layer()
+    made.weight.pack_()
+    made.to(torch.bfloat16)
+    assert made.weight.is_packed
+    made.to("meta")
+    assert not made.weight.is_packed
+    assert made.weight.get_parameter("0.codes").shape == (40, 36)
+    assert not made.weight.pack_().is_packed
+
+
+def test_a_model_is_packed_for_a_while():
+    a, b = layer(), layer()
+    b.weight.pack_()
+    with packed(a, b):
+        assert a.weight.is_packed
+    assert not a.weight.is_packed
+    assert b.weight.is_packed
+    pack_(a)
+    assert a.weight.is_packed

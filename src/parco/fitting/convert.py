@@ -18,7 +18,19 @@ from dataclasses import dataclass
 import torch
 
 from parco.fitting.methods import Method, parse
-from parco.nn import StoredWeight, blocks, embedding_name, groups, head_name, linears, matrix, replace_, site, tied
+from parco.nn import (
+    StoredWeight,
+    blocks,
+    embedding_name,
+    groups,
+    head_name,
+    linears,
+    matrix,
+    pack_,
+    replace_,
+    site,
+    tied,
+)
 from parco.nn.sites import Site
 from parco.weights import Dense, Weight
 
@@ -106,6 +118,7 @@ def convert_(model: torch.nn.Module, method: Method | str, filter_fn: Filter | N
     if not rows:
         which = "the default filter accepts none" if filter_fn is None else "filter_fn accepted none"
         raise ValueError(f"nothing to convert in {type(model).__name__}: {which} of its {len(sites)} matrices")
+    pack_(model)
     return Conversion(chosen, tuple(rows))
 
 

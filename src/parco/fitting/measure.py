@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from parco import machine
 from parco.fitting.stages import Progress, digest, write_json
+from parco.nn import packed
 from parco.weights import Weight
 
 FOOTPRINT_LIMIT = 512 << 20
@@ -145,7 +146,7 @@ def _runner(shape: tuple[int, int], spec: Weight | None, x: Tensor, share: int) 
     if spec is None:
         tensors = [torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(x.dtype) * 0.02]
     else:
-        tensors = plausible_tensors(spec)
+        tensors = spec.pack(*plausible_tensors(spec))
     size = sum(tensor.nbytes for tensor in tensors)
     copies = [tensors] + [
         [tensor.clone() for tensor in tensors] for _ in range(min(share // max(size, 1), COPIES_LIMIT) - 1)
@@ -213,15 +214,18 @@ def _prompt(model: Any, tokens: int) -> Tensor:
 
 
 def interleaved(models: Mapping[str, nn.Module], prefill_tokens: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """(decode seconds per token, prefill seconds per prompt) of each model over rounds in which they take turns."""
-    for model in models.values():
-        decode_seconds(model, 4)
-        prefill_seconds(model, prefill_tokens)
+    """(decode seconds per token, prefill seconds per prompt) of each model over rounds in which they take turns, their
+    stored weights packed as loaded models have them.
+    """
     decode: dict[str, list[float]] = {name: [] for name in models}
     prefill: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds):
-        order = list(models.items()) if turn % 2 == 0 else list(models.items())[::-1]
-        for name, model in order:
-            decode[name].append(decode_seconds(model))
-            prefill[name].append(prefill_seconds(model, prefill_tokens))
+    with packed(*models.values()):
+        for model in models.values():
+            decode_seconds(model, 4)
+            prefill_seconds(model, prefill_tokens)
+        for turn in range(rounds):
+            order = list(models.items()) if turn % 2 == 0 else list(models.items())[::-1]
+            for name, model in order:
+                decode[name].append(decode_seconds(model))
+                prefill[name].append(prefill_seconds(model, prefill_tokens))
     return {name: (lower_quartile(decode[name]), lower_quartile(prefill[name])) for name in models}

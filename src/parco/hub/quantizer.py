@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from parco import weights
 from parco.hub.names import keep_ties, resolve
-from parco.nn import StoredWeight, replace_, saved
+from parco.nn import StoredWeight, pack_, replace_, saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,6 +144,7 @@ class ParcoQuantizer(HfQuantizer):
                 f"the checkpoint lacks {len(missing)} tensors of stored weights, {missing[0]!r} first: download or save"
                 " it again"
             )
+        pack_(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -177,7 +177,8 @@ def explain(
 
     `thing` is the name of an operation, followed by the arguments of an example call; or a Weight, of which the product
     is explained; or a module that holds one: `parco.nn.Linear`, or `parco.nn.Embedding`, of which the lookup is. For
-    these `rows` and `dtype` say of what the input (or the looked-up rows) consists. On another device than the CPU
+    these `rows` and `dtype` say of what the input (or the looked-up rows) consists; they are taken as packed, which a
+    loaded model's are. On another device than the CPU
     every operation runs as its reference. Raises TypeError for anything else.
     """
     if isinstance(thing, str):
@@ -192,9 +193,10 @@ def explain(
         x = torch.empty(rows, weight.shape[1], dtype=dtype)
         tensors = [torch.empty(spec.shape, dtype=spec.dtype) for spec in weight.tensors().values()]
         indices = torch.empty(rows, dtype=torch.int64)
+        packed = weight.pack(*tensors)
     with torch.inference_mode(), _Recorder() as recorder:
         if hasattr(thing, "num_embeddings"):
-            weight.lookup(indices, *tensors, dtype=dtype)
+            weight.lookup(indices, *packed, dtype=dtype)
         else:
-            weight.apply(x, *tensors)
+            weight.apply(x, *packed)
     return tuple(recorder.explanations)

@@ -16,7 +16,7 @@ from parco.nn.blocks import (
 from parco.nn.experts import Experts
 from parco.nn.linear import Embedding, Linear
 from parco.nn.sites import Site
-from parco.nn.stored import StoredWeight
+from parco.nn.stored import StoredWeight, pack_, packed
 
 __all__ = [
     "Embedding",
@@ -32,6 +32,8 @@ __all__ = [
     "head_name",
     "linears",
     "matrix",
+    "pack_",
+    "packed",
     "replace_",
     "site",
     "tied",

@@ -76,13 +76,15 @@ def tensors_to_save(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     seen: set[tuple[object, ...]] = set()
     tied = tuple(f"{path}." for path in clashing_names(dict.fromkeys(description.tied, "")))
-    for name in sorted(state, key=lambda name: (name in targets or name.startswith(tied), name)):
+    for name in sorted(state, key=lambda name: (name in targets, name)):
+        if name.startswith(tied):  # the same module under another name
+            continue
         value = state[name]
         if value.device.type == "meta":
             raise ValueError(f"tensor {name!r} is on the meta device: load the model without offloading to save it")
         identity = memory_of(value)
         if value.numel() and identity in seen:
-            if name in targets or name.startswith(tied):
+            if name in targets:
                 continue
             value = value.clone()
         else:

@@ -4,12 +4,15 @@ The tensors are registered Parameters under the names that the Weight gives them
 is the parameter `codes` of the submodule `left`), so everything that walks modules works: state_dict, safetensors,
 `.to(device)`, deepcopy, sharding, `torch.compile`. One thing is different on purpose: a change of dtype changes what is
 computed, not what is stored. `.to(torch.bfloat16)` on a model must not rewrite the fp32 scales of its integer weights.
+
+On a CPU the tensors may be packed (`pack_`): laid out as kernels read them. State dicts hold them by rows all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Self
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 
@@ -33,6 +36,7 @@ class StoredWeight(torch.nn.Module):
         super().__init__()
         self.spec = spec
         self._compute_dtype = dtype
+        self._packed = False
         expected = spec.tensors()
         if len(tensors) != len(expected):
             raise ValueError(
@@ -78,6 +82,36 @@ class StoredWeight(torch.nn.Module):
             found += part.tensors()  # pyright: ignore
         return found
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether `pack_` has laid out the tensors, of every part where there are some."""
+        parts = [part for part in self._modules.values() if isinstance(part, StoredWeight)]
+        return all(part.is_packed for part in parts) if parts else self._packed
+
+    def pack_(self) -> Self:
+        """Lays the tensors out as the CPU's kernels read them fastest, in place, where they are on the CPU; what holds
+        views of them sees the old numbers. Undone by `unpack_`, and by a move to another device.
+        """
+        return self._lay_out(True)
+
+    def unpack_(self) -> Self:
+        """The tensors as the spec describes them."""
+        return self._lay_out(False)
+
+    def _lay_out(self, packed: bool) -> Self:
+        for module in self.modules():
+            if not isinstance(module, StoredWeight) or module._modules or module._packed == packed:
+                continue
+            if packed and module.device.type != "cpu":
+                continue
+            tensors = module.tensors()
+            changed = module.spec.pack(*tensors) if packed else module.spec.unpack(*tensors)
+            for parameter, tensor in zip(tensors, changed, strict=True):
+                if tensor is not parameter:
+                    parameter.data = tensor
+            module._packed = packed
+        return self
+
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] times the matrix transposed, plus bias: [..., N] in the dtype of x."""
         return self.spec.apply(x, *self.tensors(), bias=bias)
@@ -117,7 +151,7 @@ class StoredWeight(torch.nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
-        return sum(parameter.nbytes for parameter in self.parameters())
+        return self.spec.nbytes
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
         """Also what assigning a Parameter goes through: loaders hand over scales that require gradients, which only
@@ -130,6 +164,20 @@ class StoredWeight(torch.nn.Module):
     def extra_repr(self) -> str:
         return str(self.spec)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._packed:
+            for name, tensor in zip(self._parameters, self.spec.unpack(*self.tensors()), strict=True):
+                destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        packed = self._packed and not self._modules
+        if packed:
+            self.unpack_()
+        super()._load_from_state_dict(*arguments, **options)
+        if packed:
+            self.pack_()
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Moves the tensors as `fn` would and leaves their dtypes; takes the dtype to which `fn` casts as the compute
         dtype.
@@ -137,7 +185,10 @@ class StoredWeight(torch.nn.Module):
         `fn` sees each tensor as bytes, which a cast to a floating dtype passes over, so a move (to a device, to shared
         memory, to uninitialised memory) is all that is left of it.
         """
-        cast = fn(torch.empty(0, dtype=self._compute_dtype, device="cpu")).dtype
+        probe = fn(torch.empty(0, dtype=self._compute_dtype, device="cpu"))
+        cast = probe.dtype
+        if probe.device.type != "cpu":
+            self.unpack_()
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor.detach().view(torch.uint8))
@@ -147,6 +198,29 @@ class StoredWeight(torch.nn.Module):
         if cast.is_floating_point:
             self.dtype = cast
         return self
+
+
+def pack_(model: torch.nn.Module) -> None:
+    """`StoredWeight.pack_` of every stored weight in `model`. Models that `convert_` made and that were loaded are
+    packed.
+    """
+    for module in model.modules():
+        if isinstance(module, StoredWeight):
+            module.pack_()
+
+
+@contextmanager
+def packed(*models: torch.nn.Module) -> Generator[None]:
+    """Packs the models' stored weights for a while; those that were not packed are as before afterwards."""
+    found = [part for model in models for part in model.modules() if isinstance(part, StoredWeight)]
+    plain = [part for part in found if not part.is_packed]
+    try:
+        for part in plain:
+            part.pack_()
+        yield
+    finally:
+        for part in plain:
+            part.unpack_()
 
 
 def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:

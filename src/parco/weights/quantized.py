@@ -9,7 +9,7 @@ import torch
 
 from parco.formats import Format, TensorSpec
 from parco.kernels.cast import Rounding, decode_tensors, encode
-from parco.kernels.linear import embedding_coded, linear_coded
+from parco.kernels.linear import embedding_coded, is_packed, linear_coded, pack, packs, unpack
 from parco.weights.weight import Weight, check_shape, product_tolerance
 
 
@@ -65,15 +65,26 @@ class Quantized(Weight):
         encoded = encode(matrix.detach(), self.format, rounding=rounding, seed=seed, scale=scale, zero=zero)
         return tuple(encoded.tensors[name] for name, _ in self._specs)
 
+    def pack(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if is_packed(tensors[0]) or not packs(self.format, self.shape):
+            return tensors
+        return tuple(pack(self.format, self.shape, self._named(tensors)).values())
+
+    def unpack(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not is_packed(tensors[0]):
+            return tensors
+        return tuple(unpack(self.format, self.shape, self._named(tensors)).values())
+
     def apply(self, x: torch.Tensor, *tensors: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return linear_coded(x, *self._arguments(tensors), bias, self._name, self.shape[1])
+        return linear_coded(x, *self._arguments(tensors), bias, self._name, self.shape[1], self.shape[0])
 
     def dense(self, *tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return decode_tensors(self.format, self.shape, self._named(tensors), dtype)
+        return decode_tensors(self.format, self.shape, self._named(self.unpack(*tensors)), dtype)
 
     def lookup(self, indices: torch.Tensor, *tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         computed = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
-        return embedding_coded(indices, *self._arguments(tensors), self._name, self.shape[1], computed).to(dtype)
+        rows, columns = self.shape
+        return embedding_coded(indices, *self._arguments(tensors), self._name, columns, computed, rows).to(dtype)
 
     def magnitude(self, *tensors: torch.Tensor) -> torch.Tensor:
         return self.dense(*tensors).abs()

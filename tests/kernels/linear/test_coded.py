@@ -2,7 +2,7 @@
 errors told apart.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from parco import _C, formats, machine
 from parco.formats import Format
 from parco.kernels import table
 from parco.kernels.cast import decode_tensors
-from parco.kernels.linear import coded, linear_coded
+from parco.kernels.linear import coded, linear_coded, pack, unpack
 from parco.kernels.linear.coded import Compiled
 from parco.kernels.linear.storage import storage
 
@@ -83,6 +83,16 @@ def named(tensors: Stored) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
 
 
+def packed(tensors: Stored, format: str, shape: tuple[int, int]) -> Stored:
+    found = pack(Format.parse(format), shape, named(tensors))
+    return found["codes"], found.get("scale"), found.get("zero"), found.get("global_scale")
+
+
+def unpacked(tensors: Sequence[Tensor | None], format: str, shape: tuple[int, int]) -> Stored:
+    found = unpack(Format.parse(format), shape, named(tuple(tensors)))
+    return found["codes"], found.get("scale"), found.get("zero"), found.get("global_scale")
+
+
 def decoded(tensors: Stored, format: str, columns: int) -> Tensor:
     return decode_tensors(format, (tensors[0].shape[0], columns), named(tensors)).double()
 
@@ -139,6 +149,9 @@ def test_every_kernel_is_within_its_bound_and_those_in_integers_give_the_same_bi
                 if integers:
                     same = y if same is None else same
                     assert torch.equal(y, same), name
+                if integers and storage(format).packs((outputs, columns)):
+                    panels = packed(tensors, format, (outputs, columns))
+                    assert torch.equal(run(x, *panels, bias, format, columns, outputs), same), f"{name}, packed"
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -391,6 +404,11 @@ def test_other_devices_take_the_reference() -> None:
         ({"bias": torch.zeros(20)}, ValueError, "bias has the shape"),
         ({"format": "int9:32"}, ValueError, "int9:32"),
         ({"format": "bf16"}, ValueError, "linear_dense"),
+        ({"outputs": 22}, ValueError, "codes has the shape"),
+        ({"outputs": -1}, ValueError, "outputs=-1"),
+        ({"codes": torch.zeros(2, 12, 64, dtype=torch.uint8)}, ValueError, "outputs=0; packed codes"),
+        ({"codes": torch.zeros(2, 12, 64, dtype=torch.uint8), "outputs": 21}, ValueError, "scale has the shape"),
+        ({"codes": torch.zeros(2, 9, 64, dtype=torch.uint8), "outputs": 21, "format": "int3:32"}, ValueError, "packed"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -419,16 +437,23 @@ class TestLinearCoded(KernelLaws):
             (5, "mxfp8_e4m3", torch.float32),
             (2, "nvfp4", torch.bfloat16),
             (4, "fp8_e4m3:48", torch.float32),
+            (2, "int4:32", torch.bfloat16, "packed"),
+            (6, "nvfp4:16x16", torch.float32, "packed"),
         ],
         ids=str,
     )
     def call(self, request: pytest.FixtureRequest) -> tuple[Any, ...]:
-        rows, format, dtype = request.param
+        rows, format, dtype, *panels = request.param
         x = inputs(rows, 96, dtype=dtype).requires_grad_()
-        return x, *stored(format, 21, 96), inputs(21, dtype=dtype).requires_grad_(), format, 96
+        tensors, bias = stored(format, 21, 96), inputs(21, dtype=dtype).requires_grad_()
+        if panels:
+            return x, *packed(tensors, format, (21, 96)), bias, format, 96, 21
+        return x, *tensors, bias, format, 96, 0
 
     def assert_agrees(self, found: Tensor, expected: Tensor, call: tuple[Any, ...], name: str) -> None:
-        x, *tensors, _, format, columns = call
+        x, *tensors, _, format, columns, outputs = call
+        if outputs:
+            tensors = unpacked(tensors, format, (outputs, columns))
         bound = product_bound(x.detach(), tuple(tensors), format, columns) * 2
         slack = torch.finfo(x.dtype).eps * expected.detach().double().abs() + 2.0**-22
         assert ((found.double() - expected.double()).abs() <= bound + slack).all(), name
@@ -443,13 +468,18 @@ def test_a_group_beyond_the_row_is_the_row() -> None:
 
 
 def test_the_gradient_expands_a_part_of_the_matrix_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    for format in ("int4:48", "fp8_e4m3:16x16"):
+    for format in ("int4:48", "fp8_e4m3:16x16", "nvfp4:16x16"):
         tensors = stored(format, 37, 48)
         x, grad = inputs(3, 48).requires_grad_(), inputs(3, 37, seed=9)
         whole = torch.autograd.grad(linear_coded(x, *tensors, None, format, 48), x, grad)[0]
         monkeypatch.setattr(coded, "EXPANDED", 48 * 5)
         parts = torch.autograd.grad(linear_coded(x, *tensors, None, format, 48), x, grad)[0]
         torch.testing.assert_close(parts, whole)
+        if storage(format).packs((37, 48)):
+            panels = packed(tensors, format, (37, 48))
+            of_panels = torch.autograd.grad(linear_coded(x, *panels, None, format, 48, 37), x, grad)[0]
+            torch.testing.assert_close(of_panels, whole)
+        monkeypatch.undo()
 
 
 def test_no_rows_cost_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:

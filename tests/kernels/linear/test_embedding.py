@@ -52,4 +52,4 @@ class TestEmbeddingCoded(KernelLaws):
     @pytest.fixture(params=[("int4:32", torch.bfloat16), ("nvfp4", torch.float32)], ids=str)
     def call(self, request: pytest.FixtureRequest) -> tuple[Any, ...]:
         format, dtype = request.param
-        return torch.tensor([[3, 0], [20, 3]]), *stored(format, 21, 96), format, 96, dtype
+        return torch.tensor([[3, 0], [20, 3]]), *stored(format, 21, 96), format, 96, dtype, 0

@@ -1,9 +1,11 @@
 """Linear operations over stored weights: `linear_coded`, `linear_dense` and `embedding_coded`, in the library
-`torch.ops.parco`.
+`torch.ops.parco`; and the panels in which they read codes fastest.
 """
 
 from parco.kernels.linear.coded import linear_coded
 from parco.kernels.linear.dense import linear_dense
 from parco.kernels.linear.embedding import embedding_coded
+from parco.kernels.linear.panels import is_packed, pack, unpack
+from parco.kernels.linear.storage import packs
 
-__all__ = ["embedding_coded", "linear_coded", "linear_dense"]
+__all__ = ["embedding_coded", "is_packed", "linear_coded", "linear_dense", "pack", "packs", "unpack"]

@@ -9,6 +9,7 @@ magnitude (bf16, fp16: nearly all values are kept exactly) or 2⁻²⁹ (fp32, w
 The other elements (fp8, fp6_e3m2, NF4) are widened to fp32 in registers or in the cache, and summed in fp32.
 """
 
+import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, final
 
@@ -19,7 +20,8 @@ from parco import _C, machine
 from parco.kernels import table
 from parco.kernels.library import LIBRARY, check_float, differentiate
 from parco.kernels.linear import reference
-from parco.kernels.linear.storage import Storage, check_tensors, settle, storage
+from parco.kernels.linear.panels import PANEL_ROWS, is_packed
+from parco.kernels.linear.storage import Storage, check_tensors, rows_of, settle, storage
 
 AMX_ROWS = 16
 """Rows of x from which tiles pay: a tile has 16."""
@@ -35,11 +37,12 @@ class CodedCall(NamedTuple):
     outputs: int
     columns: int
     format: str
+    packed: bool = False
 
     def __str__(self) -> str:
         return (
-            f"{self.rows} rows of {self.dtype} x {self.format} {self.outputs}x{self.columns}, "
-            f"{torch.get_num_threads()} threads"
+            f"{self.rows} rows of {self.dtype} x {self.format} {self.outputs}x{self.columns}"
+            f"{' in panels' if self.packed else ''}, {torch.get_num_threads()} threads"
         )
 
 
@@ -52,10 +55,12 @@ def describe(
     bias: Tensor | None,
     format: str,
     columns: int,
+    outputs: int = 0,
 ) -> CodedCall:
     """The table's key of a call."""
     rows = x.numel() // columns if columns else 0
-    return CodedCall(x.device.type, machine.isa(), x.dtype, rows, codes.shape[0], columns, format)
+    shape = (rows_of(codes, outputs), columns)
+    return CodedCall(x.device.type, machine.isa(), x.dtype, rows, *shape, format, is_packed(codes))
 
 
 def check(
@@ -67,6 +72,7 @@ def check(
     bias: Tensor | None,
     format: str,
     columns: int,
+    outputs: int = 0,
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
     check_float("linear_coded", "x", x)
@@ -75,11 +81,13 @@ def check(
             f"linear_coded: x has the shape {tuple(x.shape)}; its last dimension must be columns={columns}"
         )
     tensors = {"codes": codes, "scale": scale, "zero": zero, "global_scale": global_scale}
-    check_tensors("linear_coded", format, columns, tensors)
+    check_tensors("linear_coded", format, columns, outputs, tensors)
     if bias is not None:
         check_float("linear_coded", "bias", bias)
-        if bias.shape != codes.shape[:1]:
-            raise ValueError(f"linear_coded: bias has the shape {tuple(bias.shape)}; [{codes.shape[0]}] is needed")
+        if tuple(bias.shape) != (rows_of(codes, outputs),):
+            raise ValueError(
+                f"linear_coded: bias has the shape {tuple(bias.shape)}; [{rows_of(codes, outputs)}] is needed"
+            )
 
 
 Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None], Tensor]
@@ -105,18 +113,19 @@ class Compiled:
         bias: Tensor | None,
         format: str,
         columns: int,
+        outputs: int = 0,
     ) -> Tensor:
-        launch = self.settle(x, codes, scale, bias, format, columns)
+        launch = self.settle(x, codes, scale, bias, format, outputs)
         return launch(x, codes, scale, zero, global_scale, bias)
 
     def settle(
-        self, x: Tensor, codes: Tensor, scale: Tensor | None, bias: Tensor | None, format: str, columns: int
+        self, x: Tensor, codes: Tensor, scale: Tensor | None, bias: Tensor | None, format: str, outputs: int
     ) -> Launch:
         """The launch for tensors of these shapes and dtypes. It keeps none of them."""
         stored = storage(format)
         if not stored.by_column:
-            return self._launch(stored, x, codes, scale, bias)
-        product = self._launch(stored, x.float(), codes, None, bias)
+            return self._launch(stored, x, codes, scale, bias, outputs)
+        product = self._launch(stored, x.float(), codes, None, bias, outputs)
 
         def launch(
             x: Tensor,
@@ -131,11 +140,13 @@ class Compiled:
 
         return launch
 
-    def _launch(self, stored: Storage, x: Tensor, codes: Tensor, scale: Tensor | None, bias: Tensor | None) -> Launch:
+    def _launch(
+        self, stored: Storage, x: Tensor, codes: Tensor, scale: Tensor | None, bias: Tensor | None, outputs: int
+    ) -> Launch:
         """The call itself: without `scale`, of codes that stand for their numbers."""
-        function, outputs, columns = self.function, codes.shape[0], x.shape[-1]
+        function, outputs, columns = self.function, rows_of(codes, outputs), x.shape[-1]
         shape = (*x.shape[:-1], outputs)
-        settled = settle(stored, x.numel() // columns, outputs, columns, x.dtype, scale, bias)
+        settled = settle(stored, x.numel() // columns, outputs, columns, x.dtype, scale, bias, is_packed(codes))
 
         def launch(
             x: Tensor,
@@ -190,6 +201,8 @@ def _refuses_vectors(call: CodedCall) -> str | None:
     group = stored.format.block.columns
     if stored.format.is_asymmetric or not (stored.element or stored.format.bits == 4):
         return f"it does not widen the codes of {call.format}"
+    if call.packed:
+        return "it reads codes by rows, not in panels"
     if group is not None and group < call.columns and group & (group - 1):
         return f"groups of {group} columns are no power of two"
     return _refuses(call)
@@ -218,7 +231,7 @@ KEPT_LAUNCHES = 8192
 
 LIBRARY.define(
     "linear_coded(Tensor x, Tensor codes, Tensor? scale, Tensor? zero, Tensor? global_scale, Tensor? bias, str format,"
-    " int columns) -> Tensor"
+    " int columns, int outputs) -> Tensor"
 )
 
 
@@ -235,6 +248,7 @@ def _cpu(
     bias: Tensor | None,
     format: str,
     columns: int,
+    outputs: int = 0,
 ) -> Tensor:
     key = (
         machine.isa(),
@@ -248,10 +262,11 @@ def _cpu(
         None if bias is None else (bias.dtype, bias.shape),
         format,
         columns,
+        outputs,
     )
     launch = _launches.get(key)
     if launch is None:
-        launch = _settle(x, codes, scale, zero, global_scale, bias, format, columns)
+        launch = _settle(x, codes, scale, zero, global_scale, bias, format, columns, outputs)
         if len(_launches) >= KEPT_LAUNCHES:
             _launches.clear()
         _launches[key] = launch
@@ -267,14 +282,15 @@ def _settle(
     bias: Tensor | None,
     format: str,
     columns: int,
+    outputs: int = 0,
 ) -> Launch:
     """Check the arguments and choose their kernel."""
-    check(x, codes, scale, zero, global_scale, bias, format, columns)
-    call = describe(x, codes, scale, zero, global_scale, bias, format, columns)
+    check(x, codes, scale, zero, global_scale, bias, format, columns, outputs)
+    call = describe(x, codes, scale, zero, global_scale, bias, format, columns, outputs)
     run = table.choose("linear_coded", call).run
     if isinstance(run, Compiled):
-        return run.settle(x, codes, scale, bias, format, columns)
-    return lambda *tensors: run(*tensors, format, columns)
+        return run.settle(x, codes, scale, bias, format, outputs)
+    return lambda *tensors: run(*tensors, format, columns, outputs)
 
 
 def _fake(
@@ -286,8 +302,9 @@ def _fake(
     bias: Tensor | None,
     format: str,
     columns: int,
+    outputs: int = 0,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+    return x.new_empty((*x.shape[:-1], rows_of(codes, outputs)))
 
 
 def _needs_grad(
@@ -303,7 +320,7 @@ def _needs_grad(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *stored, bias, ctx.format, ctx.columns = inputs
+    x, *stored, bias, ctx.format, ctx.columns, ctx.outputs = inputs
     ctx.save_for_backward(*stored)
     ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
 
@@ -312,23 +329,26 @@ EXPANDED = 1 << 24
 """Numbers of W that the backward pass holds in fp32 at a time."""
 
 
-def _grad_x(grad: Tensor, tensors: tuple[Tensor | None, ...], format: str, columns: int) -> Tensor:
+def _grad_x(grad: Tensor, tensors: tuple[Tensor | None, ...], format: str, columns: int, outputs: int) -> Tensor:
     """grad [..., N] @ W, some rows of W expanded at a time."""
     codes, scale, zero, global_scale = tensors
     assert codes is not None
     total = grad.new_zeros((*grad.shape[:-1], columns))
     height = storage(format).format.block.rows or 1
-    step = max(1, EXPANDED // columns // height) * height
-    for first in range(0, codes.shape[0], step):
-        last = min(first + step, codes.shape[0])
+    packed, count = is_packed(codes), rows_of(codes, outputs)
+    unit = math.lcm(height, PANEL_ROWS if packed else 1)
+    step = max(1, EXPANDED // columns // unit) * unit
+    for first in range(0, count, step):
+        last = min(first + step, count)
         if height > 1:  # looked up, these would decode all rows for some
             part = slice(first // height, -(-last // height))
             scales = (None if scale is None else scale[part], None if zero is None else zero[part])
-            weight = reference.dense(codes[first:last], *scales, global_scale, format, columns)
+            part = slice(first // PANEL_ROWS, -(-last // PANEL_ROWS)) if packed else slice(first, last)
+            weight = reference.dense(codes[part], *scales, global_scale, format, columns, last - first)
         else:
             rows = torch.arange(first, last, device=codes.device)
             weight = torch.ops.parco.embedding_coded(
-                rows, codes, scale, zero, global_scale, format, columns, torch.float32
+                rows, codes, scale, zero, global_scale, format, columns, torch.float32, outputs
             )
         total += grad[..., first:last] @ weight
     return total
@@ -338,10 +358,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """grad_x = grad @ W with W expanded in fp32 from the same codes; grad_bias = the sum of grad over rows."""
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = _grad_x(grad.float(), ctx.saved_tensors, ctx.format, ctx.columns).to(ctx.x_dtype)
+        grad_x = _grad_x(grad.float(), ctx.saved_tensors, ctx.format, ctx.columns, ctx.outputs).to(ctx.x_dtype)
     if ctx.needs_input_grad[5]:
         grad_bias = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, None, grad_bias, None, None
+    return grad_x, None, None, None, None, grad_bias, None, None, None
 
 
 table.implement("linear_coded", check, _fake, _cpu)
@@ -357,12 +377,14 @@ def linear_coded(
     bias: Tensor | None,
     format: str,
     columns: int,
+    outputs: int = 0,
 ) -> Tensor:
     """y [..., N] = x [..., K] @ W.T + bias, in x's dtype (fp32, bf16 or fp16), rounded once.
 
     W [N, K] is stored in `format`, whose name this is; codes, scale, zero and global_scale are its tensors
-    (`Format.tensors`), None for those that it has not; `columns` is K. Where codes are computed in integers a row of x
+    (`Format.tensors`), None for those that it has not, or the panels that `pack` made of them; `columns` is K, and
+    `outputs`, which panels need, N. Where codes are computed in integers a row of x
     with inf or NaN becomes NaN as a whole. Differentiable with respect to x and bias. Raises ValueError or TypeError
     naming the argument.
     """
-    return torch.ops.parco.linear_coded.default(x, codes, scale, zero, global_scale, bias, format, columns)
+    return torch.ops.parco.linear_coded.default(x, codes, scale, zero, global_scale, bias, format, columns, outputs)

@@ -9,7 +9,8 @@ from parco import _C, machine
 from parco.kernels import table
 from parco.kernels.library import LIBRARY, TYPES
 from parco.kernels.linear import reference
-from parco.kernels.linear.storage import check_tensors, settle, storage
+from parco.kernels.linear.panels import is_packed
+from parco.kernels.linear.storage import check_tensors, rows_of, settle, storage
 
 
 class EmbeddingCall(NamedTuple):
@@ -36,9 +37,12 @@ def describe(
     format: str,
     columns: int,
     dtype: torch.dtype,
+    outputs: int = 0,
 ) -> EmbeddingCall:
     """The table's key of a call."""
-    return EmbeddingCall(codes.device.type, machine.isa(), dtype, indices.numel(), codes.shape[0], columns, format)
+    return EmbeddingCall(
+        codes.device.type, machine.isa(), dtype, indices.numel(), rows_of(codes, outputs), columns, format
+    )
 
 
 def check(
@@ -50,6 +54,7 @@ def check(
     format: str,
     columns: int,
     dtype: torch.dtype,
+    outputs: int = 0,
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
     if indices.dtype not in (torch.int64, torch.int32):
@@ -57,7 +62,7 @@ def check(
     if dtype not in TYPES:
         raise TypeError(f"embedding_coded: dtype is {dtype}; float32, bfloat16 or float16 is needed")
     tensors = {"codes": codes, "scale": scale, "zero": zero, "global_scale": global_scale}
-    check_tensors("embedding_coded", format, columns, tensors)
+    check_tensors("embedding_coded", format, columns, outputs, tensors)
 
 
 def _compiled(
@@ -69,6 +74,7 @@ def _compiled(
     format: str,
     columns: int,
     dtype: torch.dtype,
+    outputs: int = 0,
 ) -> Tensor:
     stored = storage(format)
     indices, codes = indices.to(torch.int64).contiguous(), codes.contiguous()
@@ -76,7 +82,7 @@ def _compiled(
     zero = None if zero is None else zero.contiguous()
     y = torch.empty((*indices.shape, columns), dtype=dtype)
     wrong = _C.embedding_generic(
-        settle(stored, indices.numel(), codes.shape[0], columns, dtype, scale, None),
+        settle(stored, indices.numel(), rows_of(codes, outputs), columns, dtype, scale, None, is_packed(codes)),
         indices.data_ptr(),
         codes.data_ptr(),
         0 if scale is None else scale.data_ptr(),
@@ -87,7 +93,7 @@ def _compiled(
     )
     if wrong >= 0:
         index = int(indices.reshape(-1)[wrong])
-        raise IndexError(f"embedding_coded: index {index} is outside the {codes.shape[0]} rows")
+        raise IndexError(f"embedding_coded: index {index} is outside the {rows_of(codes, outputs)} rows")
     return y
 
 
@@ -109,7 +115,7 @@ table.register(
 
 LIBRARY.define(
     "embedding_coded(Tensor indices, Tensor codes, Tensor? scale, Tensor? zero, Tensor? global_scale, str format,"
-    " int columns, ScalarType dtype) -> Tensor"
+    " int columns, ScalarType dtype, int outputs) -> Tensor"
 )
 
 
@@ -122,6 +128,7 @@ def _fake(
     format: str,
     columns: int,
     dtype: torch.dtype,
+    outputs: int = 0,
 ) -> Tensor:
     return codes.new_empty((*indices.shape, columns), dtype=dtype)
 
@@ -138,10 +145,13 @@ def embedding_coded(
     format: str,
     columns: int,
     dtype: torch.dtype,
+    outputs: int = 0,
 ) -> Tensor:
     """Rows `indices` [...] (int64 or int32, from 0) of a matrix stored in `format`, as `dtype`: [..., columns].
 
-    The stored tensors are those of `linear_coded`; each number is computed in fp32 and rounded once. Raises IndexError
-    for a row outside the matrix, ValueError or TypeError naming the argument otherwise.
+    The stored tensors and `outputs` are those of `linear_coded`; each number is computed in fp32 and rounded
+    once. Raises IndexError for a row outside the matrix, ValueError or TypeError naming the argument otherwise.
     """
-    return torch.ops.parco.embedding_coded.default(indices, codes, scale, zero, global_scale, format, columns, dtype)
+    return torch.ops.parco.embedding_coded.default(
+        indices, codes, scale, zero, global_scale, format, columns, dtype, outputs
+    )

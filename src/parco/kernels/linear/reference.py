@@ -5,11 +5,16 @@ from torch import Tensor
 
 from parco.formats import Format
 from parco.kernels.cast import decode_tensors
+from parco.kernels.linear import panels
 
 
-def _named(*tensors: Tensor | None) -> dict[str, Tensor]:
+def _named(format: str, columns: int, outputs: int, *tensors: Tensor | None) -> dict[str, Tensor]:
+    """The format's tensors by name, by rows."""
     names = ("codes", "scale", "zero", "global_scale")
-    return {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
+    named = {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
+    if panels.is_packed(named["codes"]):
+        return panels.unpack(Format.parse(format), (outputs, columns), named)
+    return named
 
 
 def dense(
@@ -19,9 +24,11 @@ def dense(
     global_scale: Tensor | None,
     format: str,
     columns: int,
+    outputs: int = 0,
 ) -> Tensor:
     """The whole matrix in fp32, [N, columns]."""
-    return decode_tensors(format, (codes.shape[0], columns), _named(codes, scale, zero, global_scale))
+    named = _named(format, columns, outputs, codes, scale, zero, global_scale)
+    return decode_tensors(format, (named["codes"].shape[0], columns), named)
 
 
 def linear_coded(
@@ -33,11 +40,12 @@ def linear_coded(
     bias: Tensor | None,
     format: str,
     columns: int,
+    outputs: int = 0,
 ) -> Tensor:
     """x @ decode(...).T + bias in fp32 arithmetic, rounded once to x's dtype: [..., K] -> [..., N]."""
     if x.numel() == 0:
-        return x.new_empty((*x.shape[:-1], codes.shape[0]))
-    return linear_dense(x, dense(codes, scale, zero, global_scale, format, columns), bias)
+        return x.new_empty((*x.shape[:-1], outputs or codes.shape[0]))
+    return linear_dense(x, dense(codes, scale, zero, global_scale, format, columns, outputs), bias)
 
 
 def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -54,16 +62,16 @@ def embedding_coded(
     format: str,
     columns: int,
     dtype: torch.dtype,
+    outputs: int = 0,
 ) -> Tensor:
     """Rows `indices` of decode(...): [...] -> [..., columns]. IndexError for a row that is not there."""
     block_rows = Format.parse(format).block.rows
+    named = _named(format, columns, outputs, codes, scale, zero, global_scale)
     if block_rows not in (1, None):
         # Rows share scales with their neighbours, so all are decoded.
-        tensors = _named(codes, scale, zero, global_scale)
-        return torch.nn.functional.embedding(indices, decode_tensors(format, (codes.shape[0], columns), tensors, dtype))
+        dense = decode_tensors(format, (named["codes"].shape[0], columns), named, dtype)
+        return torch.nn.functional.embedding(indices, dense)
     rows = indices.reshape(-1)
-    if block_rows == 1:
-        scale = None if scale is None else scale.index_select(0, rows)
-        zero = None if zero is None else zero.index_select(0, rows)
-    taken = _named(codes.index_select(0, rows), scale, zero, global_scale)
+    own = ("codes", "scale", "zero") if block_rows == 1 else ("codes",)
+    taken = {name: tensor.index_select(0, rows) if name in own else tensor for name, tensor in named.items()}
     return decode_tensors(format, (rows.numel(), columns), taken, dtype).reshape(*indices.shape, columns)

@@ -16,9 +16,13 @@ from torch import Tensor
 from parco import _C
 from parco.formats import COLUMN, E3M2, E4M3, E5M2, Element, Float, Format, Integer
 from parco.kernels.library import BYTE_SCALES, TYPES
+from parco.kernels.linear import panels
 
 ELEMENTS = {E4M3: 1, E5M2: 2, E3M2: 3}
 """The numbers by which C++ knows elements that it need not look up (`parco::linear::Element`)."""
+
+PACKED_BITS = (2, 4, 8)
+"""Widths of codes that fill a dword without a rest."""
 
 VECTOR = 16
 """Codes that kernels read at a time: groups of another number are left to the reference."""
@@ -60,6 +64,14 @@ class Storage:
             return f"groups of {group} columns are no multiple of {VECTOR}"
         return None
 
+    def packs(self, shape: tuple[int, int]) -> bool:
+        """Whether kernels read panels of a matrix of this format and shape, which are then the faster layout."""
+        bits, group = self.format.bits, self.format.block.columns
+        if not self.integers or self.by_column or self.refusal or bits not in PACKED_BITS:
+            return False
+        in_dword = 32 // bits
+        return shape[1] % in_dword == 0 and (group is None or group >= shape[1] or group % in_dword == 0)
+
     def scale_type(self, scale: Tensor | None) -> int:
         """C++'s number of the type in which the scales are stored."""
         number = BYTE_SCALES.get(type(self.format.scale))
@@ -84,6 +96,11 @@ def storage(name: str) -> Storage:
     return Storage(format, values, True, table, zero_point, unit)
 
 
+def packs(format: Format, shape: tuple[int, int]) -> bool:
+    """Whether kernels read panels of a matrix of this format, and faster than its rows."""
+    return storage(str(format)).packs(shape)
+
+
 def _values(element: Element) -> NDArray[np.float32]:
     if isinstance(element, Integer):
         return np.arange(element.codes, dtype=np.float32) - np.float32(element.offset)
@@ -104,17 +121,32 @@ def _integers(values: NDArray[np.float32]) -> tuple[float, NDArray[np.int32]] | 
     return unit, numbers.astype(np.int32)
 
 
-def check_tensors(operation: str, name: str, columns: int, tensors: Mapping[str, Tensor | None]) -> None:
-    """TypeError or ValueError, naming the argument, unless `tensors` are those of the format for `columns` columns."""
-    format = storage(name).format
+def rows_of(codes: Tensor, outputs: int) -> int:
+    """Rows of the matrix: `outputs`, or as many as codes that are no panels have where that is 0."""
+    return outputs or codes.shape[0]
+
+
+def check_tensors(operation: str, name: str, columns: int, outputs: int, tensors: Mapping[str, Tensor | None]) -> None:
+    """TypeError or ValueError, naming the argument, unless `tensors` are those of the format for `columns` columns and
+    `outputs` rows (0: as many as there are, unless the codes are panels).
+    """
+    stored = storage(name)
+    format = stored.format
     codes = tensors["codes"]
     if columns < 1:
         raise ValueError(f"{operation}: columns={columns}; at least one is needed")
-    if codes is None or codes.ndim != 2:
+    if codes is None or codes.ndim not in (2, 3):
         raise ValueError(
-            f"{operation}: codes has the shape {None if codes is None else tuple(codes.shape)}; a matrix is needed"
+            f"{operation}: codes has the shape {None if codes is None else tuple(codes.shape)}; a matrix is needed, or "
+            "its panels"
         )
-    specs = format.tensors((codes.shape[0], columns))
+    packed = panels.is_packed(codes)
+    if outputs < 0 or (packed and outputs == 0):
+        raise ValueError(f"{operation}: outputs={outputs}; packed codes need the number of rows")
+    shape = (rows_of(codes, outputs), columns)
+    if packed and not stored.packs(shape):
+        raise ValueError(f"{operation}: codes are packed; no kernel reads panels of {name} {shape[0]}x{columns}")
+    specs = panels.specs(format, shape) if packed else format.tensors(shape)
     for argument, tensor in tensors.items():
         spec = specs.get(argument)
         if spec is None:
@@ -127,7 +159,7 @@ def check_tensors(operation: str, name: str, columns: int, tensors: Mapping[str,
         elif tuple(tensor.shape) != spec.shape:
             raise ValueError(
                 f"{operation}: {argument} has the shape {tuple(tensor.shape)}; format {name} of "
-                f"{codes.shape[0]}x{columns} has {spec.shape}"
+                f"{shape[0]}x{columns} has {spec.shape}{' in panels' if packed else ''}"
             )
 
 
@@ -139,10 +171,11 @@ def settle(
     dtype: torch.dtype,
     scale: Tensor | None,
     bias: Tensor | None,
+    packed: bool,
 ) -> _C.CodedCall:
     """What the compiled kernels are told of a call but for its tensors: `rows` x (or results) of `dtype` against
-    `outputs` by `columns` codes. Without `scale` the codes stand for their numbers. It keeps addresses of `storage`,
-    which lives as long as the interpreter.
+    `outputs` by `columns` codes, by rows or `packed` in panels. Without `scale` the codes stand for their numbers. It
+    keeps addresses of `storage`, which lives as long as the interpreter.
     """
     block, values, table = storage.format.block, storage.values, storage.table
     group = columns if scale is None or block.columns is None else min(block.columns, columns)
@@ -158,6 +191,7 @@ def settle(
         unit=storage.unit,
         zero_point=storage.zero_point,
         bits=storage.format.bits,
+        packed=packed,
         element=storage.element,
         x_type=TYPES[dtype],
         scale_type=storage.scale_type(scale),
