@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+
+
 def cast_generic(*, x: int, scale: int, zero: int, factor: int, entries: int, codes: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, seed: int, kind: int, rule: int, rounding: int, rescaling: int, bits: int, mantissa_bits: int, least_exponent: int, max_code: int, nan_code: int, least: int, greatest: int, offset: int, largest: float, greatest_exponent: int, x_type: int, scale_type: int, threads: int) -> None:
     """Numbers into codes; csrc/cast/cast.h."""
 
@@ -139,4 +142,43 @@ def machine_read_bytes_per_second(isa: str, bytes: int, threads: int, repeats: i
 def machine_copy_bytes_per_second(bytes: int, threads: int, repeats: int) -> float:
     """
     Bytes copied per second (each read and written) between buffers of `bytes`: the median of `repeats` passes.
+    """
+
+def rms_norm_generic(x: int, weight: int, y: int, rows: int, columns: int, epsilon: float, offset: float, rounded: bool, type: int, threads: int) -> None:
+    """
+    y = x / sqrt(mean(x * x) + epsilon) * (weight + offset), by rows; csrc/rowwise/rowwise.h.
+    """
+
+def rms_norm_avx2(x: int, weight: int, y: int, rows: int, columns: int, epsilon: float, offset: float, rounded: bool, type: int, threads: int) -> None:
+    """
+    y = x / sqrt(mean(x * x) + epsilon) * (weight + offset), by rows; csrc/rowwise/rowwise.h.
+    """
+
+def rms_norm_avx512(x: int, weight: int, y: int, rows: int, columns: int, epsilon: float, offset: float, rounded: bool, type: int, threads: int) -> None:
+    """
+    y = x / sqrt(mean(x * x) + epsilon) * (weight + offset), by rows; csrc/rowwise/rowwise.h.
+    """
+
+def gated_generic(gate: int, up: int, y: int, count: int, activation: int, type: int, threads: int) -> None:
+    """y = activation(gate) * up."""
+
+def gated_avx2(gate: int, up: int, y: int, count: int, activation: int, type: int, threads: int) -> None:
+    """y = activation(gate) * up."""
+
+def gated_avx512(gate: int, up: int, y: int, count: int, activation: int, type: int, threads: int) -> None:
+    """y = activation(gate) * up."""
+
+def rotate_generic(q: int, q_stride: Sequence[int], q_heads: int, turned_q: int, k: int, k_stride: Sequence[int], k_heads: int, turned_k: int, cos: int, sin: int, same_angles: bool, batch: int, tokens: int, columns: int, rest: int, type: int, threads: int) -> None:
+    """
+    Queries and keys [batch, heads, tokens, columns + rest], of any strides but the last, turned; the results lie as [batch, tokens, heads, ...].
+    """
+
+def rotate_avx2(q: int, q_stride: Sequence[int], q_heads: int, turned_q: int, k: int, k_stride: Sequence[int], k_heads: int, turned_k: int, cos: int, sin: int, same_angles: bool, batch: int, tokens: int, columns: int, rest: int, type: int, threads: int) -> None:
+    """
+    Queries and keys [batch, heads, tokens, columns + rest], of any strides but the last, turned; the results lie as [batch, tokens, heads, ...].
+    """
+
+def rotate_avx512(q: int, q_stride: Sequence[int], q_heads: int, turned_q: int, k: int, k_stride: Sequence[int], k_heads: int, turned_k: int, cos: int, sin: int, same_angles: bool, batch: int, tokens: int, columns: int, rest: int, type: int, threads: int) -> None:
+    """
+    Queries and keys [batch, heads, tokens, columns + rest], of any strides but the last, turned; the results lie as [batch, tokens, heads, ...].
     """

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from parco.job import convert_, fit
     from parco.kernels.cast import decode, encode
     from parco.kernels.table import explain
+    from parco.nn.fuse import fuse_
     from parco.products import matmul
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "explain",
     "fit",
     "formats",
+    "fuse_",
     "machine",
     "matmul",
     "nn",
@@ -48,6 +50,7 @@ _HOMES = {
     "encode": "parco.kernels.cast",
     "explain": "parco.kernels.table",
     "fit": "parco.job",
+    "fuse_": "parco.nn.fuse",
     "matmul": "parco.products",
 }
 

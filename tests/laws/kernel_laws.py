@@ -30,6 +30,7 @@ def forget_choices() -> None:
     """What is remembered of instruction sets and of kernels chosen for them."""
     machine.isa.cache_clear()
     table.choose.cache_clear()
+    table._settled.clear()
     coded._launches.clear()
 
 

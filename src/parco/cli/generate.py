@@ -27,9 +27,10 @@ def generate(
     terminal.quiet_libraries()
     import torch
 
-    from parco import hub
+    from parco import hub, nn
 
     loaded = hub.load(model)
+    nn.fuse_(loaded.model)
     writer: Any = loaded.model
     from transformers import TextStreamer
 

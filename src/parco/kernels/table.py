@@ -7,7 +7,7 @@ prints the choice and why every better kernel was passed over. Choices depend on
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, cast
 
@@ -93,13 +93,20 @@ def register(operation: Operation) -> None:
     _operations[operation.name] = operation
 
 
+_settled: dict[Hashable, Callable[..., Any]] = {}
+KEPT_CHOICES = 8192
+"""Kinds of call (dtypes, shapes and all that is no tensor) whose checks and choice are remembered: together they cost
+as much as a small operation.
+"""
+
+
 def implement(
     name: str, check: Callable[..., None], fake: Callable[..., Any], cpu: Callable[..., Any] | None = None
 ) -> None:
     """Put a registered operation, which the library defines under the same name, behind the dispatcher.
 
     Its reference runs on every device, the chosen kernel on the CPU (or `cpu`, which checks and chooses itself), and
-    `fake` where a graph is traced; `check` sees the arguments first.
+    `fake` where a graph is traced; `check` sees the arguments first, and asks only for dtypes and shapes of tensors.
     """
 
     def everywhere(*arguments: Any) -> Any:
@@ -107,8 +114,15 @@ def implement(
         return _operations[name].kernels[-1].run(*arguments)
 
     def chosen(*arguments: Any) -> Any:
-        check(*arguments)
-        return choose(name, _operations[name].describe(*arguments)).run(*arguments)
+        kind = (name, machine.isa(), *[(a.dtype, a.shape) if isinstance(a, torch.Tensor) else a for a in arguments])
+        run = _settled.get(kind)
+        if run is None:
+            check(*arguments)
+            run = choose(name, _operations[name].describe(*arguments)).run
+            if len(_settled) >= KEPT_CHOICES:
+                _settled.clear()
+            _settled[kind] = run
+        return run(*arguments)
 
     def traced(*arguments: Any) -> Any:
         check(*arguments)

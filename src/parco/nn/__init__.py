@@ -14,6 +14,7 @@ from parco.nn.blocks import (
     tied,
 )
 from parco.nn.experts import Experts
+from parco.nn.fuse import Fusion, fuse_
 from parco.nn.linear import Embedding, Linear
 from parco.nn.sites import Site
 from parco.nn.stored import StoredWeight, pack_, packed
@@ -21,6 +22,7 @@ from parco.nn.stored import StoredWeight, pack_, packed
 __all__ = [
     "Embedding",
     "Experts",
+    "Fusion",
     "Group",
     "Linear",
     "Site",
@@ -28,6 +30,7 @@ __all__ = [
     "bias",
     "blocks",
     "embedding_name",
+    "fuse_",
     "groups",
     "head_name",
     "linears",

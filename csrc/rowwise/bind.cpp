@@ -1,0 +1,105 @@
+// rms_norm, gated and rotate of parco._C. Tensors come in as addresses; what they must be is checked by
+// parco.kernels.rowwise.
+#include <nanobind/stl/array.h>
+
+#include "linear/coded_bind.h"
+#include "rowwise/rowwise.h"
+
+namespace nb = nanobind;
+using namespace parco::rowwise;
+using parco::linear::address;
+
+namespace {
+
+// Smaller calls keep the interpreter lock: letting go and taking it again costs as much as they do.
+constexpr std::int64_t numbers_worth_unlocking = 1 << 15;
+
+template <class Call>
+void run(void (*kernel)(const Call&), const Call& call, std::int64_t numbers) {
+  if (numbers < numbers_worth_unlocking) return kernel(call);
+  nb::gil_scoped_release unlocked;
+  kernel(call);
+}
+
+template <void (*kernel)(const Norm&)>
+void define_norm(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](std::uintptr_t x, std::uintptr_t weight, std::uintptr_t y, std::int64_t rows, std::int64_t columns,
+         float epsilon, float offset, bool rounded, int type, int threads) {
+        run(kernel,
+            Norm{address<const void>(x), address<const void>(weight), address<void>(y), rows, columns, epsilon, offset,
+                 rounded, static_cast<Type>(type), threads},
+            rows * columns);
+      },
+      nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("rows"), nb::arg("columns"), nb::arg("epsilon"),
+      nb::arg("offset"), nb::arg("rounded"), nb::arg("type"), nb::arg("threads"),
+      "y = x / sqrt(mean(x * x) + epsilon) * (weight + offset), by rows; csrc/rowwise/rowwise.h.");
+}
+
+template <void (*kernel)(const Gate&)>
+void define_gate(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](std::uintptr_t gate, std::uintptr_t up, std::uintptr_t y, std::int64_t count, int activation, int type,
+         int threads) {
+        run(kernel,
+            Gate{address<const void>(gate), address<const void>(up), address<void>(y), count,
+                 static_cast<Activation>(activation), static_cast<Type>(type), threads},
+            count);
+      },
+      nb::arg("gate"), nb::arg("up"), nb::arg("y"), nb::arg("count"), nb::arg("activation"), nb::arg("type"),
+      nb::arg("threads"), "y = activation(gate) * up.");
+}
+
+template <void (*kernel)(const Rotation&)>
+void define_rotation(nb::module_& module, const char* name) {
+  using Strides = std::array<std::int64_t, 4>;
+  module.def(
+      name,
+      [](std::uintptr_t q, const Strides& q_stride, std::int64_t q_heads, std::uintptr_t turned_q, std::uintptr_t k,
+         const Strides& k_stride, std::int64_t k_heads, std::uintptr_t turned_k, std::uintptr_t cos, std::uintptr_t sin,
+         bool same_angles, std::int64_t batch, std::int64_t tokens, std::int64_t columns, std::int64_t rest, int type,
+         int threads) {
+        const std::int64_t width = columns + rest;
+        const auto heads = [&](std::uintptr_t x, const Strides& from, std::int64_t count, std::uintptr_t y) {
+          return Heads{address<const void>(x),
+                       address<void>(y),
+                       count,
+                       {from[0], from[1], from[2]},
+                       {tokens * count * width, width, count * width}};
+        };
+        run(kernel,
+            Rotation{{heads(q, q_stride, q_heads, turned_q), heads(k, k_stride, k_heads, turned_k)},
+                     address<const void>(cos),
+                     address<const void>(sin),
+                     batch,
+                     tokens,
+                     columns,
+                     rest,
+                     {same_angles ? 0 : tokens * columns, columns},
+                     static_cast<Type>(type),
+                     threads},
+            batch * tokens * width * (q_heads + k_heads));
+      },
+      nb::arg("q"), nb::arg("q_stride"), nb::arg("q_heads"), nb::arg("turned_q"), nb::arg("k"), nb::arg("k_stride"),
+      nb::arg("k_heads"), nb::arg("turned_k"), nb::arg("cos"), nb::arg("sin"), nb::arg("same_angles"), nb::arg("batch"),
+      nb::arg("tokens"), nb::arg("columns"), nb::arg("rest"), nb::arg("type"), nb::arg("threads"),
+      "Queries and keys [batch, heads, tokens, columns + rest], of any strides but the last, turned; the results lie "
+      "as "
+      "[batch, tokens, heads, ...].");
+}
+
+}  // namespace
+
+void bind_rowwise(nb::module_& module) {
+  define_norm<norm_generic>(module, "rms_norm_generic");
+  define_norm<norm_avx2>(module, "rms_norm_avx2");
+  define_norm<norm_avx512>(module, "rms_norm_avx512");
+  define_gate<gate_generic>(module, "gated_generic");
+  define_gate<gate_avx2>(module, "gated_avx2");
+  define_gate<gate_avx512>(module, "gated_avx512");
+  define_rotation<rotate_generic>(module, "rotate_generic");
+  define_rotation<rotate_avx2>(module, "rotate_avx2");
+  define_rotation<rotate_avx512>(module, "rotate_avx512");
+}

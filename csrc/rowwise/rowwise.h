@@ -1,0 +1,59 @@
+// What a transformer does between its products, a row at a time: normalisation, gates, rotations. Everything is
+// computed in fp32 from operands of one type and rounded to it.
+#pragma once
+#include "linear/coded.h"
+
+namespace parco::rowwise {
+
+using linear::Type;
+
+// y = x / sqrt(mean(x^2) + epsilon) * (weight + offset). With `rounded` the quotient is rounded to the type before it
+// is multiplied.
+struct Norm {
+  const void *x, *weight;  // [rows, columns], [columns]
+  void* y;
+  std::int64_t rows, columns;
+  float epsilon, offset;
+  bool rounded;
+  Type type;
+  int threads;
+};
+
+enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu_squared = 4 };
+
+// y = activation(gate) * up, `count` numbers.
+struct Gate {
+  const void *gate, *up;
+  void* y;
+  std::int64_t count;
+  Activation activation;
+  Type type;
+  int threads;
+};
+
+// Heads, the first `columns` numbers of which turn: their two halves are the parts of complex numbers, y = x * cos +
+// (-upper half of x, lower half) * sin. `rest` more follow and are copied. Strides are in numbers.
+struct Heads {
+  const void* x;
+  void* y;
+  std::int64_t heads, x_stride[3], y_stride[3];  // batch, head, token
+};
+struct Rotation {
+  Heads of[2];            // queries and keys
+  const void *cos, *sin;  // [batch, tokens, columns], of one stride
+  std::int64_t batch, tokens, columns, rest, angle_stride[2];
+  Type type;
+  int threads;
+};
+
+void norm_generic(const Norm& call);
+void norm_avx2(const Norm& call);
+void norm_avx512(const Norm& call);
+void gate_generic(const Gate& call);
+void gate_avx2(const Gate& call);
+void gate_avx512(const Gate& call);
+void rotate_generic(const Rotation& call);
+void rotate_avx2(const Rotation& call);
+void rotate_avx512(const Rotation& call);
+
+}  // namespace parco::rowwise

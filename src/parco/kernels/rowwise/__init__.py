@@ -1,0 +1,7 @@
+"""What a transformer does between its products, each in one pass: `rms_norm`, `gated` and `rotate`."""
+
+from parco.kernels.rowwise.gate import ACTIVATIONS, gated
+from parco.kernels.rowwise.norm import rms_norm
+from parco.kernels.rowwise.rotation import rotate
+
+__all__ = ["ACTIVATIONS", "gated", "rms_norm", "rotate"]

@@ -1,0 +1,140 @@
+"""gated: y = activation(gate) * up, the middle of a gated feed-forward block (Shazeer, arXiv 2002.05202)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from parco import _C, machine
+from parco.kernels import table
+from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "relu_squared": lambda x: functional.relu(x).square(),
+}
+"""Name -> the function in plain torch, in the order of `parco::rowwise::Activation`."""
+
+_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+
+
+class GateCall(NamedTuple):
+    """One call of gated on `numbers` numbers of `dtype`."""
+
+    device: str
+    isa: str
+    dtype: torch.dtype
+    numbers: int
+    activation: str
+
+    def __str__(self) -> str:
+        return f"{self.activation} of {self.numbers} numbers of {self.dtype}"
+
+
+def describe(gate: Tensor, up: Tensor, activation: str) -> GateCall:
+    """The table's key of a call."""
+    return GateCall(gate.device.type, machine.isa(), gate.dtype, gate.numel(), activation)
+
+
+def check(gate: Tensor, up: Tensor, activation: str) -> None:
+    """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
+    check_float("gated", "gate", gate)
+    if up.dtype != gate.dtype:
+        raise TypeError(f"gated: up is {up.dtype}; {gate.dtype}, which gate is, is needed")
+    if up.shape != gate.shape:
+        raise ValueError(f"gated: up has the shape {tuple(up.shape)}; {tuple(gate.shape)}, as gate, is needed")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"gated: activation={activation!r}; one of {', '.join(ACTIVATIONS)} is needed")
+
+
+def reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """In fp32, rounded once."""
+    return (ACTIVATIONS[activation](gate.float()) * up.float()).to(gate.dtype)
+
+
+def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
+    def run(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        function(
+            gate.data_ptr(),
+            up.data_ptr(),
+            y.data_ptr(),
+            gate.numel(),
+            _NUMBERS[activation],
+            TYPES[gate.dtype],
+            torch.get_num_threads(),
+        )
+        return y
+
+    return run
+
+
+table.register(
+    table.Operation(
+        "gated",
+        describe,
+        (
+            table.Kernel("gated-avx512", "avx512", _compiled(_C.gated_avx512)),
+            table.Kernel("gated-avx2", "avx2", _compiled(_C.gated_avx2)),
+            table.Kernel("gated-generic", "generic", _compiled(_C.gated_generic)),
+            table.Kernel("gated-torch", table.TORCH, reference),
+        ),
+    )
+)
+
+LIBRARY.define("gated(Tensor gate, Tensor up, str activation) -> Tensor")
+
+
+def _fake(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _needs_grad(gate: Tensor, up: Tensor, activation: str) -> bool:
+    return gate.requires_grad or up.requires_grad
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, ctx.activation = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _slope(gate: Tensor, activation: str) -> Tensor:
+    """The activation's derivative."""
+    match activation:
+        case "silu":
+            sigmoid = torch.sigmoid(gate)
+            return sigmoid * (1 + gate * (1 - sigmoid))
+        case "gelu" | "gelu_tanh":
+            approximate = "none" if activation == "gelu" else "tanh"
+            return torch.ops.aten.gelu_backward(torch.ones_like(gate), gate, approximate=approximate)
+        case "relu":
+            return (gate > 0).to(gate.dtype)
+        case _:
+            return 2 * functional.relu(gate)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """grad_gate = grad·up·activation′(gate), grad_up = grad·activation(gate); in fp32."""
+    gate, up = ctx.saved_tensors
+    wide, held = grad.float(), gate.float()
+    grad_gate = (wide * up.float() * _slope(held, ctx.activation)).to(gate.dtype)
+    return grad_gate, (wide * ACTIVATIONS[ctx.activation](held)).to(up.dtype), None
+
+
+table.implement("gated", check, _fake)
+differentiate("gated", _needs_grad, _setup, _backward)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up for tensors of one shape and dtype (fp32, bf16 or fp16), in fp32 and rounded once.
+
+    `activation` is silu (SwiGLU), gelu or gelu_tanh (GeGLU), relu or relu_squared. Differentiable with respect to both.
+    Raises ValueError or TypeError naming the argument.
+    """
+    return torch.ops.parco.gated.default(gate, up, activation)

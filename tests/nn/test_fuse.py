@@ -1,0 +1,151 @@
+"""fuse_: what is fused computes the same within rounding, is closer to the truth in bf16, and what differs is left."""
+
+import copy
+
+import pytest
+import torch
+import transformers as t
+from tests.nn import models
+
+import parco
+from parco import nn
+from parco.nn import fuse_
+
+FUSED = {
+    "llama": {"norm": 5, "gate": 2, "rotation": 2},
+    "llama odd": {"norm": 5, "gate": 2, "rotation": 2},
+    "mistral": {"norm": 5, "gate": 2, "rotation": 2},
+    "qwen2 tied": {"norm": 5, "gate": 2, "rotation": 2},
+    "qwen3": {"norm": 9, "gate": 2, "rotation": 2},
+    "gpt2": {"activation": 2},
+    "gpt-neox": {"rotation": 2},
+    "gemma": {"norm": 5, "gate": 2, "rotation": 2},
+    "gemma2": {"norm": 9, "gate": 2, "rotation": 2},
+    "gemma3": {"norm": 13, "gate": 2, "rotation": 2},
+    "phi": {"rotation": 2, "activation": 2},
+    "phi3": {"norm": 5, "gate": 2, "rotation": 2},
+    "mixtral": {"norm": 5, "rotation": 2},
+    "qwen2-moe": {"norm": 5, "gate": 2, "rotation": 2},
+    "opt": {},
+}
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_every_architecture_computes_the_same(name: str) -> None:
+    made = models.model(name)
+    expected, state = models.logits(made), made.state_dict()
+    fusion = fuse_(made)
+    assert {kind: len(names) for kind, names in fusion.fused.items()} == FUSED[name]
+    assert not fusion.left
+    assert apart(models.logits(made), expected) < 2e-6
+    assert list(made.state_dict()) == list(state)
+    again = fuse_(made)
+    assert not again.fused
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-neox", "phi"])
+def test_in_bf16_it_is_no_further_from_the_truth(name: str) -> None:
+    made = models.model(name, torch.bfloat16)
+    truth = models.logits(copy.deepcopy(made).float())
+    before = apart(models.logits(made), truth)
+    fuse_(made)
+    assert apart(models.logits(made), truth) < 1.1 * before
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_stored_weights_and_a_cache(name: str) -> None:
+    made = models.model(name, torch.bfloat16)
+    parco.convert_(made, "int8:row")
+    plain = copy.deepcopy(made)
+    fuse_(made)
+    tokens = models.tokens(1, 6)
+    with torch.inference_mode():
+        first, second = (each(tokens, use_cache=True) for each in (made, plain))
+        for _ in range(3):
+            step = tokens[:, :1]
+            first = made(step, past_key_values=first.past_key_values, use_cache=True)
+            second = plain(step, past_key_values=second.past_key_values, use_cache=True)
+            assert apart(first.logits, second.logits) < 0.05
+    generated = [each.generate(tokens, max_new_tokens=5, min_new_tokens=5, do_sample=False) for each in (made, plain)]
+    assert generated[0].shape == generated[1].shape == (1, 11)
+
+
+def test_gradients_are_the_unfused_ones() -> None:
+    made = models.model("qwen3").train()
+    fused = copy.deepcopy(made)
+    fuse_(fused)
+    for model in (made, fused):
+        model(models.tokens(), labels=models.tokens()).loss.backward()
+    for (name, a), b in zip(made.named_parameters(), fused.parameters(), strict=True):
+        assert apart(b.grad, a.grad) < 1e-4, name
+
+
+def test_copies_dtypes_and_the_compiler() -> None:
+    made = models.model("llama")
+    fuse_(made)
+    expected = models.logits(made)
+    copied = copy.deepcopy(made)
+    torch.nn.init.zeros_(made.model.norm.weight)
+    assert torch.equal(models.logits(copied), expected)  # its modules, not those copied from
+    assert apart(models.logits(copied.double()), expected) < 1e-5
+    assert models.logits(copied.bfloat16()).dtype == torch.bfloat16
+    compiled = torch.compile(copied.float(), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert apart(compiled(models.tokens()).logits, expected) < 0.05  # it has been through bf16
+
+
+class OtherRMSNorm(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(16))
+        self.eps = 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * 1.001
+
+
+class OtherGate(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(16, 16) for _ in range(3))
+        self.act_fn = torch.nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * (self.up_proj(x) + 1))
+
+
+class SoftGate(OtherGate):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act_fn = torch.nn.Softplus()
+
+
+def test_what_computes_something_else_is_left_and_named() -> None:
+    made = torch.nn.ModuleDict({"norm": OtherRMSNorm(), "gate": OtherGate(), "soft": SoftGate()})
+    fusion = fuse_(made)
+    assert not fusion.fused
+    assert set(fusion.left) == {"norm", "gate", "soft"}
+    assert "none of silu" in fusion.left["soft"]
+    assert "soft: its activation" in str(fusion)
+
+
+def test_other_rotations_are_left() -> None:
+    made = t.AutoModelForCausalLM.from_config(t.CohereConfig(**models.COMMON)).eval()  # pairs neighbours, not halves
+    expected = models.logits(made)
+    fusion = fuse_(made)
+    assert "rotation" not in fusion.fused
+    assert any("turns otherwise" in reason for reason in fusion.left.values())
+    assert apart(models.logits(made), expected) < 2e-6
+
+
+def test_a_model_is_needed() -> None:
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        fuse_("llama")  # type: ignore[arg-type]
+    assert str(fuse_(torch.nn.Linear(2, 2))) == "nothing to fuse"
+    assert isinstance(
+        parco.fuse_(nn.Linear(nn.StoredWeight.encode(parco.weights.Dense((2, 2)), torch.eye(2)))), nn.Fusion
+    )
