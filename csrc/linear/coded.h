@@ -17,11 +17,22 @@ enum class Element : int { listed = 0, e4m3 = 1, e5m2 = 2, e3m2 = 3 };
 // Rows of weights in one panel.
 constexpr std::int64_t panel_rows = 16;
 
+// Bits of the first plane of packed codes.
+constexpr int low_bits(int bits) { return bits == 8 ? 8 : bits >= 4 ? 4 : 2; }
+// Codes of one row that lie together, and the dwords that hold them.
+constexpr int step_codes(int bits) { return low_bits(bits) == bits ? 32 / bits : 32; }
+constexpr int step_dwords(int bits) { return low_bits(bits) == bits ? 1 : bits; }
+
 // Every pointer may have any alignment. Rows are contiguous, one after the other.
 //
-// Codes that are `packed` lie in panels instead, of 16 rows and whole dwords of their bit streams: dword d of row r of
-// a panel is its dword 16 d + r. So do the scales and zeros of a panel, [group][row], where every row has its own and
+// Codes that are `packed` lie in panels instead, of 16 rows and whole dwords of their streams: dword d of row r of a
+// panel is its dword 16 d + r. So do the scales and zeros of a panel, [group][row], where every row has its own and
 // more than one of them. The last panel is whole; what it holds past the last row may be anything finite.
+//
+// The stream of a row is as it was for codes of 2, 4 and 8 bits. 32 codes of 3, 5 or 6 bits become planes: first the
+// low 2 bits (of 3) or 4 bits of all in a stream, then what is left of them, so that one shift brings 4 codes to their
+// place: byte t of vector i (even and odd codes of a dword of 8; every fourth of a dword of 16) has its field at bit 8
+// t + i * left % 8 of dword i * left / 8.
 struct CodedCall {
   const void* x;              // [rows, columns] of x_type
   const std::uint8_t* codes;  // [outputs, ceil(columns * bits / 8)], each row an LSB-first bit stream
@@ -52,10 +63,18 @@ struct CodedCall {
   }
   // Code k of row n of packed codes.
   std::uint32_t packed_code(std::int64_t n, std::int64_t k) const {
-    const std::int64_t dword = n / panel_rows * (columns * bits / 32) + k * bits / 32;
-    std::uint32_t value;
-    std::memcpy(&value, codes + (dword * panel_rows + n % panel_rows) * 4, 4);
-    return value >> k * bits % 32 & ((1u << bits) - 1);
+    const std::int64_t first = n / panel_rows * (columns * bits / 32);
+    const auto bits_at = [&](std::int64_t dword, std::int64_t bit, int width) {
+      std::uint32_t value;
+      std::memcpy(&value, codes + ((first + dword) * panel_rows + n % panel_rows) * 4, 4);
+      return value >> bit & ((1u << width) - 1);
+    };
+    const int low = low_bits(bits), left = bits - low;
+    if (!left) return bits_at(k * bits / 32, k * bits % 32, bits);
+    const std::int64_t run = k / 32 * bits, c = k % 32, in_byte = 8 / low, in_dword = 32 / low;
+    const std::int64_t byte = c % in_dword / in_byte, vector = c / in_dword * in_byte + c % in_byte;
+    const std::int64_t high = run + low + vector * left / 8;
+    return bits_at(run + c * low / 32, c * low % 32, low) | bits_at(high, 8 * byte + vector * left % 8, left) << low;
   }
 };
 

@@ -78,33 +78,66 @@ struct Avx2 {
   // Packed codes.
   static constexpr int parts = 1;
   static constexpr int streams(int all) { return all == 1 ? 4 : all == 2 ? 2 : 1; }
+  // A table of 64 bytes: of its four parts each looks up the low 4 bits, bits 4 and 5 choose.
   struct Lookup {
-    I table;
-    explicit Lookup(const CodedCall& call) : table(set(0)) {
-      if (call.table)
-        table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(call.table)));
+    I part[4];
+    explicit Lookup(const CodedCall& call) {
+      for (int i = 0; i < 4; i++)
+        part[i] = call.table
+                      ? _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(call.table) + i))
+                      : set(0);
+    }
+    template <bool long_codes>
+    I map(I codes) const {
+      const I index = _mm256_and_si256(codes, _mm256_set1_epi8(15)), low = _mm256_shuffle_epi8(part[0], index);
+      if constexpr (!long_codes) return low;
+      const I bit4 = _mm256_slli_epi16(codes, 3), bit5 = _mm256_slli_epi16(codes, 2);
+      const I lower = _mm256_blendv_epi8(low, _mm256_shuffle_epi8(part[1], index), bit4);
+      const I upper =
+          _mm256_blendv_epi8(_mm256_shuffle_epi8(part[2], index), _mm256_shuffle_epi8(part[3], index), bit4);
+      return _mm256_blendv_epi8(lower, upper, bit5);
     }
   };
-  template <Coding coding, int all>
-  static void add_products(const void* from, [[maybe_unused]] const Lookup& lookup, const char* const* x,
+  template <int bits, bool mapped, int all>
+  static void add_products(const std::uint8_t* at, [[maybe_unused]] const Lookup& lookup, const char* const* x,
                            std::int32_t d, I (*sum)[parts]) {
-    constexpr int count = coding == Coding::bytes ? 2 : coding == Coding::pairs ? 8 : 4;
-    const I dword = _mm256_loadu_si256(static_cast<const I*>(from));
-    I pair[count];
-    if constexpr (coding == Coding::pairs) {
-      for (int i = 0; i < count; i++) pair[i] = _mm256_and_si256(_mm256_srli_epi16(dword, 2 * i), _mm256_set1_epi16(3));
-    } else if constexpr (coding == Coding::looked_up) {
-      const I mask = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255);
-      const I even = _mm256_shuffle_epi8(lookup.table, _mm256_and_si256(dword, mask));
-      const I odd = _mm256_shuffle_epi8(lookup.table, _mm256_and_si256(_mm256_srli_epi16(dword, 4), mask));
-      pair[0] = _mm256_and_si256(even, byte), pair[1] = _mm256_and_si256(odd, byte);
-      pair[2] = _mm256_srli_epi16(even, 8), pair[3] = _mm256_srli_epi16(odd, 8);
-    } else {
-      for (int i = 0; i < count; i++) pair[i] = pairs<coding == Coding::nibbles>(dword, i, 0);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < count; i++)
-      for (int r = 0; r < all; r++) sum[r][0] = dot(sum[r][0], pair[i], broadcast(x[r] + 4 * (count * d + i)));
+    // Bytes 0 and 2 of a vector are one pair, 1 and 3 the other; so far apart in x as there are vectors in a dword.
+    constexpr int low = low_bits(bits), vectors = 8 / low;
+    const I byte = _mm256_set1_epi16(255);
+    const auto add = [&](int i, I codes) {
+      if constexpr (mapped) codes = lookup.template map<(bits > 4)>(codes);
+      const I pair[2] = {_mm256_and_si256(codes, byte), _mm256_srli_epi16(codes, 8)};
+      const std::int64_t offset = 2 * step_codes(bits) * d + i / vectors * (64 / low) + i % vectors * 4;
+      for (int half = 0; half < 2; half++)
+        for (int r = 0; r < all; r++)
+          sum[r][0] = dot(sum[r][0], pair[half], broadcast(x[r] + offset + 4 * vectors * half));
+    };
+    each_vector<bits>(at, add, std::make_integer_sequence<int, step_codes(bits) / 4>());
+  }
+
+  // f(i, vector i) for the vectors of 4 codes a row that a step of packed memory holds, as bytes.
+  template <int bits, class F, int... i>
+  static void each_vector(const std::uint8_t* at, const F& f, std::integer_sequence<int, i...>) {
+    (f(i, packed_bytes<bits, i>(at)), ...);
+  }
+  template <int bits, int i>
+  static I packed_bytes(const std::uint8_t* at) {
+    constexpr int low = low_bits(bits), left = bits - low, in_byte = 8 / low;
+    const auto dword = [&](int index) { return _mm256_loadu_si256(reinterpret_cast<const I*>(at + index * 64)); };
+    const auto mask = [](int width) { return _mm256_set1_epi8(static_cast<char>((1 << width) - 1)); };
+    const I first = moved<-i % in_byte * low>(dword(i / in_byte));
+    if constexpr (bits == 8) return first;
+    const I kept = _mm256_and_si256(first, mask(low));
+    if constexpr (left == 0) return kept;
+    const I second = moved<low - i * left % 8>(dword(low + i * left / 8));
+    return _mm256_or_si256(kept, _mm256_and_si256(second, _mm256_xor_si256(mask(bits), mask(low))));
+  }
+  // Up by `shift` bits, or down.
+  template <int shift>
+  static I moved(I vector) {
+    if constexpr (shift > 0) return _mm256_slli_epi16(vector, shift);
+    if constexpr (shift < 0) return _mm256_srli_epi16(vector, -shift);
+    return vector;
   }
   static I whole(const I* sum) { return sum[0]; }
   static F load_scales(const CodedCall& call, std::int64_t at, float factor) {
@@ -134,27 +167,20 @@ struct Avx2 {
     bool mapped;
     std::int64_t row_bytes;
     std::uint64_t places;  // of a quadword's bits: those that codes take when they lie as nibbles or bytes
-    I table[4];
+    Lookup lookup;
 
     Reader(const CodedCall& call, const Plan& plan)
-        : bits(call.bits), unit(plan.unit), per_quadword(2 * unit), mapped(call.table), row_bytes(plan.row_bytes) {
+        : bits(call.bits),
+          unit(plan.unit),
+          per_quadword(2 * unit),
+          mapped(call.table),
+          row_bytes(plan.row_bytes),
+          lookup(call) {
       const std::uint64_t code = (1u << bits) - 1;
       places = unit == 8 ? code * 0x1111111111111111u : code * 0x0101010101010101u;
-      for (int i = 0; i < 4 && mapped; i++)
-        table[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(call.table) + i));
     }
 
-    // Of every code its entry in the table: of the four parts each looks up the low 4 bits, bits 4 and 5 choose.
-    I map(I codes) const {
-      const I low = _mm256_shuffle_epi8(table[0], _mm256_and_si256(codes, _mm256_set1_epi8(15)));
-      if (bits <= 4) return low;
-      const I index = _mm256_and_si256(codes, _mm256_set1_epi8(15)), bit4 = _mm256_slli_epi16(codes, 3);
-      const I bit5 = _mm256_slli_epi16(codes, 2);
-      const I lower = _mm256_blendv_epi8(low, _mm256_shuffle_epi8(table[1], index), bit4);
-      const I upper =
-          _mm256_blendv_epi8(_mm256_shuffle_epi8(table[2], index), _mm256_shuffle_epi8(table[3], index), bit4);
-      return _mm256_blendv_epi8(lower, upper, bit5);
-    }
+    I map(I codes) const { return bits <= 4 ? lookup.map<false>(codes) : lookup.map<true>(codes); }
 
     I unpack(const std::uint8_t* from, std::int64_t left) const {
       alignas(32) std::uint8_t held[32] = {};
@@ -186,6 +212,9 @@ struct Avx2 {
 
     // `dwords` dwords from dword `first` of half a panel.
     void read_packed(const std::uint8_t* panel, std::int32_t first, std::int32_t dwords, I* to) const {
+      if (bits == 3) return read_planes<3>(panel, first, dwords, to);
+      if (bits == 5) return read_planes<5>(panel, first, dwords, to);
+      if (bits == 6) return read_planes<6>(panel, first, dwords, to);
       const int each = 32 / bits / unit;  // in one of memory
       for (std::int32_t d = 0; d < dwords; d++) {
         const I stored = _mm256_loadu_si256(reinterpret_cast<const I*>(panel + (first + d) / each * 64));
@@ -197,6 +226,38 @@ struct Avx2 {
         const I bytes = spread(_mm256_and_si256(half, _mm256_set1_epi32(0xffff)), 8, 0x00ff00ff);
         const I nibbles = spread(bytes, 4, 0x0f0f0f0f);
         store(to + d, mapped ? map(nibbles) : spread(nibbles, 2, 0x33333333));
+      }
+    }
+
+    template <int width>
+    void read_planes(const std::uint8_t* panel, std::int32_t first, std::int32_t dwords, I* to) const {
+      const int in_run = 32 / unit;
+      const std::uint8_t* at = panel + first / in_run * width * 64;
+      for (std::int32_t d = 0; d < dwords; d += in_run, at += width * 64, to += in_run) {
+        I vectors[8];
+        each_vector<width>(at, [&](int i, I codes) { vectors[i] = codes; }, std::make_integer_sequence<int, 8>());
+        for (int i = 0; i < 4; i++) {
+          I even = vectors[2 * i], odd = vectors[2 * i + 1];
+          if (width == 3) {  // nibbles: codes 4 t and 4 t + 1, and the two that follow
+            if (i % 2) continue;
+            even = _mm256_or_si256(even, _mm256_slli_epi16(odd, 4));
+            odd = _mm256_or_si256(vectors[2 * i + 2], _mm256_slli_epi16(vectors[2 * i + 3], 4));
+          } else if (mapped) {
+            even = map(even), odd = map(odd);
+          }
+          const int place = width == 3 ? i : 2 * i;
+          // The lower or the upper two bytes of every dword of both, in turn.
+          const auto joined = [&](int upper) {
+            const I from = _mm256_add_epi8(
+                _mm256_setr_epi8(0, -128, 1, -128, 4, -128, 5, -128, 8, -128, 9, -128, 12, -128, 13, -128, 0, -128, 1,
+                                 -128, 4, -128, 5, -128, 8, -128, 9, -128, 12, -128, 13, -128),
+                _mm256_set1_epi16(static_cast<short>(2 * upper)));
+            return _mm256_or_si256(_mm256_shuffle_epi8(even, from),
+                                   _mm256_slli_epi16(_mm256_shuffle_epi8(odd, from), 8));
+          };
+          store(to + place, joined(0));
+          store(to + place + 1, joined(1));
+        }
       }
     }
 

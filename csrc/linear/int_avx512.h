@@ -73,33 +73,48 @@ struct Avx512 {
   struct Lookup {
     I table;
     explicit Lookup(const CodedCall& call) : table(_mm512_setzero_si512()) {
-      if (call.table) table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(call.table)));
+      if (!call.table) return;
+      table = call.bits > 4 ? _mm512_loadu_si512(call.table)
+                            : _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(call.table)));
     }
   };
-  template <Coding coding, int all>
-  static void add_products(const void* from, [[maybe_unused]] const Lookup& lookup, const char* const* x,
+  template <int bits, bool mapped, int all>
+  static void add_products(const std::uint8_t* at, [[maybe_unused]] const Lookup& lookup, const char* const* x,
                            std::int32_t d, I (*sum)[parts]) {
-    const I dword = _mm512_loadu_si512(from);
-    const auto add = [&](I codes, int offset) {
+    const auto add = [&](int i, I codes) {
+      if constexpr (mapped)
+        codes = bits > 4 ? _mm512_permutexvar_epi8(codes, lookup.table) : _mm512_shuffle_epi8(lookup.table, codes);
+      const std::int64_t offset = 2 * step_codes(bits) * d + 8 * i;
 #pragma GCC unroll 8
       for (int r = 0; r < all; r++) {
         sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], codes, broadcast(x[r] + offset));
         sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], codes, broadcast(x[r] + offset + 4));
       }
     };
-    if constexpr (coding == Coding::bytes) {
-      add(dword, 8 * d);
-    } else if constexpr (coding == Coding::pairs) {
-      const I mask = byte_mask(2);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) add(_mm512_and_si512(_mm512_srli_epi16(dword, 2 * i), mask), 32 * d + 8 * i);
-    } else {
-      const I mask = byte_mask(4);
-      I even = _mm512_and_si512(dword, mask), odd = _mm512_and_si512(_mm512_srli_epi16(dword, 4), mask);
-      if constexpr (coding == Coding::looked_up)
-        even = _mm512_shuffle_epi8(lookup.table, even), odd = _mm512_shuffle_epi8(lookup.table, odd);
-      add(even, 16 * d), add(odd, 16 * d + 8);
-    }
+    each_vector<bits>(at, add, std::make_integer_sequence<int, step_codes(bits) / 4>());
+  }
+
+  // f(i, vector i) for the vectors of 4 codes a row that a step of packed memory holds, as bytes.
+  template <int bits, class F, int... i>
+  static void each_vector(const std::uint8_t* at, const F& f, std::integer_sequence<int, i...>) {
+    (f(i, packed_bytes<bits, i>(at)), ...);
+  }
+  template <int bits, int i>
+  static I packed_bytes(const std::uint8_t* at) {
+    constexpr int low = low_bits(bits), left = bits - low, in_byte = 8 / low;
+    const I first = moved<-i % in_byte * low>(_mm512_loadu_si512(at + i / in_byte * 64));
+    if constexpr (bits == 8) return first;
+    if constexpr (left == 0) return _mm512_and_si512(first, byte_mask(bits));
+    const I second = moved<low - i * left % 8>(_mm512_loadu_si512(at + (low + i * left / 8) * 64));
+    // The first where its bits are, else the second.
+    return _mm512_and_si512(_mm512_ternarylogic_epi32(first, second, byte_mask(low), 0xe4), byte_mask(bits));
+  }
+  // Up by `shift` bits, or down.
+  template <int shift>
+  static I moved(I vector) {
+    if constexpr (shift > 0) return _mm512_slli_epi16(vector, shift);
+    if constexpr (shift < 0) return _mm512_srli_epi16(vector, -shift);
+    return vector;
   }
   static I whole(const I* sum) { return add(_mm512_slli_epi32(sum[1], 8), sum[0]); }
   static F load_scales(const CodedCall& call, std::int64_t at, float factor) {
@@ -150,6 +165,7 @@ struct Avx512 {
     I bytes, even, odd;  // of the bit stream: which bytes each quadword needs, then where its codes begin in them
     I mask;              // of a plain code, or the table of mapped ones
     I half[2][2];        // of packed dwords that hold two: where either's even and odd codes begin
+    I joined[2];         // the bytes of two vectors in turn: the lower or the upper two of each dword
 
     Reader(const CodedCall& call, const Plan& plan)
         : bits(call.bits), unit(plan.unit), mapped(call.table), row_bytes(plan.row_bytes) {
@@ -158,6 +174,8 @@ struct Avx512 {
         for (int h = 0; h < 2; h++) {
           reinterpret_cast<std::uint8_t*>(&half[h][0])[i] = static_cast<std::uint8_t>((start + 16 * h) & 63);
           reinterpret_cast<std::uint8_t*>(&half[h][1])[i] = static_cast<std::uint8_t>((start + 16 * h - 2) & 63);
+          const int byte = i / 4 * 4 + 2 * h + i % 4 / 2;
+          reinterpret_cast<std::uint8_t*>(&joined[h])[i] = static_cast<std::uint8_t>(byte + i % 2 * 64);
         }
       }
       if (is_stored()) return;
@@ -205,6 +223,9 @@ struct Avx512 {
 
     // `dwords` dwords from dword `first` of a panel.
     void read_packed(const std::uint8_t* panel, std::int32_t first, std::int32_t dwords, I* to) const {
+      if (bits == 3) return read_planes<3>(panel, first, dwords, to);
+      if (bits == 5) return read_planes<5>(panel, first, dwords, to);
+      if (bits == 6) return read_planes<6>(panel, first, dwords, to);
       const int each = 32 / bits / unit;  // in one of memory
       for (std::int32_t d = 0; d < dwords; d++) {
         const I stored = _mm512_loadu_si512(panel + (first + d) / each * 64);
@@ -213,11 +234,34 @@ struct Avx512 {
           continue;
         }
         const I* start = half[(first + d) % 2];
-        const I even = _mm512_multishift_epi64_epi8(start[0], stored);
+        const I codes = _mm512_multishift_epi64_epi8(start[0], stored);
         if (mapped)
-          store(to + d, _mm512_permutexvar_epi8(even, mask));
+          store(to + d, _mm512_permutexvar_epi8(codes, mask));
         else
-          store(to + d, lower_nibbles(even, _mm512_multishift_epi64_epi8(start[1], stored)));
+          store(to + d, lower_nibbles(codes, _mm512_multishift_epi64_epi8(start[1], stored)));
+      }
+    }
+
+    template <int width>
+    void read_planes(const std::uint8_t* panel, std::int32_t first, std::int32_t dwords, I* to) const {
+      const int in_run = 32 / unit;
+      const std::uint8_t* at = panel + first / in_run * width * 64;
+      for (std::int32_t d = 0; d < dwords; d += in_run, at += width * 64, to += in_run) {
+        I vectors[8];
+        each_vector<width>(at, [&](int i, I codes) { vectors[i] = codes; }, std::make_integer_sequence<int, 8>());
+        for (int i = 0; i < 4; i++) {
+          I even = vectors[2 * i], odd = vectors[2 * i + 1];
+          if (width == 3) {  // nibbles: codes 4 t and 4 t + 1, and the two that follow
+            if (i % 2) continue;
+            even = _mm512_or_si512(even, _mm512_slli_epi16(odd, 4));
+            odd = _mm512_or_si512(vectors[2 * i + 2], _mm512_slli_epi16(vectors[2 * i + 3], 4));
+          } else if (mapped) {
+            even = _mm512_permutexvar_epi8(even, mask), odd = _mm512_permutexvar_epi8(odd, mask);
+          }
+          const int place = width == 3 ? i : 2 * i;
+          store(to + place, _mm512_permutex2var_epi8(even, joined[0], odd));
+          store(to + place + 1, _mm512_permutex2var_epi8(even, joined[1], odd));
+        }
       }
     }
 

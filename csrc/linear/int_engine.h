@@ -10,6 +10,7 @@
 // Included by one translation unit per instruction set; V is its vector type. Everything is unnamed (see floats.h).
 #pragma once
 #include <algorithm>
+#include <utility>
 
 #include "linear/quantize.h"
 
@@ -164,13 +165,10 @@ void decode(const Job<V>& job, std::int64_t first_output, float* scales, std::in
   for (int m = 0; m < columns; m++) finish(job, outputs, m, 0, total[m]);
 }
 
-// How codes lie in a dword of packed memory. Looked up, they are the bytes that a table says.
-enum class Coding { bytes, nibbles, looked_up, pairs };
-
 constexpr std::int64_t read_ahead = 1024;  // bytes of each stream
 
-// `strips` times `lanes` packed outputs, from outputs[strip] on, against `columns` rows of x.
-template <class V, Coding coding, int strips, int columns, int words>
+// `strips` times `lanes` packed outputs, from first[strip] on, against `columns` rows of x.
+template <class V, int bits, bool mapped, int strips, int columns, int words>
 void decode_strips(const Job<V>& job, const std::int64_t* first, float* scales, std::int32_t* zeros) {
   using I = typename V::I;
   using F = typename V::F;
@@ -207,13 +205,15 @@ void decode_strips(const Job<V>& job, const std::int64_t* first, float* scales, 
         for (int part = 1; part < V::parts; part++) sum[s][r][part] = V::set(0);
       }
     }
-    const std::int64_t from = static_cast<std::int64_t>(block.dword) * panel_rows * 4;
-    for (std::int32_t d = 0; d < block.dwords; d++) {
+    constexpr std::int64_t step_bytes = step_dwords(bits) * panel_rows * 4;
+    const std::int64_t from = block.k / step_codes(bits) * step_bytes;
+    const std::int32_t steps = (block.length + step_codes(bits) - 1) / step_codes(bits);
+    for (std::int32_t d = 0; d < steps; d++) {
 #pragma GCC unroll 4
       for (int s = 0; s < strips; s++) {
-        const std::uint8_t* at = codes[s] + from + d * panel_rows * 4;
-        __builtin_prefetch(at + read_ahead);
-        V::template add_products<coding, all>(at, lookup, x, d, sum[s]);
+        const std::uint8_t* at = codes[s] + from + d * step_bytes;
+        for (int i = 0; i < step_dwords(bits); i++) __builtin_prefetch(at + i * panel_rows * 4 + read_ahead);
+        V::template add_products<bits, mapped, all>(at, lookup, x, d, sum[s]);
       }
     }
 #pragma GCC unroll 4
@@ -235,40 +235,53 @@ void decode_strips(const Job<V>& job, const std::int64_t* first, float* scales, 
 }
 
 // Strips [first, last) in as many contiguous streams as are read at once.
-template <class V, Coding coding, int columns, int words>
+template <class V, int bits, bool mapped, int columns, int words>
 void decode_streams(const Job<V>& job, std::int64_t first, std::int64_t last, float* scales, std::int32_t* zeros) {
   constexpr int streams = V::streams(columns * words);
   const std::int64_t length = (last - first) / streams;
   for (std::int64_t i = 0; i < length; i++) {
     std::int64_t outputs[streams];
     for (int s = 0; s < streams; s++) outputs[s] = (first + s * length + i) * V::lanes;
-    decode_strips<V, coding, streams, columns, words>(job, outputs, scales, zeros);
+    decode_strips<V, bits, mapped, streams, columns, words>(job, outputs, scales, zeros);
   }
   for (std::int64_t i = first + streams * length; i < last; i++) {
     const std::int64_t output = i * V::lanes;
-    decode_strips<V, coding, 1, columns, words>(job, &output, scales, zeros);
+    decode_strips<V, bits, mapped, 1, columns, words>(job, &output, scales, zeros);
   }
 }
 
-template <class V, Coding coding, int columns, int words>
+template <class V, int bits, bool mapped, int columns, int words>
 void decode_packed_rows(const Job<V>& job, std::int64_t first, std::int64_t last, float* scales, std::int32_t* zeros) {
-  if (job.rows == columns) return decode_streams<V, coding, columns, words>(job, first, last, scales, zeros);
-  if constexpr (columns > 1) decode_packed_rows<V, coding, columns - 1, words>(job, first, last, scales, zeros);
+  if (job.rows == columns) return decode_streams<V, bits, mapped, columns, words>(job, first, last, scales, zeros);
+  if constexpr (columns > 1) decode_packed_rows<V, bits, mapped, columns - 1, words>(job, first, last, scales, zeros);
 }
 
-template <class V, Coding coding>
+template <class V, int bits, bool mapped = false>
 void decode_coding(const Job<V>& job, std::int64_t first, std::int64_t last, float* scales, std::int32_t* zeros) {
-  job.words == 2 ? decode_packed_rows<V, coding, V::decode_words / 2, 2>(job, first, last, scales, zeros)
-                 : decode_packed_rows<V, coding, V::decode_words, 1>(job, first, last, scales, zeros);
+  job.words == 2 ? decode_packed_rows<V, bits, mapped, V::decode_words / 2, 2>(job, first, last, scales, zeros)
+                 : decode_packed_rows<V, bits, mapped, V::decode_words, 1>(job, first, last, scales, zeros);
 }
 
 // Strips [first, last) of packed outputs; the plan's dwords are those of memory.
 template <class V>
 void decode_packed(const Job<V>& job, std::int64_t first, std::int64_t last, float* scales, std::int32_t* zeros) {
-  if (job.call.bits == 8) return decode_coding<V, Coding::bytes>(job, first, last, scales, zeros);
-  if (job.call.bits == 2) return decode_coding<V, Coding::pairs>(job, first, last, scales, zeros);
-  job.call.table ? decode_coding<V, Coding::looked_up>(job, first, last, scales, zeros)
-                 : decode_coding<V, Coding::nibbles>(job, first, last, scales, zeros);
+  const bool mapped = job.call.table;
+  switch (job.call.bits) {
+    case 2:
+      return decode_coding<V, 2>(job, first, last, scales, zeros);
+    case 3:
+      return decode_coding<V, 3>(job, first, last, scales, zeros);
+    case 4:
+      return mapped ? decode_coding<V, 4, true>(job, first, last, scales, zeros)
+                    : decode_coding<V, 4>(job, first, last, scales, zeros);
+    case 5:
+      return decode_coding<V, 5>(job, first, last, scales, zeros);
+    case 6:
+      return mapped ? decode_coding<V, 6, true>(job, first, last, scales, zeros)
+                    : decode_coding<V, 6>(job, first, last, scales, zeros);
+    default:
+      return decode_coding<V, 8>(job, first, last, scales, zeros);
+  }
 }
 
 // 2 * lanes outputs expanded to 16-bit pairs: [pair of k][2][lanes] dwords.

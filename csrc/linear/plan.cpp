@@ -44,7 +44,7 @@ Plan make_plan(const CodedCall& call, void* memory, bool straight) {
   Plan plan{};
   plan.blocks = blocks;
   plan.pieces = pieces;
-  plan.unit = straight ? 32 / call.bits : call.bits <= 4 && !call.table ? 8 : 4;
+  plan.unit = straight ? 32 / low_bits(call.bits) : call.bits <= 4 && !call.table ? 8 : 4;
   plan.row_bytes = (call.columns * call.bits + 7) / 8;
   plan.words = (call.columns + 31) / 32 * 32 + 32;
   for (std::int64_t start = 0; start < call.columns; start += call.group) {

@@ -110,8 +110,9 @@ struct Packed {
     const int size = size_of(plain.scale_type);
     for (std::int64_t n = 0; n < panels * 16; n++) {
       const std::int64_t from = std::min(n, plain.outputs - 1);
+      const std::string stream = planes(plain, from);
       for (std::int64_t d = 0; d < dwords; d++)
-        std::memcpy(codes.data + ((n / 16 * dwords + d) * 16 + n % 16) * 4, plain.codes + (from * dwords + d) * 4, 4);
+        std::memcpy(codes.data + ((n / 16 * dwords + d) * 16 + n % 16) * 4, stream.data() + d * 4, 4);
       for (std::int64_t g = 0; moved && g < groups; g++) {
         const std::int64_t to = (n / 16 * groups + g) * 16 + n % 16;
         std::memcpy(scale.data + to * size, static_cast<const char*>(plain.scale) + (from * groups + g) * size, size);
@@ -124,10 +125,33 @@ struct Packed {
     call.scale = scale.data;
     if (plain.zero) call.zero = reinterpret_cast<const std::uint8_t*>(zero.data);
   }
+  // Row n's stream with the bits of every 32 codes in planes.
+  static std::string planes(const CodedCall& plain, std::int64_t n) {
+    const std::int64_t row_bytes = plain.columns * plain.bits / 8;
+    std::string found(reinterpret_cast<const char*>(plain.codes) + n * row_bytes, row_bytes);
+    const int low = plain.bits == 3 ? 2 : 4, left = plain.bits - low;
+    if (plain.bits == 2 || plain.bits == 4 || plain.bits == 8) return found;
+    const std::string rows = found;
+    const auto bit = [&](std::int64_t from, std::int64_t to) {
+      const int value = rows[from / 8] >> from % 8 & 1;
+      found[to / 8] = static_cast<char>((found[to / 8] & ~(1 << to % 8)) | value << to % 8);
+    };
+    for (std::int64_t k = 0; k < plain.columns; k++) {
+      const std::int64_t run = k / 32 * 32 * plain.bits, c = k % 32;
+      for (int b = 0; b < low; b++) bit(k * plain.bits + b, run + c * low + b);
+      // 4 bits: even codes of a dword of 8 in one vector, odd ones in the next. 2 bits: every fourth of a dword of 16.
+      const std::int64_t vector = low == 4 ? c / 8 * 2 + c % 2 : c / 16 * 4 + c % 4;
+      const std::int64_t byte = low == 4 ? c % 8 / 2 : c % 16 / 4;
+      for (int b = 0; b < left; b++)
+        bit(k * plain.bits + low + b, run + 32 * low + (vector * left / 8) * 32 + 8 * byte + vector * left % 8 + b);
+    }
+    return found;
+  }
   static bool can(const CodedCall& plain) {
-    const std::int64_t in_dword = 32 / plain.bits;
-    return (plain.bits == 2 || plain.bits == 4 || (plain.bits == 8 && !plain.table)) && plain.columns % in_dword == 0 &&
-           (plain.group % in_dword == 0 || plain.group >= plain.columns);
+    const bool whole = plain.bits == 2 || plain.bits == 4 || plain.bits == 8;
+    const std::int64_t together = whole ? 32 / plain.bits : 32;
+    return plain.bits != 7 && !(plain.bits == 8 && plain.table) && plain.columns % together == 0 &&
+           (plain.group % together == 0 || plain.group >= plain.columns);
   }
   std::int64_t panels, dwords;
   bool moved;
@@ -335,7 +359,7 @@ int main(int argc, char** argv) {
     for (int left = std::atoi(argv[1]); left > 0; left--) {
       Shape shape{1 + (below(4) ? below(12) : below(600)), 1 + below(90), 1 + (below(8) ? below(400) : below(5000)), 0,
                   1};
-      if (below(2)) shape.columns = (shape.columns + 15) / 16 * 16;  // what packs
+      if (below(2)) shape.columns = (shape.columns + 31) / 32 * 32;  // what packs
       shape.group = below(3) ? 16 << below(4) : below(2) ? 16 * (1 + below(20)) : shape.columns;
       if (shape.group > shape.columns) shape.group = shape.columns;
       if (below(4) == 0) shape.block_rows = 16 * (1 + below(8));

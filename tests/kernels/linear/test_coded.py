@@ -137,7 +137,7 @@ def assert_within(y: Tensor, x: Tensor, tensors: Stored, format: str, columns: i
 def test_every_kernel_is_within_its_bound_and_those_in_integers_give_the_same_bits(
     format: str, dtype: torch.dtype
 ) -> None:
-    for outputs, columns in ((37, 96), (5, 200), (33, 131), (37, 353), (40, 517), (3, 1), (37, 1280)):
+    for outputs, columns in ((37, 96), (5, 200), (33, 131), (37, 353), (40, 517), (3, 1), (37, 1280), (18, 320)):
         tensors = stored(format, outputs, columns)
         bias = inputs(outputs, dtype=dtype, seed=3)
         for rows in (19, 3):
@@ -388,6 +388,9 @@ def test_other_devices_take_the_reference() -> None:
     assert (y.shape, y.dtype) == ((5, 11), torch.bfloat16)
 
 
+PANELS = torch.zeros(2, 12, 64, dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -408,7 +411,11 @@ def test_other_devices_take_the_reference() -> None:
         ({"outputs": -1}, ValueError, "outputs=-1"),
         ({"codes": torch.zeros(2, 12, 64, dtype=torch.uint8)}, ValueError, "outputs=0; packed codes"),
         ({"codes": torch.zeros(2, 12, 64, dtype=torch.uint8), "outputs": 21}, ValueError, "scale has the shape"),
-        ({"codes": torch.zeros(2, 9, 64, dtype=torch.uint8), "outputs": 21, "format": "int3:32"}, ValueError, "packed"),
+        (
+            {"codes": torch.zeros(2, 21, 64, dtype=torch.uint8), "outputs": 21, "format": "int7:32"},
+            ValueError,
+            "packed",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -439,6 +446,7 @@ class TestLinearCoded(KernelLaws):
             (4, "fp8_e4m3:48", torch.float32),
             (2, "int4:32", torch.bfloat16, "packed"),
             (6, "nvfp4:16x16", torch.float32, "packed"),
+            (1, "int5:32:asym", torch.float16, "packed"),
         ],
         ids=str,
     )

@@ -3,8 +3,12 @@
 By rows, a kernel that keeps one output to a lane has to turn 16 rows in registers before it can multiply. In a panel
 of 16 rows the turning is done: dword d of the panel's 16 bit streams lie side by side, and a panel is one stream of
 memory. Codes [N, B] become [⌈N/16⌉, B/4, 64] bytes, and scales and zeros [N, G], where every row has its own and more
-than one, become [⌈N/16⌉, G, 16]; the last panel is filled with zeros. All else stays as it is. The bytes are the same,
-so packing loses nothing and is undone before a file is written.
+than one, become [⌈N/16⌉, G, 16]; the last panel is filled with zeros. All else stays as it is.
+
+A stream of 3, 5 or 6 bits a code is first cut into planes, 32 codes at a time: the low 2 bits of 3, or the low 4 bits,
+of all 32 in a stream; then what is left, in the order in which kernels bring 4 codes to their bytes by one shift.
+
+Bits only change places, so packing loses nothing and is undone before a file is written.
 """
 
 from collections.abc import Mapping
@@ -13,9 +17,15 @@ import torch
 from torch import Tensor
 
 from parco.formats import Format, TensorSpec
+from parco.kernels.cast import packing
 
 PANEL_ROWS = 16
 DWORD = 4
+RUN = 32
+"""Codes that are cut into planes together."""
+
+LOW = {3: 2, 5: 4, 6: 4}
+"""Bits of a code -> those of the first plane, where there are planes."""
 
 
 def is_packed(codes: Tensor) -> bool:
@@ -44,10 +54,14 @@ def specs(format: Format, shape: tuple[int, int]) -> dict[str, TensorSpec]:
 
 
 def pack(format: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `Format.tensors` as panels. ValueError where a row of codes is not whole dwords."""
+    """The tensors of `Format.tensors` as panels. ValueError where a row is not whole dwords, or runs where there are
+    planes.
+    """
     codes = tensors["codes"]
-    if codes.shape[1] % DWORD:
-        raise ValueError(f"pack: rows of {format} are {codes.shape[1]} bytes at {shape[1]} columns; dwords are packed")
+    if not fills(format.bits, shape[1]):
+        raise ValueError(f"pack: a row of {shape[1]} codes of {format} is not cut into whole dwords")
+    if format.bits in LOW:
+        codes = _planes(packing.unpack(codes, format.bits, shape[1]), format.bits)
     # A clone is aligned, which a view of dwords needs and a part of a file need not be.
     dwords = _turned(codes.clone(memory_format=torch.contiguous_format).view(torch.int32))
     packed = {name: _turned(tensors[name]) for name in _moved(format, shape) if name in tensors}
@@ -58,7 +72,48 @@ def unpack(format: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor]
     """What `pack` was given."""
     codes = tensors["codes"].view(torch.int32)
     plain = {name: _back(tensors[name], shape[0]) for name in _moved(format, shape) if name in tensors}
-    return {**tensors, **plain, "codes": _back(codes, shape[0]).view(torch.uint8)}
+    rows = _back(codes, shape[0]).view(torch.uint8)
+    if format.bits in LOW:
+        rows = packing.pack(_without_planes(rows, format.bits), format.bits)
+    return {**tensors, **plain, "codes": rows}
+
+
+def fills(bits: int, columns: int) -> bool:
+    """Whether `columns` codes fill what is packed together: dwords, or runs where there are planes."""
+    return columns % (RUN if bits in LOW else 32 // bits) == 0
+
+
+def _order(bits: int) -> list[int]:
+    """The code of a run whose left bits are field f of the second plane."""
+    low = LOW[bits]
+    left, in_byte, in_dword = bits - low, 8 // low, 32 // low
+    order: list[int] = []
+    for field in range(RUN):
+        dword, place = divmod(field * left, 32)
+        byte, start = divmod(place, 8)
+        vector = (dword * 8 + start) // left
+        order.append(vector // in_byte * in_dword + byte * in_byte + vector % in_byte)
+    return order
+
+
+def _planes(codes: Tensor, bits: int) -> Tensor:
+    """Rows of codes [N, K] below 2**bits as rows of planes, [N, K·bits/8] bytes."""
+    rows, columns = codes.shape
+    runs, low = codes.reshape(-1, RUN), LOW[bits]
+    first = packing.pack(runs & ((1 << low) - 1), low)
+    second = packing.pack((runs >> low)[:, _order(bits)], bits - low)
+    return torch.cat((first, second), dim=1).reshape(rows, columns * bits // 8)
+
+
+def _without_planes(rows: Tensor, bits: int) -> Tensor:
+    """The codes that `_planes` was given."""
+    low, run_bytes = LOW[bits], RUN * bits // 8
+    runs = rows.reshape(-1, run_bytes)
+    first = packing.unpack(runs[:, : RUN * low // 8].contiguous(), low, RUN)
+    second = packing.unpack(runs[:, RUN * low // 8 :].contiguous(), bits - low, RUN)
+    codes = first.clone()
+    codes[:, _order(bits)] |= second << low
+    return codes.reshape(rows.shape[0], -1)
 
 
 def _turned(matrix: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from parco.kernels.linear import panels
 ELEMENTS = {E4M3: 1, E5M2: 2, E3M2: 3}
 """The numbers by which C++ knows elements that it need not look up (`parco::linear::Element`)."""
 
-PACKED_BITS = (2, 4, 8)
-"""Widths of codes that fill a dword without a rest."""
+PACKED_BITS = (2, 3, 4, 5, 6, 8)
+"""Widths of codes of which kernels read panels."""
 
 VECTOR = 16
 """Codes that kernels read at a time: groups of another number are left to the reference."""
@@ -69,8 +69,7 @@ class Storage:
         bits, group = self.format.bits, self.format.block.columns
         if not self.integers or self.by_column or self.refusal or bits not in PACKED_BITS:
             return False
-        in_dword = 32 // bits
-        return shape[1] % in_dword == 0 and (group is None or group >= shape[1] or group % in_dword == 0)
+        return panels.fills(bits, shape[1]) and (group is None or group >= shape[1] or panels.fills(bits, group))
 
     def scale_type(self, scale: Tensor | None) -> int:
         """C++'s number of the type in which the scales are stored."""
