@@ -4,6 +4,7 @@
 #include "linear/dense.h"
 #include "linear/float.h"
 #include "linear/int.h"
+#include "linear/panels.h"
 
 namespace nb = nanobind;
 using namespace parco::linear;
@@ -68,6 +69,18 @@ void define_dense(nb::module_& module, const char* name) {
              "y = x @ weight.T + bias; addresses, 0 for an absent bias. The machine must have the instruction set.");
 }
 
+template <void (*function)(const std::uint8_t*, std::uint8_t*, std::int64_t, std::int64_t, int, int)>
+void define_layout(nb::module_& module, const char* name, const char* help) {
+  module.def(
+      name,
+      [](std::uintptr_t from, std::uintptr_t to, std::int64_t outputs, std::int64_t columns, int bits, int threads) {
+        nb::gil_scoped_release unlocked;
+        function(address<const std::uint8_t>(from), address<std::uint8_t>(to), outputs, columns, bits, threads);
+      },
+      nb::arg("source"), nb::arg("target"), nb::arg("outputs"), nb::arg("columns"), nb::arg("bits"), nb::arg("threads"),
+      help);
+}
+
 }  // namespace
 
 void bind_linear(nb::module_& module) {
@@ -84,6 +97,8 @@ void bind_linear(nb::module_& module) {
   define<float_generic>(module, "float_generic");
   define<float_avx2>(module, "float_avx2");
   define<float_avx512>(module, "float_avx512");
+  define_layout<pack_codes>(module, "pack_codes", "Codes by rows as panels; csrc/linear/coded.h.");
+  define_layout<unpack_codes>(module, "unpack_codes", "Panels as codes by rows.");
   define_dense<dense_generic>(module, "linear_dense_generic");
   define_dense<dense_avx2>(module, "linear_dense_avx2");
   define_dense<dense_avx512>(module, "linear_dense_avx512");

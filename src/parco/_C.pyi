@@ -69,6 +69,12 @@ def float_avx512(settled: CodedCall, x: int, codes: int, scale: int, zero: int, 
     y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
     """
 
+def pack_codes(source: int, target: int, outputs: int, columns: int, bits: int, threads: int) -> None:
+    """Codes by rows as panels; csrc/linear/coded.h."""
+
+def unpack_codes(source: int, target: int, outputs: int, columns: int, bits: int, threads: int) -> None:
+    """Panels as codes by rows."""
+
 def linear_dense_generic(x: int, weight: int, bias: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, threads: int) -> None:
     """
     y = x @ weight.T + bias; addresses, 0 for an absent bias. The machine must have the instruction set.

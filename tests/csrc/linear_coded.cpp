@@ -13,6 +13,7 @@
 #include "embedding/embedding.h"
 #include "linear/float.h"
 #include "linear/int.h"
+#include "linear/panels.h"
 #include "machine/features.h"
 
 using namespace parco::linear;
@@ -263,6 +264,21 @@ void check(const std::vector<Kernel>& kernels, const Codes& format, Shape shape,
         break;
       }
     }
+  }
+  if (packs) {
+    const std::size_t bytes = packed.codes.block.size() - 1, plain_bytes = codes.block.size() - 1;
+    Bytes panels(bytes), rows(plain_bytes);
+    pack_codes(call.codes, reinterpret_cast<std::uint8_t*>(panels.data), shape.outputs, shape.columns, call.bits, 2);
+    const std::int64_t last = shape.outputs % 16;
+    for (std::int64_t i = 0; i < static_cast<std::int64_t>(bytes); i++) {
+      const bool padding = last && i / 64 / packed.dwords == packed.panels - 1 && i % 64 / 4 >= last;
+      if (panels.data[i] == (padding ? 0 : packed.codes.data[i])) continue;
+      tell("pack", "other panels", 2);
+      break;
+    }
+    unpack_codes(packed.call.codes, reinterpret_cast<std::uint8_t*>(rows.data), shape.outputs, shape.columns, call.bits,
+                 2);
+    if (std::memcmp(rows.data, codes.data, plain_bytes)) tell("unpack", "other rows", 2);
   }
   const std::int64_t indices[] = {shape.outputs - 1, 0, shape.outputs / 2};
   Bytes y(3 * shape.columns * size_of(x_type));

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from parco import _C
 from parco.formats import Format, TensorSpec
 from parco.kernels.cast import packing
 
@@ -23,6 +24,9 @@ PANEL_ROWS = 16
 DWORD = 4
 RUN = 32
 """Codes that are cut into planes together."""
+
+COMPILED = "cpu"
+"""The type of device on which packing is compiled."""
 
 LOW = {3: 2, 5: 4, 6: 4}
 """Bits of a code -> those of the first plane, where there are planes."""
@@ -60,22 +64,37 @@ def pack(format: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor]) 
     codes = tensors["codes"]
     if not fills(format.bits, shape[1]):
         raise ValueError(f"pack: a row of {shape[1]} codes of {format} is not cut into whole dwords")
-    if format.bits in LOW:
-        codes = _planes(packing.unpack(codes, format.bits, shape[1]), format.bits)
-    # A clone is aligned, which a view of dwords needs and a part of a file need not be.
-    dwords = _turned(codes.clone(memory_format=torch.contiguous_format).view(torch.int32))
     packed = {name: _turned(tensors[name]) for name in _moved(format, shape) if name in tensors}
-    return {**tensors, **packed, "codes": dwords.view(torch.uint8).flatten(2)}
+    return {**tensors, **packed, "codes": _panels(codes.contiguous(), format.bits, shape[1])}
+
+
+def _panels(codes: Tensor, bits: int, columns: int) -> Tensor:
+    """Codes by rows as panels: compiled on the CPU, in plain torch elsewhere."""
+    rows = codes.shape[0]
+    if codes.device.type == COMPILED:
+        panels = codes.new_empty((-(-rows // PANEL_ROWS), columns * bits // 32, PANEL_ROWS * DWORD))
+        _C.pack_codes(codes.data_ptr(), panels.data_ptr(), rows, columns, bits, torch.get_num_threads())
+        return panels
+    if bits in LOW:
+        codes = _planes(packing.unpack(codes, bits, columns), bits)
+    # A clone is aligned, which a view of dwords needs and a part of a file need not be.
+    return _turned(codes.clone().view(torch.int32)).view(torch.uint8).flatten(2)
 
 
 def unpack(format: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What `pack` was given."""
-    codes = tensors["codes"].view(torch.int32)
     plain = {name: _back(tensors[name], shape[0]) for name in _moved(format, shape) if name in tensors}
-    rows = _back(codes, shape[0]).view(torch.uint8)
-    if format.bits in LOW:
-        rows = packing.pack(_without_planes(rows, format.bits), format.bits)
-    return {**tensors, **plain, "codes": rows}
+    return {**tensors, **plain, "codes": _rows(tensors["codes"].contiguous(), format.bits, shape)}
+
+
+def _rows(panels: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
+    """What `_panels` was given."""
+    if panels.device.type == COMPILED:
+        codes = panels.new_empty((shape[0], shape[1] * bits // 8))
+        _C.unpack_codes(panels.data_ptr(), codes.data_ptr(), *shape, bits, torch.get_num_threads())
+        return codes
+    codes = _back(panels.clone().view(torch.int32), shape[0]).view(torch.uint8)
+    return packing.pack(_without_planes(codes, bits), bits) if bits in LOW else codes
 
 
 def fills(bits: int, columns: int) -> bool:
