@@ -1,13 +1,14 @@
 """Claim: one row of bf16 times stored weights takes little longer than reading them, and less time the fewer bits.
 
-`of_plain_read` compares the best round with the best plain read. Weights are cold: each call takes the next of enough
-copies to fill `--cold` MB. The yardsticks in the same rounds are torch's product of bf16 weights and a plain read of as
-many bytes by parco.machine's probe.
+Weights are cold: each call takes the next of enough copies to fill `--cold` MB. Torch's product of bf16 weights runs in
+the same rounds, and right after each format a plain read of another copy of its codes. `of_plain_read` is the product's
+bytes per second (scales are among them) over the read's, the median over the rounds.
 
     python benchmarks/decode_reads_at_memory_speed.py [--threads N] [--rows M] [--cold MB]
 """
 
 import argparse
+import statistics
 from itertools import count
 
 import torch
@@ -23,11 +24,6 @@ FORMATS = [
 ]
 
 
-def plain_read(threads: int, size: int) -> float:
-    """Bytes per second of the best of several passes over a cold buffer: other work on the machine only slows them."""
-    return max(_C.machine_read_bytes_per_second(machine.isa(), size, threads, 1) for _ in range(6))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -37,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cold = options.cold << 20
-    read = plain_read(options.threads, cold)
+    isa = machine.isa()
     rows: list[dict[str, object]] = []
     for shape in SHAPES:
         x = torch.randn(options.rows, shape[1]).bfloat16()
@@ -57,18 +53,24 @@ def main() -> None:
             def run(x=x, spec=spec, stored=stored, turn=turn) -> torch.Tensor:
                 return spec.apply(x, *stored[next(turn) % len(stored)])
 
+            def read(stored=stored, turn=turn) -> None:
+                codes = stored[next(turn) % len(stored)][0]
+                _C.machine_read_once(isa, codes.data_ptr(), codes.nbytes, options.threads)
+
             runs[name] = run
+            runs[f"read {name}"] = read
+            sizes[f"read {name}"] = stored[0][0].nbytes
         with torch.inference_mode():
             seconds = interleave(runs, options.rounds)
-        read = max(read, plain_read(options.threads, cold))
-        for name in runs:
-            median = spread(seconds[name])
-            best = sizes[name] / min(seconds[name])
+        for name in ("torch bf16", *FORMATS):
             rows.append(
-                {"rows": options.rows, "weights": f"{shape[0]}x{shape[1]}", "format": name, **median}
-                | {"best_GB_per_s": best / 1e9, "of_plain_read": best / read}
+                {"rows": options.rows, "weights": f"{shape[0]}x{shape[1]}", "format": name, **spread(seconds[name])}
+                | {"GB_per_s": sizes[name] / statistics.median(seconds[name]) / 1e9}
                 | {"times_torch_bf16": ratio(seconds["torch bf16"], seconds[name])}
             )
+            if name in FORMATS:
+                share = sizes[name] / sizes[f"read {name}"]
+                rows[-1]["of_plain_read"] = ratio(seconds[f"read {name}"], seconds[name]) * share
     save(__file__, rows)
 
 

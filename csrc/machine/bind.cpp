@@ -59,6 +59,14 @@ double read_bytes(const std::string& isa_name, std::size_t bytes, int threads, i
   return parco::read_bytes_per_second(isa, (bytes + 4095) / 4096 * 4096, threads, repeats);
 }
 
+void read_once(const std::string& isa_name, std::uintptr_t address, std::size_t bytes, int threads) {
+  check_counts(threads, 1);
+  if (address % 64) throw nb::value_error("address must be a multiple of 64");
+  const parco::Isa isa = parse_isa(isa_name);
+  nb::gil_scoped_release release;
+  parco::read_once(isa, reinterpret_cast<const std::uint8_t*>(address), bytes / 4096 * 4096, threads);
+}
+
 double copy_bytes(std::size_t bytes, int threads, int repeats) {
   check_counts(threads, repeats);
   nb::gil_scoped_release release;
@@ -91,6 +99,8 @@ void bind_machine(nb::module_& module) {
   module.def(
       "machine_read_bytes_per_second", &read_bytes, "isa"_a, "bytes"_a, "threads"_a, "repeats"_a,
       "Bytes read per second from a buffer of `bytes`, rounded up to whole pages: the median of `repeats` passes.");
+  module.def("machine_read_once", &read_once, "isa"_a, "address"_a, "bytes"_a, "threads"_a,
+             "Reads memory that is there, its whole pages, once: for benchmarks to time beside what does more.");
   module.def(
       "machine_copy_bytes_per_second", &copy_bytes, "bytes"_a, "threads"_a, "repeats"_a,
       "Bytes copied per second (each read and written) between buffers of `bytes`: the median of `repeats` passes.");

@@ -129,8 +129,23 @@ double multiply_adds_per_second(Isa isa, Element element, int threads, double se
   return median(rates);
 }
 
+static Read* read_of(Isa isa) {
+  return isa == Isa::generic ? generic_read : isa == Isa::avx2 ? avx2_read : avx512_read;
+}
+
+void read_once(Isa isa, const std::uint8_t* data, std::size_t bytes, int threads) {
+  Read* const read = read_of(isa);
+  std::uint64_t sum = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(^ : sum)
+  for (int t = 0; t < threads; ++t) {
+    const std::size_t begin = share_begin(bytes, threads, t), end = share_begin(bytes, threads, t + 1);
+    sum ^= read(data + begin, end - begin);
+  }
+  sink = sum;
+}
+
 double read_bytes_per_second(Isa isa, std::size_t bytes, int threads, int repeats) {
-  Read* const read = isa == Isa::generic ? generic_read : isa == Isa::avx2 ? avx2_read : avx512_read;
+  Read* const read = read_of(isa);
   const Buffer buffer = random_buffer(bytes, threads);
   std::vector<std::uint64_t> results(threads * 8);
   std::vector<double> rates;

@@ -34,6 +34,8 @@ constexpr std::size_t probe_operand_bytes = 16384;
 // can run. `seconds` is the length of one run. Throw std::bad_alloc where memory is short.
 double multiply_adds_per_second(Isa isa, Element element, int threads, double seconds, int repeats);
 double read_bytes_per_second(Isa isa, std::size_t bytes, int threads, int repeats);
+// Reads what is there once, and nothing else: aligned to 64 bytes, whole pages.
+void read_once(Isa isa, const std::uint8_t* data, std::size_t bytes, int threads);
 double copy_bytes_per_second(std::size_t bytes, int threads, int repeats);
 
 }  // namespace parco

@@ -145,6 +145,11 @@ def machine_read_bytes_per_second(isa: str, bytes: int, threads: int, repeats: i
     Bytes read per second from a buffer of `bytes`, rounded up to whole pages: the median of `repeats` passes.
     """
 
+def machine_read_once(isa: str, address: int, bytes: int, threads: int) -> None:
+    """
+    Reads memory that is there, its whole pages, once: for benchmarks to time beside what does more.
+    """
+
 def machine_copy_bytes_per_second(bytes: int, threads: int, repeats: int) -> float:
     """
     Bytes copied per second (each read and written) between buffers of `bytes`: the median of `repeats` passes.

@@ -102,8 +102,9 @@ as much as a small operation.
 
 def implement(
     name: str, check: Callable[..., None], fake: Callable[..., Any], cpu: Callable[..., Any] | None = None
-) -> None:
-    """Put a registered operation, which the library defines under the same name, behind the dispatcher.
+) -> Callable[..., Any]:
+    """Put a registered operation, which the library defines under the same name, behind the dispatcher; returns what
+    runs on the CPU, for callers that need no dispatcher (`library.undispatched`).
 
     Its reference runs on every device, the chosen kernel on the CPU (or `cpu`, which checks and chooses itself), and
     `fake` where a graph is traced; `check` sees the arguments first, and asks only for dtypes and shapes of tensors.
@@ -131,6 +132,7 @@ def implement(
     LIBRARY.impl(name, everywhere, "CompositeExplicitAutograd")
     LIBRARY.impl(name, cpu or chosen, "CPU")
     torch.library.register_fake(f"parco::{name}", traced, lib=LIBRARY)
+    return cpu or chosen
 
 
 def operations() -> Mapping[str, Operation]:

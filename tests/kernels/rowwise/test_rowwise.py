@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.laws.kernel_laws import KernelLaws
+from tests.laws.kernel_laws import KernelLaws, several
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parco import machine
 from parco.kernels import table
@@ -212,3 +214,43 @@ class TestRotate(KernelLaws):
         q, k = inputs(2, 3, 5, 12, dtype=dtype), inputs(2, 1, 5, 12, dtype=dtype, seed=3)
         angles = (inputs(1, 5, turning, dtype=dtype, seed=seed) for seed in (4, 5))
         return q.requires_grad_(), k.requires_grad_(), *angles
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    x, weight, heads, angles = inputs(3, 8), inputs(8), inputs(1, 2, 3, 8), inputs(1, 3, 8)
+    return {
+        "rms_norm": lambda: rms_norm(x, weight),
+        "gated": lambda: gated(x, x, "silu"),
+        "rotate": lambda: rotate(heads, heads, angles, angles),
+    }
+
+
+class Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", calls())
+def test_without_gradients_the_dispatcher_is_left_out_unless_somebody_watches(name: str) -> None:
+    call = calls()[name]
+    expected = several(call())
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(several(call()), expected, strict=True))
+        with Watch() as watch:
+            call()
+        assert watch.seen == [f"parco::{name}"]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call()
+        assert f"parco::{name}" in {event.key for event in profile.key_averages()}
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(inputs(3, 8)), mode.from_tensor(inputs(8))]
+            assert rms_norm(*fakes).shape == (3, 8)
+        with pytest.raises(TypeError, match="weight is"):
+            rms_norm(inputs(3, 8), inputs(8).bfloat16())
+    with torch.inference_mode():
+        assert several(call())[0].is_inference()

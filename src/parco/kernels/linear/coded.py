@@ -18,7 +18,7 @@ from torch import Tensor
 
 from parco import _C, machine
 from parco.kernels import table
-from parco.kernels.library import LIBRARY, check_float, differentiate
+from parco.kernels.library import LIBRARY, check_float, differentiate, undispatched
 from parco.kernels.linear import reference
 from parco.kernels.linear.panels import PANEL_ROWS, is_packed
 from parco.kernels.linear.storage import Storage, check_tensors, rows_of, settle, storage
@@ -387,4 +387,6 @@ def linear_coded(
     with inf or NaN becomes NaN as a whole. Differentiable with respect to x and bias. Raises ValueError or TypeError
     naming the argument.
     """
+    if undispatched(x, codes, scale, zero, global_scale, bias):
+        return _cpu(x, codes, scale, zero, global_scale, bias, format, columns, outputs)
     return torch.ops.parco.linear_coded.default(x, codes, scale, zero, global_scale, bias, format, columns, outputs)

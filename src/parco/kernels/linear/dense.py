@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parco import _C, machine
 from parco.kernels import table
-from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate
+from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate, undispatched
 from parco.kernels.linear import reference
 
 STREAMED_ROWS = 4
@@ -163,7 +163,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, grad_bias
 
 
-table.implement("linear_dense", check, _fake)
+_cpu = table.implement("linear_dense", check, _fake)
 differentiate("linear_dense", _needs_grad, _setup, _backward)
 
 
@@ -173,4 +173,6 @@ def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     x, weight and bias are each fp32, bf16 or fp16. Differentiable with respect to all three. Raises ValueError or
     TypeError naming the argument.
     """
+    if undispatched(x, weight, bias):
+        return _cpu(x, weight, bias)
     return torch.ops.parco.linear_dense.default(x, weight, bias)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from parco import _C, machine
 from parco.kernels import table
-from parco.kernels.library import LIBRARY, TYPES
+from parco.kernels.library import LIBRARY, TYPES, undispatched
 from parco.kernels.linear import reference
 from parco.kernels.linear.panels import is_packed
 from parco.kernels.linear.storage import check_tensors, rows_of, settle, storage
@@ -133,7 +133,7 @@ def _fake(
     return codes.new_empty((*indices.shape, columns), dtype=dtype)
 
 
-table.implement("embedding_coded", check, _fake)
+_cpu = table.implement("embedding_coded", check, _fake)
 
 
 def embedding_coded(
@@ -152,6 +152,8 @@ def embedding_coded(
     The stored tensors and `outputs` are those of `linear_coded`; each number is computed in fp32 and rounded
     once. Raises IndexError for a row outside the matrix, ValueError or TypeError naming the argument otherwise.
     """
+    if undispatched(indices, codes, scale, zero, global_scale):
+        return _cpu(indices, codes, scale, zero, global_scale, format, columns, dtype, outputs)
     return torch.ops.parco.embedding_coded.default(
         indices, codes, scale, zero, global_scale, format, columns, dtype, outputs
     )

@@ -19,14 +19,15 @@ from torch import Tensor
 from parco import _C
 from parco.formats import Format, TensorSpec
 from parco.kernels.cast import packing
+from parco.kernels.library import untraced
 
 PANEL_ROWS = 16
 DWORD = 4
 RUN = 32
 """Codes that are cut into planes together."""
 
-COMPILED = "cpu"
-"""The type of device on which packing is compiled."""
+COMPILED = True
+"""Whether the CPU packs by compiled code."""
 
 LOW = {3: 2, 5: 4, 6: 4}
 """Bits of a code -> those of the first plane, where there are planes."""
@@ -71,7 +72,7 @@ def pack(format: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor]) 
 def _panels(codes: Tensor, bits: int, columns: int) -> Tensor:
     """Codes by rows as panels: compiled on the CPU, in plain torch elsewhere."""
     rows = codes.shape[0]
-    if codes.device.type == COMPILED:
+    if COMPILED and untraced(codes):
         panels = codes.new_empty((-(-rows // PANEL_ROWS), columns * bits // 32, PANEL_ROWS * DWORD))
         _C.pack_codes(codes.data_ptr(), panels.data_ptr(), rows, columns, bits, torch.get_num_threads())
         return panels
@@ -89,7 +90,7 @@ def unpack(format: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor]
 
 def _rows(panels: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
     """What `_panels` was given."""
-    if panels.device.type == COMPILED:
+    if COMPILED and untraced(panels):
         codes = panels.new_empty((shape[0], shape[1] * bits // 8))
         _C.unpack_codes(panels.data_ptr(), codes.data_ptr(), *shape, bits, torch.get_num_threads())
         return codes

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from parco import _C, machine
 from parco.kernels import table
-from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate
+from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate, undispatched
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -127,7 +127,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_gate, (wide * ACTIVATIONS[ctx.activation](held)).to(up.dtype), None
 
 
-table.implement("gated", check, _fake)
+_cpu = table.implement("gated", check, _fake)
 differentiate("gated", _needs_grad, _setup, _backward)
 
 
@@ -137,4 +137,6 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     `activation` is silu (SwiGLU), gelu or gelu_tanh (GeGLU), relu or relu_squared. Differentiable with respect to both.
     Raises ValueError or TypeError naming the argument.
     """
+    if undispatched(gate, up):
+        return _cpu(gate, up, activation)
     return torch.ops.parco.gated.default(gate, up, activation)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from parco import _C, machine
 from parco.kernels import table
-from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate
+from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate, undispatched
 
 
 class NormCall(NamedTuple):
@@ -123,7 +123,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x.to(x.dtype), grad_weight, None, None, None
 
 
-table.implement("rms_norm", check, _fake)
+_cpu = table.implement("rms_norm", check, _fake)
 differentiate("rms_norm", _needs_grad, _setup, _backward)
 
 
@@ -133,4 +133,6 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float = 1e-6, offset: float = 0
 
     Differentiable with respect to x and weight. Raises ValueError or TypeError naming the argument.
     """
+    if undispatched(x, weight):
+        return _cpu(x, weight, epsilon, offset, rounded)
     return torch.ops.parco.rms_norm.default(x, weight, epsilon, offset, rounded)

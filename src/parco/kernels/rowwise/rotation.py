@@ -8,7 +8,7 @@ from torch import Tensor
 
 from parco import _C, machine
 from parco.kernels import table
-from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate
+from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate, undispatched
 
 
 class RotationCall(NamedTuple):
@@ -157,7 +157,7 @@ def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, 
     return back(grad_q), back(grad_k), None, None
 
 
-table.implement("rotate", check, _fake)
+_cpu = table.implement("rotate", check, _fake)
 differentiate("rotate", _needs_grad, _setup, _backward)
 
 
@@ -167,4 +167,6 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
     Differentiable with respect to q and k. Raises ValueError or TypeError naming the argument.
     """
+    if undispatched(q, k, cos, sin):
+        return _cpu(q, k, cos, sin)
     return torch.ops.parco.rotate.default(q, k, cos, sin)
