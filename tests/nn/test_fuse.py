@@ -98,39 +98,158 @@ def test_copies_dtypes_and_the_compiler() -> None:
         assert apart(compiled(models.tokens()).logits, expected) < 0.05  # it has been through bf16
 
 
-class OtherRMSNorm(torch.nn.Module):
+class PlainRMSNorm(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(16))
-        self.eps = 1e-6
+        self.eps = 1e-3
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * 1.001
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
 
 
-class OtherGate(torch.nn.Module):
+class OutsideRMSNorm(PlainRMSNorm):
+    def forward(self, x):
+        return self.weight * (x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.eps))
+
+
+class BiasedRMSNorm(PlainRMSNorm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(16))
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)) + self.bias
+
+
+class GatedRMSNorm(PlainRMSNorm):
+    def forward(self, x, gate=None):
+        x = x if gate is None else x * gate
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+class PlainGate(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(16, 16) for _ in range(3))
         self.act_fn = torch.nn.SiLU()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ShiftedGate(PlainGate):
+    def forward(self, x):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * (self.up_proj(x) + 1))
 
 
-class SoftGate(OtherGate):
+class ClampedGate(PlainGate):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10.0)) * self.up_proj(x))
+
+
+class DroppedGate(PlainGate):
     def __init__(self) -> None:
         super().__init__()
-        self.act_fn = torch.nn.Softplus()
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class ScaledGate(PlainGate):
+    scale = 1.0
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * self.scale
+
+
+def zeroed() -> torch.nn.Module:
+    made = ShiftedGate()
+    torch.nn.init.zeros_(made.down_proj.weight)
+    torch.nn.init.zeros_(made.down_proj.bias)
+    return made
+
+
+def soft() -> torch.nn.Module:
+    made = PlainGate()
+    made.act_fn = torch.nn.Softplus()
+    return made
 
 
 def test_what_computes_something_else_is_left_and_named() -> None:
-    made = torch.nn.ModuleDict({"norm": OtherRMSNorm(), "gate": OtherGate(), "soft": SoftGate()})
+    others = {
+        "outside": OutsideRMSNorm(), "biased": BiasedRMSNorm(), "gated": GatedRMSNorm(), "shifted": ShiftedGate(),
+        "clamped": ClampedGate().eval(), "dropped": DroppedGate().eval(), "scaled": ScaledGate(), "zeroed": zeroed(),
+        "soft": soft(),
+    }  # fmt: skip
+    made = torch.nn.ModuleDict({**others, "norm": PlainRMSNorm(), "gate": PlainGate()})
     fusion = fuse_(made)
-    assert not fusion.fused
-    assert set(fusion.left) == {"norm", "gate", "soft"}
+    assert fusion.fused == {"norm": ("norm",), "gate": ("gate",)}
+    assert set(fusion.left) == set(others)
     assert "none of silu" in fusion.left["soft"]
+    assert "clamp" in fusion.left["clamped"]
+    assert "dropout" in fusion.left["dropped"]
+    assert "more than one input" in fusion.left["gated"]
     assert "soft: its activation" in str(fusion)
+    x = torch.randn(3, 16)
+    assert torch.equal(made["norm"](x=x), made["norm"](x))
+
+
+def test_hooks_and_replaced_forwards_are_not_asked() -> None:
+    made = torch.nn.ModuleDict({"norm": PlainRMSNorm(), "other": PlainRMSNorm()})
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a hook of the user's ran")
+
+    made["norm"].register_forward_hook(refuse)
+    made["other"].forward = lambda x: x  # as those who offload do
+    fusion = fuse_(made)
+    assert fusion.fused == {"norm": ("norm",)}
+    assert "replaced" in fusion.left["other"]
+
+
+def test_copies_and_pickles_stand_alone(tmp_path) -> None:
+    made = models.model("llama")
+    fuse_(made)
+    expected = models.logits(made)
+    torch.save(made, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(models.logits(loaded), expected)
+    assert type(loaded.model.norm).__name__ == "LlamaRMSNorm"
+    assert isinstance(loaded.model.norm, type(models.model("llama").model.norm))
+    assert not fuse_(loaded).fused
+    norm = made.model.norm
+    shallow = copy.copy(norm)
+    shallow._parameters = {"weight": torch.nn.Parameter(torch.zeros(48))}
+    assert not shallow(torch.randn(2, 48)).any()
+
+
+def test_under_transforms_of_torch_func_the_unfused_forward_runs() -> None:
+    made = models.model("llama")
+    plain = copy.deepcopy(made)
+    fuse_(made)
+
+    def loss(model):
+        def of(parameters):
+            return torch.func.functional_call(model, parameters, (models.tokens(),)).logits.square().mean()
+
+        return torch.func.grad(of)(dict(model.named_parameters()))
+
+    expected = loss(plain)
+    for name, gradient in loss(made).items():
+        assert apart(gradient.detach(), expected[name].detach()) < 1e-4, name
+
+
+def test_angles_that_train_keep_their_gradient() -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    from parco.nn.fuse import _rotary
+
+    q, cos = torch.randn(1, 2, 3, 8), torch.randn(1, 3, 8, requires_grad=True)
+    _rotary(apply_rotary_pos_emb)(q, q, cos, cos)[0].sum().backward()
+    assert cos.grad is not None
+    assert cos.grad.any()
 
 
 def test_other_rotations_are_left() -> None:

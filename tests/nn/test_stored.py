@@ -231,3 +231,28 @@ def test_a_model_is_packed_for_a_while():
     assert b.weight.is_packed
     pack_(a)
     assert a.weight.is_packed
+
+
+def test_assigning_another_modules_parameters_leaves_it_alone():
+    made, other = layer(), layer()
+    other.weight.pack_()
+    other.load_state_dict(made.state_dict(keep_vars=True), assign=True)
+    assert other.weight.is_packed
+    assert made.weight.get_parameter("0.codes").shape == (40, 36)
+    x = torch.randn(2, 72)
+    assert torch.equal(other(x), made(x))
+    assert equal_states(other.state_dict(), made.state_dict())
+
+
+def test_states_of_packed_weights_own_their_storage():
+    made = layer()
+    made.weight.pack_()
+    for name, tensor in made.weight.state_dict().items():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+
+
+def test_numbers_on_two_devices_are_refused():
+    made = layer(bias=False)
+    made.weight.to("meta")
+    with pytest.raises(ValueError, match="tensors lie on cpu and meta"):
+        made(torch.randn(2, 72))

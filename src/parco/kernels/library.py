@@ -62,8 +62,15 @@ def untraced(*tensors: Tensor | None) -> bool:
     return (
         tracing is None
         and torch._C._len_torch_dispatch_stack() == 0  # pyright: ignore[reportPrivateUsage]
-        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore
+        and not transformed()
     )
+
+
+def transformed() -> bool:
+    """Whether one of torch.func's transforms is at work, for which parco's derivatives are not made."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
 
 
 def undispatched(*tensors: Tensor | None) -> bool:

@@ -127,6 +127,9 @@ def implement(
 
     def traced(*arguments: Any) -> Any:
         check(*arguments)
+        places = {str(a.device) for a in arguments if isinstance(a, torch.Tensor)}
+        if len(places) > 1:  # some on the meta device, which has no numbers to compute with
+            raise ValueError(f"{name}: tensors lie on {' and '.join(sorted(places))}; one device is needed")
         return fake(*arguments)
 
     LIBRARY.impl(name, everywhere, "CompositeExplicitAutograd")

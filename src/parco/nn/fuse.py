@@ -1,9 +1,10 @@
 """Puts parco's one-pass operations where Transformers' modules do the same in many.
 
-Nothing is known here of single architectures: a module whose shape suggests a fusion is asked for its result on random
-numbers, and is fused where the operation gives the same within the rounding of its dtype. The modules stay, with their
-names, parameters and classes; only the `forward` of the instance changes. So state dicts, saving, hooks and the rest of
-the model see no difference, and what is not recognised goes on as it was.
+Nothing is known here of single architectures. A module whose parts suggest a fusion is fused where two things hold: its
+forward names nothing but what the fusion accounts for, and on random numbers of several magnitudes it gives what the
+operation gives, within the rounding of its dtype. A fused module gets a subclass of its own class, under the same name,
+with another forward; its parameters, children and their names stay. So state dicts, saving, hooks, copies and the rest
+of the model see no difference, and what is not recognised goes on as it was.
 """
 
 from __future__ import annotations
@@ -18,13 +19,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from parco.kernels.library import TYPES
+from parco.kernels.library import TYPES, transformed
 from parco.kernels.rowwise import ACTIVATIONS, gated, rms_norm, rotate
 from parco.nn.linear import Linear
 
 Kind = Literal["norm", "gate", "rotation", "activation"]
 
 _ROTARY = "apply_rotary_pos_emb"
+
+_NORM_NAMES = {
+    *("weight", "variance_epsilon", "eps", "epsilon", "dtype", "to", "float", "type_as", "torch", "float32"),
+    *("pow", "square", "mean", "rsqrt", "sqrt", "_norm"),
+}
+_GATE_NAMES = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "act_fn", "activation_fn", "act", "chunk"}
+"""What the forward of a norm or of a gated block may name. A clamp, a dropout, a factor or a flag is none of it."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,13 @@ class _Unlike(Exception):
     """The module looked like one that can be fused, and is not; the text says why."""
 
 
+class _Fused:
+    """Of every fused module: how it was made, for those who copy it."""
+
+    _original: type[nn.Module]
+    _kind: Kind
+
+
 @torch.no_grad()
 def fuse_(model: nn.Module) -> Fusion:
     """Fuse RMS norms, gated feed-forward blocks, rotary embeddings and GELUs written out in Python, in place.
@@ -56,24 +71,107 @@ def fuse_(model: nn.Module) -> Fusion:
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    fused: dict[Kind, list[str]] = {}
+    found: list[tuple[str, nn.Module, Kind, Any]] = []
     left: dict[str, str] = {}
-    rotations: dict[Callable[..., Any], Callable[..., Any]] = {}
     for name, module in model.named_modules():
-        if "forward" in module.__dict__ or any(p.device.type == "meta" for p in module.parameters()):
+        if isinstance(module, _Fused) or any(p.device.type == "meta" for p in module.parameters()):
             continue
+        kind = _looks_like(module)
         try:
-            found = _norm(module) or _gate(module) or _rotation(module, rotations) or _activation(module)
+            if kind is not None:
+                found.append((name, module, kind, _CHECKS[kind](module)))
         except _Unlike as reason:
             left[name] = str(reason)
-            continue
-        if found is not None:
-            kind, module.forward = found
-            fused.setdefault(kind, []).append(name)
+        except Exception as error:
+            left[name] = f"{type(module).__name__} takes other inputs ({type(error).__name__})"
+    fused: dict[Kind, list[str]] = {}
+    for name, module, kind, settings in found:
+        module._fusion = settings
+        module.__class__ = _class_of(type(module), kind)
+        fused.setdefault(kind, []).append(name)
     return Fusion({kind: tuple(names) for kind, names in fused.items()}, left)
 
 
-Found = tuple[Kind, Callable[..., Any]]
+@functools.cache
+def _class_of(original: type[nn.Module], kind: Kind) -> type[nn.Module]:
+    """The subclass of `original` that computes in one pass."""
+    forward = _rotated(original) if kind == "rotation" else _guarded(_FORWARDS[kind], original)
+
+    def reduce(self: Any, protocol: int) -> Any:
+        return _revived, (original, kind), self.__dict__
+
+    return type(
+        original.__name__,
+        (_Fused, original),
+        {
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__reduce_ex__": reduce,
+            "_original": original,
+            "_kind": kind,
+            "forward": forward,
+        },
+    )
+
+
+def _revived(original: type[nn.Module], kind: Kind) -> nn.Module:
+    """An empty fused module, which unpickling and copying fill."""
+    fused = _class_of(original, kind)
+    return fused.__new__(fused)
+
+
+def _guarded(run: Callable[[Any, Tensor], Tensor], original: type[nn.Module]) -> Callable[..., Any]:
+    """`run(module, x)` as a forward; the original's own inside torch.func's transforms and for other arguments."""
+
+    def forward(self: Any, *inputs: Any, **named: Any) -> Any:
+        values = (*inputs, *named.values())
+        if len(values) != 1 or transformed():
+            return original.forward(self, *inputs, **named)
+        return run(self, values[0])
+
+    return forward
+
+
+def _looks_like(module: nn.Module) -> Kind | None:
+    names = dict(module.named_children())
+    if "RMSNorm" in type(module).__name__:
+        return "norm"
+    if "down_proj" in names and ("gate_up_proj" in names or {"gate_proj", "up_proj"} <= set(names)):
+        return "gate"
+    if _ROTARY in _named_by(type(module)):
+        return "rotation"
+    if type(module).__name__ in ("NewGELUActivation", "FastGELUActivation"):
+        return "activation"
+    return None
+
+
+def _named_by(owner: type, method: str = "forward") -> set[str]:
+    """Attributes, globals and methods that a method's code names, those of a norm's `_norm` with it."""
+    code = getattr(getattr(owner, method, None), "__code__", None)
+    names: set[str] = set() if code is None else {*code.co_names, *code.co_freevars}
+    return names | _named_by(owner, "_norm") if method == "forward" and "_norm" in names else names
+
+
+def _require(module: nn.Module, allowed: set[str], parameters: set[str]) -> None:
+    """Raise _Unlike unless the module is plain: one input, nothing named but `allowed`, these parameters, no more."""
+    kind = type(module).__name__
+    if "forward" in module.__dict__ or getattr(type(module).forward, "__wrapped__", None) is not None:
+        raise _Unlike(f"the forward of this {kind} has been replaced or wrapped")
+    others = _named_by(type(module)) - allowed
+    if others:
+        raise _Unlike(f"{kind} also uses {', '.join(sorted(others))}")
+    inputs = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    if len(inputs) != 1 or inputs[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        raise _Unlike(f"{kind} takes more than one input")
+    if {name for name, _ in module.named_parameters(recurse=False)} != parameters or module._buffers:  # pyright: ignore[reportPrivateUsage]
+        raise _Unlike(f"{kind} has other parameters than {', '.join(sorted(parameters)) or 'those of its parts'}")
+
+
+ROUNDINGS = 2.0
+"""How far apart two ways to compute the same may be, in units of the dtype's epsilon and relative to the whole. The
+unfused path's own roundings, a few of half a unit each, some of which cancel, stay below 1.
+"""
+MAGNITUDES = (1.0, 1e-3, 50.0, 3000.0)
 
 
 def _random(*shape: int, like: Tensor, seed: int = 0) -> Tensor:
@@ -88,76 +186,75 @@ def _apart(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / size) / torch.finfo(expected.dtype).eps
 
 
-ROUNDINGS = 2.0
-"""How far apart two ways to compute the same may be, in units of the dtype's epsilon and relative to the whole. The
-unfused path's own roundings, a few of half a unit each, some of which cancel, stay below 1; a factor of 1.02 in bf16,
-or a norm left out, is above.
-"""
+def _alike(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """The greatest distance between module and `run` over the magnitudes at which the module's result is finite."""
+    distances: list[float] = []
+    for magnitude in MAGNITUDES:
+        scaled = x * magnitude
+        expected: Any = type(module).forward(module, scaled)
+        if not isinstance(expected, Tensor) or expected.dtype != x.dtype:
+            raise _Unlike(f"{type(module).__name__} returns something else")
+        if expected.isfinite().all() and scaled.isfinite().all():
+            distances.append(_apart(run(scaled), expected) if expected.any() else float("inf"))
+    return max(distances, default=float("inf"))
 
 
-def _norm(module: nn.Module) -> Found | None:
-    """RMS norms: the class says so, and one of the ways in use gives the module's result."""
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    if "RMSNorm" not in type(module).__name__ or weight is None or weight.ndim != 1 or _inputs(module) != 1:
-        return None
+def _norm(module: nn.Module) -> tuple[float, float, bool]:
+    """(epsilon, offset, rounded) of an RMS norm: of the ways in use the one that gives the module's result."""
+    kind = type(module).__name__
+    _require(module, _NORM_NAMES, {"weight"})
+    weight = module.get_parameter("weight")
     epsilon = next((module.__dict__[n] for n in ("variance_epsilon", "eps", "epsilon") if n in module.__dict__), None)
-    if not isinstance(epsilon, float) or weight.dtype not in TYPES:
-        raise _Unlike(f"{type(module).__name__} without an epsilon, or computed in {weight.dtype}")
-    x = _random(7, weight.shape[0], like=weight) * 3
-    expected: Tensor = module(x)
-    ways = [(offset, rounded) for offset in (0.0, 1.0) for rounded in (True, False)]
-    distances = [_apart(rms_norm(x, weight, epsilon, *way), expected) for way in ways]
+    if not isinstance(epsilon, float) or weight.ndim != 1 or weight.dtype not in TYPES:
+        raise _Unlike(f"{kind} without an epsilon, or computed in {weight.dtype}")
+    x = _random(7, weight.shape[0], like=weight)
+    ways = [(epsilon, offset, rounded) for offset in (0.0, 1.0) for rounded in (True, False)]
+    distances = [_alike(module, lambda x, way=way: rms_norm(x, weight, *way), x) for way in ways]
     best = min(range(len(ways)), key=lambda i: distances[i])
-    if not distances[best] < ROUNDINGS or expected.dtype != x.dtype:
-        raise _Unlike(f"{type(module).__name__} computes something else")
-    return "norm", functools.partial(_norm_forward, module, epsilon, *ways[best])
+    if not distances[best] < ROUNDINGS:
+        raise _Unlike(f"{kind} computes something else")
+    return ways[best]
 
 
-def _norm_forward(module: nn.Module, epsilon: float, offset: float, rounded: bool, hidden_states: Tensor) -> Tensor:
-    weight: Any = module.weight
-    if hidden_states.dtype == weight.dtype and weight.dtype in TYPES:
-        return rms_norm(hidden_states, weight, epsilon, offset, rounded)
-    return type(module).forward(module, hidden_states)
+def _norm_forward(module: Any, x: Tensor) -> Tensor:
+    weight: Tensor = module.weight
+    if x.dtype == weight.dtype and weight.dtype in TYPES:
+        return rms_norm(x, weight, *module._fusion)
+    return module._original.forward(module, x)
 
 
-def _gate(module: nn.Module) -> Found | None:
-    """Gated feed-forward blocks: gate, up (or both in one) and down, and an activation."""
-    children = dict(module.named_children())
-    joint = "gate_up_proj" in children
-    names = ("gate_up_proj", "down_proj") if joint else ("gate_proj", "up_proj", "down_proj")
-    if not all(isinstance(children.get(name), nn.Linear | Linear) for name in names):
-        return None
+def _gate(module: nn.Module) -> str:
+    """The activation of a gated feed-forward block: gate, up (or both in one), down."""
+    kind, children = type(module).__name__, dict(module.named_children())
+    _require(module, _GATE_NAMES, set())
+    names = ("gate_up_proj", "down_proj") if "gate_up_proj" in children else ("gate_proj", "up_proj", "down_proj")
+    if not all(isinstance(children[name], nn.Linear | Linear) for name in names):
+        raise _Unlike(f"{kind} multiplies by something else than linear layers")
     function = next((getattr(module, n) for n in ("act_fn", "activation_fn", "act") if hasattr(module, n)), None)
-    if function is None or _inputs(module) != 1:
-        raise _Unlike(f"{type(module).__name__} has a gate and no activation, or takes more than one input")
-    activation = _named(function)
+    activation = None if function is None else _name_of(function)
     if activation is None:
         raise _Unlike(f"its activation is none of {', '.join(ACTIVATIONS)}")
     first: Any = children[names[0]]
     x = _random(3, first.in_features, like=torch.empty(0, dtype=first.weight.dtype, device=first.weight.device))
-    run = functools.partial(_joint_forward if joint else _gate_forward, module, activation)
-    distance = _apart(run(x), module(x))
-    if not distance < ROUNDINGS:
-        raise _Unlike(f"{type(module).__name__} computes something else than gate, up and down")
-    return "gate", run
+    if not _alike(module, lambda x: _gated_block(module, x, activation), x) < ROUNDINGS:
+        raise _Unlike(f"{kind} computes something else than gate, up and down")
+    return activation
 
 
-def _gate_forward(module: Any, activation: str, x: Tensor) -> Tensor:
-    return module.down_proj(_product(module.gate_proj(x), module.up_proj(x), activation))
+def _gated_block(module: Any, x: Tensor, activation: str) -> Tensor:
+    if "gate_up_proj" in module._modules:
+        gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+    else:
+        gate, up = module.gate_proj(x), module.up_proj(x)
+    fits = gate.dtype == up.dtype and gate.dtype in TYPES
+    return module.down_proj(gated(gate, up, activation) if fits else ACTIVATIONS[activation](gate) * up)
 
 
-def _joint_forward(module: Any, activation: str, x: Tensor) -> Tensor:
-    gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
-    return module.down_proj(_product(gate, up, activation))
+def _gate_forward(module: Any, x: Tensor) -> Tensor:
+    return _gated_block(module, x, module._fusion)
 
 
-def _product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    if gate.dtype == up.dtype and gate.dtype in TYPES:
-        return gated(gate, up, activation)
-    return ACTIVATIONS[activation](gate) * up
-
-
-def _named(function: Callable[[Tensor], Tensor]) -> str | None:
+def _name_of(function: Callable[[Tensor], Tensor]) -> str | None:
     """The activation that `function` computes."""
     x = torch.linspace(-8, 8, 2049)
     try:
@@ -170,39 +267,56 @@ def _named(function: Callable[[Tensor], Tensor]) -> str | None:
     return None
 
 
-def _rotation(module: nn.Module, known: dict[Callable[..., Any], Callable[..., Any]]) -> Found | None:
-    """Attention whose forward calls `apply_rotary_pos_emb`: the same code, with `rotate` under that name."""
+def _activation(module: nn.Module) -> str:
+    """GELUs that Transformers writes out in Python: PyTorch has the same in one operation."""
+    if (name := _name_of(module)) is None:
+        raise _Unlike(f"its activation is none of {', '.join(ACTIVATIONS)}")
+    return name
+
+
+def _activation_forward(module: Any, x: Tensor) -> Tensor:
+    return ACTIVATIONS[module._fusion](x)
+
+
+def _rotation(module: nn.Module) -> None:
+    """Attention whose forward calls `apply_rotary_pos_emb`, which is one that `rotate` computes."""
     forward: Any = type(module).forward
-    code = getattr(forward, "__code__", None)
-    if code is None or hasattr(forward, "__wrapped__") or _ROTARY not in code.co_names or code.co_freevars:
-        return None
-    original = forward.__globals__.get(_ROTARY)
-    if original is None:
-        return None
-    if original not in known:
-        known[original] = _rotary(original)
-    replaced = types.FunctionType(
-        code, {**forward.__globals__, _ROTARY: known[original]}, forward.__name__, forward.__defaults__
-    )
-    replaced.__kwdefaults__ = forward.__kwdefaults__
-    return "rotation", functools.partial(replaced, module)
+    if "forward" in module.__dict__ or hasattr(forward, "__wrapped__") or forward.__code__.co_freevars:
+        raise _Unlike(f"the forward of this {type(module).__name__} has been replaced or wrapped")
+    _rotary(forward.__globals__[_ROTARY])
 
 
+def _rotated(original: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of `original`, the same code, with `rotate` under the name of its rotary embedding."""
+    forward: Any = original.forward
+    known = {**forward.__globals__, _ROTARY: _rotary(forward.__globals__[_ROTARY])}
+    made = types.FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__)
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made
+
+
+@functools.cache
 def _rotary(original: Callable[..., Any]) -> Callable[..., Any]:
     """`original`, by `rotate` where the arguments are those that it takes. Raises _Unlike where results differ."""
     if list(inspect.signature(original).parameters)[:4] != ["q", "k", "cos", "sin"]:
         raise _Unlike(f"its {_ROTARY} takes other arguments")
-    widths = {turning for turning in (16, 12) if _turns_alike(original, turning)}
-    if 16 not in widths:
+    if not _turns_alike(original, 16):
         raise _Unlike(f"its {_ROTARY} turns otherwise")
+    partly = _turns_alike(original, 12)
 
     def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
-        plain = not others and not options and q.ndim == 4 and cos.ndim == 3 and q.dtype in TYPES
+        plain = not others and not options and q.ndim == k.ndim == 4 and cos.ndim == 3 and cos.shape == sin.shape
         if (
             plain
-            and (q.shape[-1] == cos.shape[-1] or 12 in widths)
+            and q.shape[0] == k.shape[0]
+            and q.shape[2:] == k.shape[2:]
+            and cos.shape[0] in (1, q.shape[0])
+            and cos.shape[1] == q.shape[2]
+            and (cos.shape[2] == q.shape[3] or (partly and cos.shape[2] < q.shape[3]))
             and q.dtype == k.dtype == cos.dtype == sin.dtype
-            and q.shape[-1] == k.shape[-1]
+            and q.dtype in TYPES
+            and not (cos.requires_grad or sin.requires_grad)
+            and not transformed()
         ):
             return rotate(q, k, cos, sin)
         return original(q, k, cos, sin, *others, **options)
@@ -210,6 +324,7 @@ def _rotary(original: Callable[..., Any]) -> Callable[..., Any]:
     return turned
 
 
+@torch.no_grad()
 def _turns_alike(original: Callable[..., Any], turning: int) -> bool:
     """Whether `rotate` is this function on heads of 16 of which the first `turning` turn."""
     like = torch.empty(0)
@@ -219,20 +334,18 @@ def _turns_alike(original: Callable[..., Any], turning: int) -> bool:
         expected = original(q, k, cos, sin)
         ours = rotate(q, k, cos, sin)
         return all(_apart(mine, theirs) < ROUNDINGS for mine, theirs in zip(ours, expected, strict=True))
-    except (RuntimeError, ValueError, TypeError):
+    except Exception:  # of other shapes, or no function of tensors
         return False
 
 
-def _activation(module: nn.Module) -> Found | None:
-    """GELUs that Transformers writes out in Python: PyTorch has the same in one operation."""
-    if type(module).__name__ not in ("NewGELUActivation", "FastGELUActivation"):
-        return None
-    name = _named(module)
-    return ("activation", ACTIVATIONS[name]) if name else None
-
-
-def _inputs(module: nn.Module) -> int:
-    """How many arguments the module's forward needs."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    needed = (p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
-    return sum(needed)
+_CHECKS: dict[Kind, Callable[[nn.Module], Any]] = {
+    "norm": _norm,
+    "gate": _gate,
+    "rotation": _rotation,
+    "activation": _activation,
+}
+_FORWARDS: dict[Kind, Callable[[Any, Tensor], Tensor]] = {
+    "norm": _norm_forward,
+    "gate": _gate_forward,
+    "activation": _activation_forward,
+}

@@ -166,16 +166,23 @@ class StoredWeight(torch.nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._packed:
+        if not self._modules:
             for name, tensor in zip(self._parameters, self.spec.unpack(*self.tensors()), strict=True):
                 destination[prefix + name] = tensor if keep_vars else tensor.detach()
 
-    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *arguments: Any, **options: Any
+    ) -> None:
         packed = self._packed and not self._modules
         if packed:
             self.unpack_()
-        super()._load_from_state_dict(*arguments, **options)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments, **options)
         if packed:
+            if local_metadata.get("assign_to_params_buffers", False):
+                # The loaded Parameters may be another module's own, which is not to change with this one.
+                for name, parameter in self._parameters.items():
+                    assert parameter is not None
+                    self._parameters[name] = torch.nn.Parameter(parameter.data, parameter.requires_grad)
             self.pack_()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:

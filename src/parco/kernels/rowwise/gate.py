@@ -1,5 +1,6 @@
 """gated: y = activation(gate) * up, the middle of a gated feed-forward block (Shazeer, arXiv 2002.05202)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,12 +12,17 @@ from parco import _C, machine
 from parco.kernels import table
 from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate, undispatched
 
+
+def _relu_squared(x: Tensor) -> Tensor:
+    return functional.relu(x).square()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
-    "relu_squared": lambda x: functional.relu(x).square(),
+    "relu_squared": _relu_squared,
 }
 """Name -> the function in plain torch, in the order of `parco::rowwise::Activation`."""
 
