@@ -148,4 +148,4 @@ def _turned(matrix: Tensor) -> Tensor:
 
 def _back(panels: Tensor, rows: int) -> Tensor:
     matrix = panels.transpose(1, 2).reshape(-1, panels.shape[1])
-    return matrix if rows == matrix.shape[0] else matrix[:rows].clone()
+    return matrix.contiguous() if rows == matrix.shape[0] else matrix[:rows].clone()
