@@ -56,9 +56,7 @@ void run_dense(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std
                        static_cast<Type>(x_type),
                        static_cast<Type>(weight_type),
                        static_cast<Type>(bias_type)};
-  if (rows * outputs * columns < worth_unlocking) return kernel(call);
-  nb::gil_scoped_release unlocked;
-  kernel(call);
+  unlocked_if(rows * outputs * columns >= worth_unlocking, [&] { kernel(call); });
 }
 
 template <void (*kernel)(const DenseCall&)>

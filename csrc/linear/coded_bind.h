@@ -7,7 +7,8 @@
 
 namespace parco::linear {
 
-// Smaller calls keep the interpreter lock: letting go and taking it again costs as much as they do.
+// Multiply-adds from which a call lets the interpreter go: for smaller ones letting go and taking it again costs as
+// much.
 constexpr std::int64_t worth_unlocking = 1 << 18;
 
 template <class T>
@@ -33,10 +34,15 @@ inline CodedCall with_tensors(const CodedCall& settled, std::uintptr_t x, std::u
 }
 
 template <class Run>
-auto unlocked(const CodedCall& call, const Run& run) {
-  if (call.rows * call.outputs * call.columns < worth_unlocking) return run();
+auto unlocked_if(bool worth, const Run& run) {
+  if (!worth) return run();
   nanobind::gil_scoped_release released;
   return run();
+}
+
+template <class Run>
+auto unlocked(const CodedCall& call, const Run& run) {
+  return unlocked_if(call.rows * call.outputs * call.columns >= worth_unlocking, run);
 }
 
 }  // namespace parco::linear

@@ -25,6 +25,7 @@ struct Avx2 {
     return _mm256_set1_epi32(pair);
   }
   static I dot(I sum, I a, I b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+  static I either(I a, I b) { return _mm256_or_si256(a, b); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static I multiply(I a, I b) { return _mm256_mullo_epi32(a, b); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -112,14 +113,10 @@ struct Avx2 {
         for (int r = 0; r < all; r++)
           sum[r][0] = dot(sum[r][0], pair[half], broadcast(x[r] + offset + 4 * vectors * half));
     };
-    each_vector<bits>(at, add, std::make_integer_sequence<int, step_codes(bits) / 4>());
+    each_vector<Avx2, bits>(at, add, std::make_integer_sequence<int, step_codes(bits) / 4>());
   }
 
-  // f(i, vector i) for the vectors of 4 codes a row that a step of packed memory holds, as bytes.
-  template <int bits, class F, int... i>
-  static void each_vector(const std::uint8_t* at, const F& f, std::integer_sequence<int, i...>) {
-    (f(i, packed_bytes<bits, i>(at)), ...);
-  }
+  // Vector i of a step of packed memory: 4 codes a row, as bytes.
   template <int bits, int i>
   static I packed_bytes(const std::uint8_t* at) {
     constexpr int low = low_bits(bits), left = bits - low, in_byte = 8 / low;
@@ -212,9 +209,7 @@ struct Avx2 {
 
     // `dwords` dwords from dword `first` of half a panel.
     void read_packed(const std::uint8_t* panel, std::int32_t first, std::int32_t dwords, I* to) const {
-      if (bits == 3) return read_planes<3>(panel, first, dwords, to);
-      if (bits == 5) return read_planes<5>(panel, first, dwords, to);
-      if (bits == 6) return read_planes<6>(panel, first, dwords, to);
+      if (step_dwords(bits) > 1) return read_planes<Avx2>(*this, panel, first, dwords, to);
       const int each = 32 / bits / unit;  // in one of memory
       for (std::int32_t d = 0; d < dwords; d++) {
         const I stored = _mm256_loadu_si256(reinterpret_cast<const I*>(panel + (first + d) / each * 64));
@@ -229,36 +224,13 @@ struct Avx2 {
       }
     }
 
-    template <int width>
-    void read_planes(const std::uint8_t* panel, std::int32_t first, std::int32_t dwords, I* to) const {
-      const int in_run = 32 / unit;
-      const std::uint8_t* at = panel + first / in_run * width * 64;
-      for (std::int32_t d = 0; d < dwords; d += in_run, at += width * 64, to += in_run) {
-        I vectors[8];
-        each_vector<width>(at, [&](int i, I codes) { vectors[i] = codes; }, std::make_integer_sequence<int, 8>());
-        for (int i = 0; i < 4; i++) {
-          I even = vectors[2 * i], odd = vectors[2 * i + 1];
-          if (width == 3) {  // nibbles: codes 4 t and 4 t + 1, and the two that follow
-            if (i % 2) continue;
-            even = _mm256_or_si256(even, _mm256_slli_epi16(odd, 4));
-            odd = _mm256_or_si256(vectors[2 * i + 2], _mm256_slli_epi16(vectors[2 * i + 3], 4));
-          } else if (mapped) {
-            even = map(even), odd = map(odd);
-          }
-          const int place = width == 3 ? i : 2 * i;
-          // The lower or the upper two bytes of every dword of both, in turn.
-          const auto joined = [&](int upper) {
-            const I from = _mm256_add_epi8(
-                _mm256_setr_epi8(0, -128, 1, -128, 4, -128, 5, -128, 8, -128, 9, -128, 12, -128, 13, -128, 0, -128, 1,
-                                 -128, 4, -128, 5, -128, 8, -128, 9, -128, 12, -128, 13, -128),
-                _mm256_set1_epi16(static_cast<short>(2 * upper)));
-            return _mm256_or_si256(_mm256_shuffle_epi8(even, from),
-                                   _mm256_slli_epi16(_mm256_shuffle_epi8(odd, from), 8));
-          };
-          store(to + place, joined(0));
-          store(to + place + 1, joined(1));
-        }
-      }
+    // The bytes of two vectors in turn: the lower or the upper two of each dword.
+    static I join(I even, I odd, int upper) {
+      const I from =
+          _mm256_add_epi8(_mm256_setr_epi8(0, -128, 1, -128, 4, -128, 5, -128, 8, -128, 9, -128, 12, -128, 13, -128, 0,
+                                           -128, 1, -128, 4, -128, 5, -128, 8, -128, 9, -128, 12, -128, 13, -128),
+                          _mm256_set1_epi16(static_cast<short>(2 * upper)));
+      return either(_mm256_shuffle_epi8(even, from), _mm256_slli_epi16(_mm256_shuffle_epi8(odd, from), 8));
     }
 
     // The upper half of every field that `mask` is to hold goes `shift` up.

@@ -91,14 +91,10 @@ struct Avx512 {
         sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], codes, broadcast(x[r] + offset + 4));
       }
     };
-    each_vector<bits>(at, add, std::make_integer_sequence<int, step_codes(bits) / 4>());
+    each_vector<Avx512, bits>(at, add, std::make_integer_sequence<int, step_codes(bits) / 4>());
   }
 
-  // f(i, vector i) for the vectors of 4 codes a row that a step of packed memory holds, as bytes.
-  template <int bits, class F, int... i>
-  static void each_vector(const std::uint8_t* at, const F& f, std::integer_sequence<int, i...>) {
-    (f(i, packed_bytes<bits, i>(at)), ...);
-  }
+  // Vector i of a step of packed memory: 4 codes a row, as bytes.
   template <int bits, int i>
   static I packed_bytes(const std::uint8_t* at) {
     constexpr int low = low_bits(bits), left = bits - low, in_byte = 8 / low;
@@ -132,6 +128,7 @@ struct Avx512 {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
   }
 
+  static I either(I a, I b) { return _mm512_or_si512(a, b); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I multiply(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -165,7 +162,7 @@ struct Avx512 {
     I bytes, even, odd;  // of the bit stream: which bytes each quadword needs, then where its codes begin in them
     I mask;              // of a plain code, or the table of mapped ones
     I half[2][2];        // of packed dwords that hold two: where either's even and odd codes begin
-    I joined[2];         // the bytes of two vectors in turn: the lower or the upper two of each dword
+    I joined[2];         // what `join` takes
 
     Reader(const CodedCall& call, const Plan& plan)
         : bits(call.bits), unit(plan.unit), mapped(call.table), row_bytes(plan.row_bytes) {
@@ -223,9 +220,7 @@ struct Avx512 {
 
     // `dwords` dwords from dword `first` of a panel.
     void read_packed(const std::uint8_t* panel, std::int32_t first, std::int32_t dwords, I* to) const {
-      if (bits == 3) return read_planes<3>(panel, first, dwords, to);
-      if (bits == 5) return read_planes<5>(panel, first, dwords, to);
-      if (bits == 6) return read_planes<6>(panel, first, dwords, to);
+      if (step_dwords(bits) > 1) return read_planes<Avx512>(*this, panel, first, dwords, to);
       const int each = 32 / bits / unit;  // in one of memory
       for (std::int32_t d = 0; d < dwords; d++) {
         const I stored = _mm512_loadu_si512(panel + (first + d) / each * 64);
@@ -236,34 +231,16 @@ struct Avx512 {
         const I* start = half[(first + d) % 2];
         const I codes = _mm512_multishift_epi64_epi8(start[0], stored);
         if (mapped)
-          store(to + d, _mm512_permutexvar_epi8(codes, mask));
+          store(to + d, map(codes));
         else
           store(to + d, lower_nibbles(codes, _mm512_multishift_epi64_epi8(start[1], stored)));
       }
     }
 
-    template <int width>
-    void read_planes(const std::uint8_t* panel, std::int32_t first, std::int32_t dwords, I* to) const {
-      const int in_run = 32 / unit;
-      const std::uint8_t* at = panel + first / in_run * width * 64;
-      for (std::int32_t d = 0; d < dwords; d += in_run, at += width * 64, to += in_run) {
-        I vectors[8];
-        each_vector<width>(at, [&](int i, I codes) { vectors[i] = codes; }, std::make_integer_sequence<int, 8>());
-        for (int i = 0; i < 4; i++) {
-          I even = vectors[2 * i], odd = vectors[2 * i + 1];
-          if (width == 3) {  // nibbles: codes 4 t and 4 t + 1, and the two that follow
-            if (i % 2) continue;
-            even = _mm512_or_si512(even, _mm512_slli_epi16(odd, 4));
-            odd = _mm512_or_si512(vectors[2 * i + 2], _mm512_slli_epi16(vectors[2 * i + 3], 4));
-          } else if (mapped) {
-            even = _mm512_permutexvar_epi8(even, mask), odd = _mm512_permutexvar_epi8(odd, mask);
-          }
-          const int place = width == 3 ? i : 2 * i;
-          store(to + place, _mm512_permutex2var_epi8(even, joined[0], odd));
-          store(to + place + 1, _mm512_permutex2var_epi8(even, joined[1], odd));
-        }
-      }
-    }
+    I map(I codes) const { return _mm512_permutexvar_epi8(codes, mask); }
+
+    // The bytes of two vectors in turn: the lower or the upper two of each dword.
+    I join(I even, I odd, int upper) const { return _mm512_permutex2var_epi8(even, joined[upper], odd); }
 
     // `dwords` dwords from dword `first` of 16 rows. Also asks for the same bytes of the 16 rows that follow.
     void read(const std::uint8_t* const* rows, std::int32_t first, std::int32_t dwords, I* to) const {

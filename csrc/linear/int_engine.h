@@ -165,6 +165,46 @@ void decode(const Job<V>& job, std::int64_t first_output, float* scales, std::in
   for (int m = 0; m < columns; m++) finish(job, outputs, m, 0, total[m]);
 }
 
+// f(i, vector i) for the vectors of a step of packed memory.
+template <class V, int bits, class F, int... i>
+void each_vector(const std::uint8_t* at, const F& f, std::integer_sequence<int, i...>) {
+  (f(i, V::template packed_bytes<bits, i>(at)), ...);
+}
+
+// `dwords` dwords from dword `first` of codes in planes, as `reader` gives those that are not: in their order, nibbles
+// of 3 bits and bytes of 5 or 6.
+template <class V, int width>
+void read_planes_of(const typename V::Reader& reader, const std::uint8_t* panel, std::int32_t first,
+                    std::int32_t dwords, typename V::I* to) {
+  using I = typename V::I;
+  const int in_run = 32 / reader.unit;
+  const std::uint8_t* at = panel + first / in_run * width * panel_rows * 4;
+  for (std::int32_t d = 0; d < dwords; d += in_run, at += width * panel_rows * 4) {
+    I vectors[8];
+    each_vector<V, width>(at, [&](int i, I codes) { vectors[i] = codes; }, std::make_integer_sequence<int, 8>());
+    const auto store = [&](I even, I odd) {
+      for (int upper = 0; upper < 2; upper++) V::store(to++, reader.join(even, odd, upper));
+    };
+    for (int i = 0; i < 8; i += width == 3 ? 4 : 2) {
+      if constexpr (width == 3) {  // codes 4 t and 4 t + 1, and the two that follow
+        const auto nibbles = [&](int n) { return V::either(vectors[n], V::template moved<4>(vectors[n + 1])); };
+        store(nibbles(i), nibbles(i + 2));
+      } else {
+        const auto bytes = [&](int n) { return reader.mapped ? reader.map(vectors[n]) : vectors[n]; };
+        store(bytes(i), bytes(i + 1));
+      }
+    }
+  }
+}
+
+template <class V>
+void read_planes(const typename V::Reader& reader, const std::uint8_t* panel, std::int32_t first, std::int32_t dwords,
+                 typename V::I* to) {
+  if (reader.bits == 3) return read_planes_of<V, 3>(reader, panel, first, dwords, to);
+  if (reader.bits == 5) return read_planes_of<V, 5>(reader, panel, first, dwords, to);
+  read_planes_of<V, 6>(reader, panel, first, dwords, to);
+}
+
 constexpr std::int64_t read_ahead = 1024;  // bytes of each stream
 
 // `strips` times `lanes` packed outputs, from first[strip] on, against `columns` rows of x.

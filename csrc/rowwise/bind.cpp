@@ -11,14 +11,11 @@ using parco::linear::address;
 
 namespace {
 
-// Smaller calls keep the interpreter lock: letting go and taking it again costs as much as they do.
 constexpr std::int64_t numbers_worth_unlocking = 1 << 15;
 
 template <class Call>
 void run(void (*kernel)(const Call&), const Call& call, std::int64_t numbers) {
-  if (numbers < numbers_worth_unlocking) return kernel(call);
-  nb::gil_scoped_release unlocked;
-  kernel(call);
+  parco::linear::unlocked_if(numbers >= numbers_worth_unlocking, [&] { kernel(call); });
 }
 
 template <void (*kernel)(const Norm&)>
