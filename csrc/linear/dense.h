@@ -1,8 +1,6 @@
-// y = x @ weight.T + bias for few rows of x: weights are read once from memory, widened in registers and summed in
-// fp32.
-//
-// A sum is kept in 2 * lanes partial sums along k and added up in a fixed order, the same for every number of rows and
-// threads.
+// y = x @ weight.T + bias, summed in fp32. With few rows of x, weights are read once from memory and widened in
+// registers; a sum is kept in 2 * lanes partial sums along k and added up in a fixed order. With more than
+// `streamed_rows`, see float_tiles.h. Neither order depends on the number of rows beside a row, or of threads.
 #pragma once
 #include <cstdint>
 

@@ -62,7 +62,7 @@ void dense_block(const DenseCall& call, const float* x, std::int64_t padded, std
 
 template <class V, Type type>
 void dense_rows(const DenseCall& call, const float* x, std::int64_t padded, std::int64_t first, std::int64_t last) {
-  constexpr int wide = V::sums / 2;  // outputs at once for one row of x
+  constexpr int wide = V::dense_sums / 2;  // outputs at once for one row of x
   for (std::int64_t n = first; n < last; n += wide) {
     for (std::int64_t m = 0; m < call.rows;) {
       const std::int64_t left = call.rows - m;
@@ -85,7 +85,7 @@ void dense_rows(const DenseCall& call, const float* x, std::int64_t padded, std:
 
 template <class V>
 void run_dense(const DenseCall& call) {
-  constexpr std::int64_t step = 2 * V::lanes, wide = V::sums / 2, worth_a_thread = 96 * 1024;
+  constexpr std::int64_t step = 2 * V::lanes, wide = V::dense_sums / 2;
   const std::int64_t padded = (call.columns + step - 1) / step * step, blocks = (call.outputs + wide - 1) / wide;
   float* x = static_cast<float*>(scratch(static_cast<std::size_t>(call.rows * padded) * sizeof(float)));
   widen_x<V>(call, padded, x);

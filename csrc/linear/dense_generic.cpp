@@ -8,7 +8,7 @@ struct Dense4 {
   struct F {
     float lane[4];
   };
-  static constexpr int lanes = 4, sums = 8;
+  static constexpr int lanes = 4, dense_sums = 8;
 
   static F set(float value) { return {{value, value, value, value}}; }
   static F load(const float* from) { return {{from[0], from[1], from[2], from[3]}}; }

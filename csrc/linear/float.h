@@ -12,7 +12,8 @@ namespace parco::linear {
 
 // Groups have a multiple of 16 columns, or all of them.
 void float_generic(const CodedCall& call);
-// These two take `listed` codes of 4 bits only, and groups of 16 * 2^i columns, or of all.
+// These two take `listed` codes of 4 bits only; by rows groups of 16 * 2^i columns, or of all, and in panels those of
+// whole dwords or, where codes lie in planes, of whole runs.
 void float_avx2(const CodedCall& call);
 void float_avx512(const CodedCall& call);
 

@@ -1,55 +1,10 @@
 // The fp32 product for AVX2: 8 numbers to a vector.
-#include <immintrin.h>
-
-#include "linear/float_engine.h"
+#include "linear/float_panels.h"
+#include "linear/float_rows.h"
+#include "linear/float_vector_avx2.h"
 
 namespace parco::linear {
 namespace {
-
-struct Float256 {
-  using F = __m256;
-  static constexpr int lanes = 8, tile_sums = 12, stream_outputs = 2;
-
-  static F set(float value) { return _mm256_set1_ps(value); }
-  static F load(const float* from) { return _mm256_load_ps(from); }
-  static void store(float* to, F value) { _mm256_store_ps(to, value); }
-  static F add(F a, F b) { return _mm256_add_ps(a, b); }
-  static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
-  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  static float total(F value) {
-    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
-    const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
-  }
-
-  struct Spread {
-    int shift;
-    Spread(int group_shift, std::int64_t) : shift(group_shift) {}
-    F load(const float* scales, std::int64_t k) const { return set(scales[k >> shift]); }
-  };
-
-  static void load_scales(const void* scale, Type type, std::int64_t at, std::int64_t groups, float factor, float* to) {
-    for (std::int64_t g = 0; g < groups; g++) to[g] = load_float(scale, type, at + g) * factor;
-  }
-
-  // Rows [m, m + count) of x, turned: [columns][vectors * 8].
-  static void turn(const CodedCall& call, std::int64_t m, std::int64_t count, int vectors, float* to) {
-    const int wide = vectors * lanes;
-    for (int i = 0; i < wide; i++)
-      for (std::int64_t k = 0; k < call.columns; k++)
-        to[k * wide + i] = i < count ? load_float(call.x, call.x_type, (m + i) * call.columns + k) : 0.0f;
-  }
-
-  // y from sums [outputs][stride], of rows of x from `first` on and outputs from n on.
-  static void store_sums(const CodedCall& call, std::int64_t first, std::int64_t rows, std::int64_t n,
-                         std::int64_t outputs, const float* sums, std::int64_t stride) {
-    for (std::int64_t o = 0; o < outputs; o++) {
-      const float bias = call.bias ? load_float(call.bias, call.bias_type, n + o) : 0.0f;
-      for (std::int64_t m = 0; m < rows; m++)
-        store_float(call.y, call.x_type, (first + m) * call.outputs + n + o, sums[o * stride + m] + bias);
-    }
-  }
-};
 
 // `bytes` bytes of a row of which `left` are there.
 inline __m128i load_bytes(const std::uint8_t* from, std::int64_t left, std::int64_t bytes) {
@@ -95,13 +50,16 @@ struct Bytes {
   void load(const std::uint8_t* from, std::int64_t left, __m256* to) const { natural(from, left, to); }
 };
 
-// halves(codes): fp16 of 16 bytes.
+// halves(codes): fp16 of 16 bytes; of_upper: of the upper bytes of 16 words.
 struct E5m2 {
   static constexpr int bits = 8;
   static constexpr float unit = 1.0f;
   explicit E5m2(const CodedCall&) {}
   static __m128i codes(__m128i stream) { return stream; }
   static __m256i halves(__m128i codes) { return _mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8); }
+  static __m256i of_upper(__m256i words) {
+    return _mm256_and_si256(words, _mm256_set1_epi16(static_cast<short>(0xff00)));
+  }
 };
 
 struct E4m3 {
@@ -109,10 +67,11 @@ struct E4m3 {
   static constexpr float unit = 256.0f;
   explicit E4m3(const CodedCall&) {}
   static __m128i codes(__m128i stream) { return stream; }
-  static __m256i halves(__m128i codes) {
-    const __m256i words = _mm256_cvtepu8_epi16(codes), most = _mm256_set1_epi16(0x3f80);
-    const __m256i magnitude = _mm256_and_si256(_mm256_slli_epi16(words, 7), most);
-    const __m256i sign = _mm256_and_si256(_mm256_slli_epi16(words, 8), _mm256_set1_epi16(static_cast<short>(0x8000)));
+  static __m256i halves(__m128i codes) { return of_upper(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8)); }
+  static __m256i of_upper(__m256i words) {
+    const __m256i most = _mm256_set1_epi16(0x3f80);
+    const __m256i magnitude = _mm256_and_si256(_mm256_srli_epi16(words, 1), most);
+    const __m256i sign = _mm256_and_si256(words, _mm256_set1_epi16(static_cast<short>(0x8000)));
     const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, most), _mm256_set1_epi16(0x7e00));
     return _mm256_or_si256(_mm256_or_si256(magnitude, sign), nan);
   }
@@ -143,18 +102,87 @@ struct E3m2 {
   static __m256i halves(__m128i codes) { return E5m2::halves(codes); }
 };
 
+inline __m256i load_panel(const std::uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
+
+// Halves of panels of codes of 4 bits, looked up.
+struct NibblePanels : Nibbles {
+  static constexpr int step = 8, halves = 1;
+  using Nibbles::Nibbles;
+  static constexpr int column(int i, int) { return i; }
+  template <class Use>
+  void panel(const std::uint8_t* at, const Use& use) const {
+    const __m256i codes = load_panel(at);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) use(j, 0, find(_mm256_srli_epi32(codes, 4 * j)));
+  }
+};
+
+// The same of bytes.
+template <class Byte>
+struct BytePanels {
+  static constexpr int bits = 8, step = 4, halves = 2;
+  static constexpr float unit = Byte::unit;
+  explicit BytePanels(const CodedCall&) {}
+  static constexpr int column(int i, int p) { return i + 2 * p; }
+  template <class Use>
+  void panel(const std::uint8_t* at, const Use& use) const {
+    widen(load_panel(at), 0, use);
+  }
+  // Codes 0 and 2 of every dword, then 1 and 3.
+  template <class Use>
+  static void widen(__m256i codes, int i, const Use& use) {
+    const __m256i even = Byte::of_upper(_mm256_slli_epi16(codes, 8)), odd = Byte::of_upper(codes);
+    use(i, 0, _mm256_cvtph_ps(_mm256_castsi256_si128(even))),
+        use(i, 1, _mm256_cvtph_ps(_mm256_extracti128_si256(even, 1)));
+    use(i + 1, 0, _mm256_cvtph_ps(_mm256_castsi256_si128(odd))),
+        use(i + 1, 1, _mm256_cvtph_ps(_mm256_extracti128_si256(odd, 1)));
+  }
+};
+
+// Of e3m2 in planes: vector v of a run has even or odd codes of its eights, which become those of e5m2.
+struct E3m2Panels {
+  static constexpr int bits = 6, step = 32, halves = 2;
+  static constexpr float unit = 1.0f;
+  __m256i low, high;  // e5m2 of the magnitudes
+
+  explicit E3m2Panels(const CodedCall& call) {
+    const E3m2 tables(call);
+    low = _mm256_broadcastsi128_si256(tables.low), high = _mm256_broadcastsi128_si256(tables.high);
+  }
+  static constexpr int column(int i, int p) { return i / 4 * 8 + i / 2 % 2 + 2 * (i % 2 + 2 * p); }
+  template <class Use>
+  void panel(const std::uint8_t* at, const Use& use) const {
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; v++) {
+      const __m256i index =
+          _mm256_and_si256(_mm256_srli_epi32(load_panel(at + v / 2 * 64), v % 2 * 4), _mm256_set1_epi8(15));
+      const __m256i left = _mm256_srli_epi32(load_panel(at + (4 + v / 4) * 64), v % 4 * 2);  // in bits 0 and 1
+      const __m256i magnitude = _mm256_blendv_epi8(_mm256_shuffle_epi8(low, index), _mm256_shuffle_epi8(high, index),
+                                                   _mm256_slli_epi32(left, 7));
+      const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(left, 6), _mm256_set1_epi8(-128));
+      BytePanels<E5m2>::widen(_mm256_or_si256(magnitude, sign), 2 * v, use);
+    }
+  }
+};
+
 }  // namespace
 
 void float_avx2(const CodedCall& call) {
+  if (call.packed) {
+    if (call.element == Element::e4m3) return run_panels<Float256, BytePanels<E4m3>>(call);
+    if (call.element == Element::e5m2) return run_panels<Float256, BytePanels<E5m2>>(call);
+    if (call.element == Element::e3m2) return run_panels<Float256, E3m2Panels>(call);
+    return run_panels<Float256, NibblePanels>(call);
+  }
   switch (call.element) {
     case Element::listed:
-      return run_float<Float256, Nibbles>(call);
+      return run_rows<Float256, Nibbles>(call);
     case Element::e4m3:
-      return run_float<Float256, Bytes<E4m3>>(call);
+      return run_rows<Float256, Bytes<E4m3>>(call);
     case Element::e5m2:
-      return run_float<Float256, Bytes<E5m2>>(call);
+      return run_rows<Float256, Bytes<E5m2>>(call);
     case Element::e3m2:
-      return run_float<Float256, Bytes<E3m2>>(call);
+      return run_rows<Float256, Bytes<E3m2>>(call);
   }
 }
 

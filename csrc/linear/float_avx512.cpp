@@ -1,89 +1,12 @@
 // The fp32 product for AVX-512: 16 numbers to a vector.
-#include "linear/avx512.h"
-#include "linear/float_engine.h"
+#include "linear/float_panels.h"
+#include "linear/float_rows.h"
+#include "linear/float_vector_avx512.h"
 
 namespace parco::linear {
 namespace {
 
-inline __mmask64 bytes_mask(std::int64_t left) { return left >= 64 ? ~0ull : (1ull << left) - 1; }
-
-struct Float512 {
-  using F = __m512;
-  static constexpr int lanes = 16, tile_sums = 24, stream_outputs = 4;
-
-  static F set(float value) { return _mm512_set1_ps(value); }
-  static F load(const float* from) { return _mm512_load_ps(from); }
-  static void store(float* to, F value) { _mm512_store_ps(to, value); }
-  static F add(F a, F b) { return _mm512_add_ps(a, b); }
-  static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
-  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static float total(F value) { return _mm512_reduce_add_ps(value); }
-
-  // Scales of `codes` codes in a row, lane i that of the i-th sixteenth of them.
-  struct Spread {
-    __m512i lane;
-    int shift;
-    bool one;
-    Spread(int group_shift, std::int64_t codes) : shift(group_shift), one(codes >> shift <= 1) {
-      alignas(64) std::int32_t index[16];
-      for (int i = 0; i < 16; i++) index[i] = static_cast<std::int32_t>(codes / 16 * i >> shift);
-      lane = _mm512_load_si512(index);
-    }
-    F load(const float* scales, std::int64_t k) const {
-      scales += k >> shift;
-      return one ? _mm512_set1_ps(*scales) : _mm512_permutexvar_ps(lane, _mm512_loadu_ps(scales));
-    }
-  };
-
-  static void load_scales(const void* scale, Type type, std::int64_t at, std::int64_t groups, float factor, float* to) {
-    const char* from = static_cast<const char*>(scale) + at * size_of(type);
-    for (std::int64_t g = 0; g < groups; g += 16, from += 16 * size_of(type)) {
-      const __mmask16 mask = static_cast<__mmask16>(bytes_mask(std::min<std::int64_t>(16, groups - g)));
-      const __m512i bits = type == Type::fp32   ? _mm512_maskz_loadu_epi32(mask, from)
-                           : size_of(type) == 2 ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from))
-                                                : _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, from));
-      _mm512_mask_storeu_ps(to + g, mask, multiply(avx512::widen(bits, type), set(factor)));
-    }
-  }
-
-  // Rows [m, m + count) of x, turned: [columns][vectors * 16].
-  static void turn(const CodedCall& call, std::int64_t m, std::int64_t count, int vectors, float* to) {
-    for (int v = 0; v < vectors; v++) {
-      for (std::int64_t k = 0; k < call.columns; k += 16) {
-        const int width = static_cast<int>(std::min<std::int64_t>(16, call.columns - k));
-        alignas(64) __m512i turned[16];
-        avx512::transpose(
-            [&](int i) {
-              if (v * 16 + i >= count) return _mm512_setzero_si512();
-              const std::int64_t at = (m + v * 16 + i) * call.columns + k;
-              return _mm512_castps_si512(avx512::load_floats(call.x, call.x_type, at, width));
-            },
-            turned);
-        for (int i = 0; i < width; i++) _mm512_store_si512(to + ((k + i) * vectors + v) * 16, turned[i]);
-      }
-    }
-  }
-
-  // y from sums [outputs][stride], of rows of x from `first` on and outputs from n on.
-  static void store_sums(const CodedCall& call, std::int64_t first, std::int64_t rows, std::int64_t n,
-                         std::int64_t outputs, const float* sums, std::int64_t stride) {
-    for (std::int64_t o = 0; o < outputs; o += 16) {
-      const int width = static_cast<int>(std::min<std::int64_t>(16, outputs - o));
-      const F bias = call.bias ? avx512::load_floats(call.bias, call.bias_type, n + o, width) : set(0.0f);
-      for (std::int64_t m = 0; m < rows; m += 16) {
-        alignas(64) __m512i turned[16];
-        avx512::transpose(
-            [&](int i) { return _mm512_load_si512(sums + std::min<std::int64_t>(o + i, outputs - 1) * stride + m); },
-            turned);
-        for (std::int64_t i = 0; i < std::min<std::int64_t>(16, rows - m); i++)
-          avx512::store_floats(call.y, call.x_type, (first + m + i) * call.outputs + n + o, width,
-                               add(_mm512_castsi512_ps(turned[i]), bias));
-      }
-    }
-  }
-};
-
-// Codes of 4 bits, looked up. Lane i of vector j holds code 8 i + j: a shift puts it where the table looks.
+// Codes of 4 bits, looked up. By rows, lane i of vector j holds code 8 i + j: a shift puts it where the table looks.
 struct Nibbles {
   static constexpr int bits = 4, step = 128, vectors = 8, shared = 8;
   static constexpr float unit = 1.0f;
@@ -177,18 +100,88 @@ struct E3m2 {
   static __m512i halves(__m512i words) { return E5m2::halves(words); }
 };
 
+// Panels of codes of 4 bits, looked up.
+struct NibblePanels {
+  static constexpr int bits = 4, step = 8, halves = 1;
+  static constexpr float unit = 1.0f;
+  __m512 table;
+
+  explicit NibblePanels(const CodedCall& call) : table(_mm512_loadu_ps(call.values)) {}
+  static constexpr int column(int i, int) { return i; }
+  template <class Use>
+  void panel(const std::uint8_t* at, const Use& use) const {
+    const __m512i codes = _mm512_loadu_si512(at);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) use(j, 0, _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * j), table));
+  }
+};
+
+// Panels of codes of 6 and 8 bits whose numbers bf16 holds: a table of its upper bytes and one of its lower.
+template <int width>
+struct BytePanels {
+  static constexpr int bits = width, step = width == 8 ? 4 : 32, halves = 2;
+  static constexpr float unit = 1.0f;
+  __m512i upper[2], lower[2];
+
+  explicit BytePanels(const CodedCall& call) {
+    alignas(64) std::uint8_t high[128], low[128];
+    for (int i = 0; i < 128; i++) {
+      const std::uint32_t number = bits_of(call.values[i % (1 << width)]);
+      high[i] = static_cast<std::uint8_t>(number >> 24), low[i] = static_cast<std::uint8_t>(number >> 16);
+    }
+    for (int i = 0; i < 2; i++) upper[i] = _mm512_load_si512(high + 64 * i), lower[i] = _mm512_load_si512(low + 64 * i);
+  }
+  // 6 bits: vector v of a run has even or odd codes of its eights.
+  static constexpr int column(int i, int p) {
+    return width == 8 ? i + 2 * p : i / 4 * 8 + i / 2 % 2 + 2 * (i % 2 + 2 * p);
+  }
+  template <class Use>
+  void panel(const std::uint8_t* at, const Use& use) const {
+    if constexpr (width == 8) {
+      const __m512i codes = _mm512_loadu_si512(at);
+      const __m512i high = _mm512_permutex2var_epi8(upper[0], codes, upper[1]);    // sees 7 bits
+      widen(_mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(-128), 0xf8),  // a | (b & c)
+            _mm512_permutex2var_epi8(lower[0], codes, lower[1]), 0, use);
+      return;
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; v++) {
+      const __m512i first = _mm512_loadu_si512(at + v / 2 * 64), second = _mm512_loadu_si512(at + (4 + v / 4) * 64);
+      const __m512i codes = _mm512_ternarylogic_epi32(
+          _mm512_and_si512(_mm512_srli_epi32(first, v % 2 * 4), _mm512_set1_epi8(15)),
+          v % 4 == 3 ? _mm512_srli_epi32(second, 2) : _mm512_slli_epi32(second, 4 - v % 4 * 2), _mm512_set1_epi8(48),
+          0xf8);
+      widen(_mm512_permutexvar_epi8(codes, upper[0]), _mm512_permutexvar_epi8(codes, lower[0]), 2 * v, use);
+    }
+  }
+  // The halves of bf16 as floats: codes 0 and 2 of every dword, then 1 and 3.
+  template <class Use>
+  static void widen(__m512i high, __m512i low, int i, const Use& use) {
+    const __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
+    const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    use(i, 0, _mm512_castsi512_ps(_mm512_slli_epi32(first, 16)));
+    use(i, 1, _mm512_castsi512_ps(_mm512_slli_epi32(second, 16)));
+    use(i + 1, 0, _mm512_castsi512_ps(_mm512_and_si512(first, odd)));
+    use(i + 1, 1, _mm512_castsi512_ps(_mm512_and_si512(second, odd)));
+  }
+};
+
 }  // namespace
 
 void float_avx512(const CodedCall& call) {
+  if (call.packed)
+    return call.bits == 4   ? run_panels<Float512, NibblePanels>(call)
+           : call.bits == 6 ? run_panels<Float512, BytePanels<6>>(call)
+                            : run_panels<Float512, BytePanels<8>>(call);
   switch (call.element) {
     case Element::listed:
-      return run_float<Float512, Nibbles>(call);
+      return run_rows<Float512, Nibbles>(call);
     case Element::e4m3:
-      return run_float<Float512, Bytes<E4m3>>(call);
+      return run_rows<Float512, Bytes<E4m3>>(call);
     case Element::e5m2:
-      return run_float<Float512, Bytes<E5m2>>(call);
+      return run_rows<Float512, Bytes<E5m2>>(call);
     case Element::e3m2:
-      return run_float<Float512, Bytes<E3m2>>(call);
+      return run_rows<Float512, Bytes<E3m2>>(call);
   }
 }
 

@@ -160,8 +160,9 @@ struct Packed {
   CodedCall call;
 };
 
-void check(const std::vector<Kernel>& kernels, const Codes& format, Shape shape, Type x_type, Type scale_type,
-           bool asymmetric, bool same_bits) {
+// `packed_kernels` read panels, where a shape has some.
+void check(const std::vector<Kernel>& kernels, const std::vector<Kernel>& packed_kernels, const Codes& format,
+           Shape shape, Type x_type, Type scale_type, bool asymmetric, bool same_bits) {
   const std::int64_t groups = (shape.columns + shape.group - 1) / shape.group;
   const std::int64_t down = (shape.outputs + shape.block_rows - 1) / shape.block_rows;
   const std::int64_t row_bytes = (shape.columns * format.bits + 7) / 8;
@@ -221,7 +222,7 @@ void check(const std::vector<Kernel>& kernels, const Codes& format, Shape shape,
   };
   CodedCall empty{};
   empty.bits = 8, empty.block_rows = 1;
-  const bool packs = same_bits && Packed::can(call);
+  const bool packs = Packed::can(call);
   const Packed packed(packs ? call : empty, packs ? groups : 0);
   const auto run = [&](const Kernel& kernel, const CodedCall& call, int threads) {
     Bytes y(shape.rows * shape.outputs * size_of(x_type));
@@ -248,21 +249,28 @@ void check(const std::vector<Kernel>& kernels, const Codes& format, Shape shape,
   // x has 4 bits within 2^7 of the largest: exact as words of 15. Then sums in fp32, and a rounding to y's type.
   const double unit = x_type == Type::fp32 ? 0 : x_type == Type::bf16 ? 0x1p-8 : 0x1p-11;
   const std::string first = run(kernels[0], call, 1);
-  for (const Kernel& kernel : kernels) {
-    for (int threads : {1, 3}) {
+  const auto compare = [&](const char* name, const std::string& y, int threads, const char* what) {
+    for (std::size_t i = 0; i < expected.size(); i++) {
+      const double found = static_cast<double>(as_float(y.data(), x_type, static_cast<std::int64_t>(i)));
+      if (x_type == Type::fp16 && std::abs(expected[i]) > 65000) continue;
+      const double slack = bound[i] * 0x1p-24 * (static_cast<double>(shape.columns) + 4) + std::abs(expected[i]) * unit;
+      if (std::abs(found - expected[i]) <= slack * 1.01 + (x_type == Type::fp16 ? 0x1p-24 : 0)) continue;
+      return tell(name, what, threads);
+    }
+  };
+  for (int threads : {1, 3}) {
+    for (const Kernel& kernel : kernels) {
       const std::string y = run(kernel, call, threads);
       if (same_bits && y != first) tell(kernel.name, "other bits than the first", threads);
-      if (packs && run(kernel, packed.call, threads) != first) tell(kernel.name, "packed, other bits", threads);
-      packs_tried += packs;
-      for (std::size_t i = 0; i < expected.size(); i++) {
-        const double found = static_cast<double>(as_float(y.data(), x_type, static_cast<std::int64_t>(i)));
-        if (x_type == Type::fp16 && std::abs(expected[i]) > 65000) continue;
-        const double slack =
-            bound[i] * 0x1p-24 * (static_cast<double>(shape.columns) + 4) + std::abs(expected[i]) * unit;
-        if (std::abs(found - expected[i]) <= slack * 1.01 + (x_type == Type::fp16 ? 0x1p-24 : 0)) continue;
-        tell(kernel.name, "not the sum in double", threads);
-        break;
-      }
+      compare(kernel.name, y, threads, "not the sum in double");
+    }
+    for (const Kernel& kernel : packed_kernels) {
+      if (!packs) break;
+      packs_tried++;
+      const std::string y = run(kernel, packed.call, threads);
+      if (same_bits && y != first) tell(kernel.name, "packed, other bits", threads);
+      if (y != run(kernel, packed.call, 1)) tell(kernel.name, "packed, other bits with more threads", threads);
+      compare(kernel.name, y, threads, "packed, not the sum in double");
     }
   }
   if (packs) {
@@ -365,9 +373,10 @@ int main(int argc, char** argv) {
   const auto try_both = [&](const Codes& codes, bool in_integers, Shape shape, Type x_type) {
     const bool asymmetric = checks % 2 && in_integers && codes.table.empty();
     const bool power = shape.group >= shape.columns || !(shape.group & (shape.group - 1));
-    if (in_integers) check(integer, codes, shape, x_type, scales[checks % 5], asymmetric, true);
+    if (in_integers) check(integer, integer, codes, shape, x_type, scales[checks % 5], asymmetric, true);
     if (!in_integers || checks % 3 == 0)
-      check(power && !in_integers ? vectors : real, codes, shape, x_type, scales[checks % 5], asymmetric, false);
+      check(power && !in_integers ? vectors : real, in_integers ? real : vectors, codes, shape, x_type,
+            scales[checks % 5], asymmetric, false);
     checks++;
   };
   if (argc > 1) {

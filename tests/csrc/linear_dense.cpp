@@ -68,8 +68,8 @@ int main() {
   const Type types[] = {Type::fp32, Type::bf16, Type::fp16};
   for (Type x_type : types) {
     for (Type weight_type : types) {
-      for (std::int64_t rows : {1, 2, 3, 7, 8}) {
-        for (std::int64_t columns : {1, 31, 64, 77}) {
+      for (std::int64_t rows : {1, 2, 3, 7, 8, 9, 37, 530}) {
+        for (std::int64_t columns : {1, 31, 64, 77, 300}) {
           check("generic", dense_generic, rows, 19, columns, x_type, weight_type);
           if (parco::features().avx2) check("avx2", dense_avx2, rows, 19, columns, x_type, weight_type);
           if (parco::features().avx512) check("avx512", dense_avx512, rows, 19, columns, x_type, weight_type);

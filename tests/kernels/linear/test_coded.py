@@ -88,6 +88,18 @@ def packed(tensors: Stored, format: str, shape: tuple[int, int]) -> Stored:
     return found["codes"], found.get("scale"), found.get("zero"), found.get("global_scale")
 
 
+def laid_out(format: str, outputs: int, columns: int, tensors: Stored) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """Every compiled kernel over `tensors` by rows and, where there are some, in panels, as a function of x."""
+
+    def over(run: Callable[..., Tensor], tensors: Stored, outputs: int = 0) -> Callable[..., Tensor]:
+        return lambda x: run(x, *tensors, None, format, columns, outputs)
+
+    for name, _, run in compiled(format):
+        yield name, over(run, tensors)
+        if storage(format).packs((outputs, columns)):
+            yield f"{name}, packed", over(run, packed(tensors, format, (outputs, columns)), outputs)
+
+
 def unpacked(tensors: Sequence[Tensor | None], format: str, shape: tuple[int, int]) -> Stored:
     found = unpack(Format.parse(format), shape, named(tuple(tensors)))
     return found["codes"], found.get("scale"), found.get("zero"), found.get("global_scale")
@@ -149,9 +161,13 @@ def test_every_kernel_is_within_its_bound_and_those_in_integers_give_the_same_bi
                 if integers:
                     same = y if same is None else same
                     assert torch.equal(y, same), name
-                if integers and storage(format).packs((outputs, columns)):
+                if storage(format).packs((outputs, columns)):
                     panels = packed(tensors, format, (outputs, columns))
-                    assert torch.equal(run(x, *panels, bias, format, columns, outputs), same), f"{name}, packed"
+                    of_panels = run(x, *panels, bias, format, columns, outputs)
+                    if integers:
+                        assert torch.equal(of_panels, same), f"{name}, packed"
+                    else:
+                        assert_within(of_panels, x, tensors, format, columns, bias)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -250,7 +266,7 @@ def test_in_integers_a_row_that_is_not_finite_becomes_nan_and_harms_no_other(
             assert torch.equal(y[[0, 2]], clean[[0, 2]]), name
 
 
-@pytest.mark.parametrize("rows", [2, 20])
+@pytest.mark.parametrize("rows", [1, 2, 5, 20])
 @pytest.mark.parametrize(
     ("format", "code", "value"),
     [
@@ -265,8 +281,8 @@ def test_codes_that_are_no_numbers(format: str, code: int, value: str, rows: int
     codes, *scales = stored(format, 21, 96)
     codes[4, 70] = code
     x = inputs(rows, 96).abs() + 0.1
-    for name, _, run in compiled(format):
-        y = run(x, codes, *scales, None, format, 96)
+    for name, run in laid_out(format, 21, 96, (codes, *scales)):
+        y = run(x)
         assert torch.equal(y[:, 4].nan_to_num(nan=7.0), torch.full((rows,), float(value)).nan_to_num(nan=7.0)), name
         assert y[:, :4].isfinite().all(), name
         assert y[:, 5:].isfinite().all(), name
@@ -278,8 +294,8 @@ def test_a_scale_that_is_no_number(format: str, nan: int, rows: int) -> None:
     codes, scale, zero, factor = stored(format, 21, 96)
     assert scale is not None
     scale[4, 1] = nan
-    for name, _, run in compiled(format):
-        y = run(inputs(rows, 96), codes, scale, zero, factor, None, format, 96)
+    for name, run in laid_out(format, 21, 96, (codes, scale, zero, factor)):
+        y = run(inputs(rows, 96))
         assert y[:, 4].isnan().all(), name
         assert y[:, :4].isfinite().all(), name
         assert y[:, 5:].isfinite().all(), name
@@ -299,8 +315,8 @@ def test_the_least_and_the_greatest_scales_of_mx(rows: int) -> None:
         for code, factor in ((0, 2.0**-127), (254, 2.0**127)):
             x[:, 5] = 1.0
             scale = torch.full((3, 1), code, dtype=torch.uint8)
-            for name, _, run in compiled(format):
-                y = run(x, stored_codes, scale, None, None, None, format, 32)
+            for name, run in laid_out(format, 3, 32, (stored_codes, scale, None, None)):
+                y = run(x)
                 assert torch.equal(y, torch.full((rows, 3), 1.5 * factor)), (format, name)
 
 

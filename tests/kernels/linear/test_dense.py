@@ -40,6 +40,20 @@ def test_every_kernel_is_within_its_bound_and_treats_rows_alone(
             assert torch.equal(kernel.run(x[:rows], weight, bias), whole[:rows]), (kernel.name, rows)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_tiles_a_row_depends_on_no_other(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    x, weight = inputs(525, 300, dtype=dtype), inputs(61, 300, dtype=weight_dtype, seed=6)
+    bias = inputs(61, seed=7)
+    for kernel in table.operations()["linear_dense"].kernels:
+        if kernel.isa not in machine.detect().isas or kernel.isa == table.TORCH:
+            continue
+        whole = kernel.run(x, weight, bias)
+        assert_within(whole, x, weight, bias, kernel.name)
+        for rows in (9, 12, 13, 31, 520):
+            assert torch.equal(kernel.run(x[:rows], weight, bias), whole[:rows]), (kernel.name, rows)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 8, 9, 140])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_any_number_of_rows(rows: int, dtype: torch.dtype) -> None:
@@ -53,8 +67,9 @@ def test_any_number_of_rows(rows: int, dtype: torch.dtype) -> None:
         assert ((y.double() - expected).abs() <= 2 * torch.finfo(dtype).eps * magnitude).all()
 
 
-def test_threads_do_not_change_the_bits() -> None:
-    x, weight = inputs(3, 512, dtype=torch.bfloat16), inputs(1000, 512, dtype=torch.bfloat16, seed=6)
+@pytest.mark.parametrize("rows", [3, 60])
+def test_threads_do_not_change_the_bits(rows: int) -> None:
+    x, weight = inputs(rows, 512, dtype=torch.bfloat16), inputs(1000, 512, dtype=torch.bfloat16, seed=6)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -96,7 +111,7 @@ def test_wrong_arguments_are_named() -> None:
 class TestLinearDense(KernelLaws):
     operation = "linear_dense"
 
-    @pytest.fixture(params=[(1, torch.bfloat16), (4, torch.float32), (3, torch.float16)], ids=str)
+    @pytest.fixture(params=[(1, torch.bfloat16), (4, torch.float32), (3, torch.float16), (60, torch.bfloat16)], ids=str)
     def call(self, request: pytest.FixtureRequest) -> tuple[Any, ...]:
         rows, dtype = request.param
         x, weight = inputs(rows, 96, dtype=dtype), inputs(21, 96, dtype=dtype, seed=6)

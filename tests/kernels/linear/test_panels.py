@@ -18,7 +18,21 @@ def tensors(format: Format, shape: tuple[int, int]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
-    "name", ["int2:32", "int3:32", "int4:32:asym", "int5:32", "int6:row", "int8:32", "mxfp4", "mxfp6_e2m3"]
+    "name",
+    [
+        "int2:32",
+        "int3:32",
+        "int4:32:asym",
+        "int5:32",
+        "int6:row",
+        "int8:32",
+        "mxfp4",
+        "mxfp6_e2m3",
+        "nf4:64",
+        "fp8_e4m3:row",
+        "mxfp8_e4m3",
+        "mxfp6_e3m2",
+    ],
 )
 def test_compiled_packing_is_the_plain_one(name: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     format = Format.parse(name)

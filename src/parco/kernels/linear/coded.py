@@ -199,11 +199,9 @@ def _refuses_tiles(call: CodedCall) -> str | None:
 def _refuses_vectors(call: CodedCall) -> str | None:
     stored = storage(call.format)
     group = stored.format.block.columns
-    if stored.format.is_asymmetric or not (stored.element or stored.format.bits == 4):
+    if not stored.widens:
         return f"it does not widen the codes of {call.format}"
-    if call.packed:
-        return "it reads codes by rows, not in panels"
-    if group is not None and group < call.columns and group & (group - 1):
+    if not call.packed and group is not None and group < call.columns and group & (group - 1):
         return f"groups of {group} columns are no power of two"
     return _refuses(call)
 

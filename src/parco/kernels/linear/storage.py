@@ -24,6 +24,9 @@ ELEMENTS = {E4M3: 1, E5M2: 2, E3M2: 3}
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
 """Widths of codes of which kernels read panels."""
 
+NIBBLE = 4
+"""Bits of codes that one vector of floats looks up."""
+
 VECTOR = 16
 """Codes that kernels read at a time: groups of another number are left to the reference."""
 
@@ -64,10 +67,15 @@ class Storage:
             return f"groups of {group} columns are no multiple of {VECTOR}"
         return None
 
+    @property
+    def widens(self) -> bool:
+        """Whether vectors widen the codes to fp32."""
+        return not self.format.is_asymmetric and (self.element != 0 or self.format.bits == NIBBLE)
+
     def packs(self, shape: tuple[int, int]) -> bool:
         """Whether kernels read panels of a matrix of this format and shape, which are then the faster layout."""
         bits, group = self.format.bits, self.format.block.columns
-        if not self.integers or self.by_column or self.refusal or bits not in PACKED_BITS:
+        if not (self.integers or self.widens) or self.by_column or self.refusal or bits not in PACKED_BITS:
             return False
         return panels.fills(bits, shape[1]) and (group is None or group >= shape[1] or panels.fills(bits, group))
 
