@@ -24,7 +24,9 @@ def peaks_from_the_cache() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def report() -> bench.Report:
-    return bench.run({SHAPE: 3}, formats=["int4:32", "bf16", "mxfp8_e4m3"], rows=[1, 20], rounds=2, between=1 << 16)
+    return bench.run(
+        {SHAPE: 3}, formats=["int4:32", "bf16", "mxfp8_e4m3"], rows=[1, 20], rounds=2, between=1 << 16, peers=[]
+    )
 
 
 def test_every_contender_is_timed_on_every_number_of_rows(report: bench.Report) -> None:
@@ -55,7 +57,7 @@ def test_contenders_multiply(rows: int) -> None:
 
 
 def test_a_peer_that_cannot_run_is_named_and_costs_nothing_else() -> None:
-    found = bench.run({(30, 50): 1}, formats=["int4:32"], rows=[1, 2], rounds=1, between=1)
+    found = bench.run({(30, 50): 1}, formats=["int4:32"], rows=[1, 2], rounds=1, between=1, peers=[])
     refused = [one for one in found["missing"] if one["contender"] == "torch int4pack:32"]
     assert [(one["shape"], bool(one["reason"])) for one in refused] == [((30, 50), True)]
     bars = throughput.figure(found).data[0].y
@@ -86,12 +88,24 @@ def test_the_axes_of_the_plot_end_at_the_peak(report: bench.Report) -> None:
 )
 def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        bench.run({SHAPE: 1}, **arguments)
+        bench.run({SHAPE: 1}, peers=[], **arguments)
 
 
 def test_the_command_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "found"
-    words = ["bench", "--shapes", "64x96,64x96,32x64", "--formats", "int4:32", "--rows", "1,2", "--rounds", "1"]
+    words = [
+        "bench",
+        "--shapes",
+        "64x96,64x96,32x64",
+        "--formats",
+        "int4:32",
+        "--rows",
+        "1,2",
+        "--rounds",
+        "1",
+        "--peers",
+        "torch",
+    ]
     assert cli.main([*words, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "64 outputs x 96 inputs, 2 layers" in printed
@@ -109,6 +123,7 @@ def test_the_command_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--shapes", "64"], "'64' is no shape"),
         (["--shapes", "64x96", "--rows", "1,no"], "'no' is no whole number"),
         (["--shapes", "64x96", "--formats", "int4:32,best"], "best"),
+        (["--shapes", "64x96", "--peers", "numpy"], "'numpy' is no peer"),
         (["nowhere-at-all"], "nowhere-at-all"),
         (["a-model", "--shapes", "64x96"], "give one of them"),
     ],
@@ -121,7 +136,19 @@ def test_wrong_words_are_one_line(words: list[str], message: str, capsys: pytest
 
 
 def test_without_a_model_the_embedded_one_is_taken(tmp_path: Path) -> None:
-    words = ["bench", "--rows", "1", "--rounds", "1", "--formats", "int4:32", "--out", str(tmp_path)]
+    words = [
+        "bench",
+        "--rows",
+        "1",
+        "--rounds",
+        "1",
+        "--formats",
+        "int4:32",
+        "--peers",
+        "torch",
+        "--out",
+        str(tmp_path),
+    ]
     assert cli.main(words) == 0
     saved = json.loads((tmp_path / "bench.json").read_text())
     assert sum({tuple(row["shape"]): row["layers"] for row in saved["rows"]}.values()) == 36

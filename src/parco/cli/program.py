@@ -27,7 +27,7 @@ for name, command, summary in (
     ("eval", evaluate.evaluate, "Measure a model's loss and speed."),
     ("generate", generate.generate, "Let a model write."),
     ("explain", explain.explain, "Show what was chosen for each layer, and why."),
-    ("bench", bench.bench, "Time every storage on a model's shapes beside PyTorch's own products."),
+    ("bench", bench.bench, "Time every storage on a model's shapes, or the whole model, beside other libraries."),
     ("machine", machine.machine, "Show what this machine can do."),
 ):
     app.command(name, short_help=summary)(command)

@@ -1,9 +1,21 @@
 """In and out: models and tokenizers from folders and from the Hugging Face hub, and fitted ones as folders that
-Transformers loads."""
+Transformers loads, or as files for llama.cpp."""
 
+from parco.hub.gguf import save_gguf
 from parco.hub.load import Loaded, load
 from parco.hub.registration import register
 from parco.hub.save import attach, refuse_foreign, save
 from parco.hub.shipped import Texts, embedded_path, embedded_texts
 
-__all__ = ["Loaded", "Texts", "attach", "embedded_path", "embedded_texts", "load", "refuse_foreign", "register", "save"]
+__all__ = [
+    "Loaded",
+    "Texts",
+    "attach",
+    "embedded_path",
+    "embedded_texts",
+    "load",
+    "refuse_foreign",
+    "register",
+    "save",
+    "save_gguf",
+]

@@ -1,4 +1,4 @@
-"""Products timed as a user runs them: every storage beside PyTorch's own, interleaved in one run.
+"""Products timed as a user runs them: every storage beside other libraries' own, interleaved in one run.
 
 Before every timed product other bytes pass through the caches, as the rest of a model does between two uses of a
 layer, and then x, which its user has just written. Times are medians with quartiles; ratios and shares of the machine's
@@ -7,21 +7,17 @@ peak hold inside one run only.
 
 from __future__ import annotations
 
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from parco import machine
+from parco.bench.peers import BASELINE, Contender, check, installed, of
+from parco.bench.record import Record, best, record
 from parco.formats import Format, ScaleDelayed, parse
 from parco.kernels.table import explain
 from parco.weights import Dense, Quantized, Weight
@@ -31,8 +27,6 @@ ROWS = (1, 8, 64, 512)
 ROUNDS = 7
 MOST_BETWEEN = 512 << 20
 """Bytes that pass between two uses of a weight, at most; twice the last cache where that is less."""
-
-BASELINE = "torch bf16"
 
 Shape = tuple[int, int]
 
@@ -66,41 +60,19 @@ class Missing(TypedDict):
     reason: str
 
 
-class Report(TypedDict):
+class Report(Record):
     """`missing` are peers that could not run on a shape, each with the reason."""
 
-    machine: dict[str, Any]
-    peaks: dict[str, Any]
-    threads: int
-    versions: dict[str, str]
-    commit: str
     bytes_between: int
     rows: list[Row]
     missing: list[Missing]
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One way to multiply: `make(weight)` stores an fp32 matrix [N, K], and `run(x, *stored)` multiplies by it.
-    `kernel` is parco's own, empty for a peer; `element` is what the multiply-adds are made of.
-    """
-
-    name: str
-    element: str
-    make: Callable[[Tensor], tuple[Tensor, ...]]
-    run: Callable[..., Tensor]
-    kernel: str = ""
-
-
-def contenders(shape: Shape, rows: int, formats: Sequence[str | Format]) -> list[Contender]:
-    """PyTorch's products and parco's for bf16 x of `rows` rows."""
-    found = [
-        Contender("torch fp32", "fp32", lambda w: (w.clone(),), lambda x, w: linear(x.float(), w)),
-        Contender(BASELINE, "bf16", lambda w: (w.bfloat16(),), linear),
-        Contender("torch int8pack", "fp32", _int8pack, torch.ops.aten._weight_int8pack_mm),
-        Contender("torch int4pack:32", "fp32", _int4pack, _run_int4pack),
-        Contender("torch int_mm", "int8", _int_mm, _run_int_mm),
-    ]
+def contenders(
+    shape: Shape, rows: int, formats: Sequence[str | Format], peers: Sequence[str] = ("torch",)
+) -> list[Contender]:
+    """The products of `peers` and parco's for bf16 x of `rows` rows."""
+    found = of(peers)
     for format in formats:
         form = parse(format)
         spec: Weight = Dense(shape, str(form)) if form.is_dense else Quantized(form, shape)
@@ -123,40 +95,12 @@ def _element(kernel: str) -> str:
     return "bf16" if kernel.endswith("native") else "fp32"
 
 
-def _int8pack(weight: Tensor) -> tuple[Tensor, ...]:
-    if weight.shape[1] % 32:
-        # It does not check: the process would end here (seen with 50 inputs, torch 2.13).
-        raise RuntimeError("it takes multiples of 32 inputs")
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    return (weight / scale).round().to(torch.int8), scale[:, 0].bfloat16()
-
-
-def _int4pack(weight: Tensor) -> tuple[Tensor, ...]:
-    """Codes, and for each group of 32 a scale and a zero, as _weight_int4pack_mm_for_cpu wants them."""
-    rows, columns = weight.shape
-    codes = torch.randint(0, 16, (rows, columns), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    return packed, torch.full((columns // 32, rows, 2), 0.01, dtype=torch.bfloat16)
-
-
-def _run_int4pack(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 32, scales)
-
-
-def _int_mm(weight: Tensor) -> tuple[Tensor, ...]:
-    return (torch.randint(-127, 128, tuple(weight.shape), dtype=torch.int8),)
-
-
-def _run_int_mm(x: Tensor, weight: Tensor) -> Tensor:
-    """The product alone, without the quantization of x and the scales that a user of it adds."""
-    return torch.ops.aten._int_mm(x.view(torch.int8)[:, : weight.shape[1]], weight.T)
-
-
 def run(
     shapes: Mapping[Shape, int],
     *,
     formats: Sequence[str | Format] = FORMATS,
     rows: Sequence[int] = ROWS,
+    peers: Sequence[str] | None = None,
     rounds: int = ROUNDS,
     between: int | None = None,
     advance: Callable[[], None] = lambda: None,
@@ -164,10 +108,14 @@ def run(
     """Time every contender on every shape (N, K) and number of rows; `shapes` says how many layers have each.
 
     `between` is how many bytes pass through the caches before every product: those of the rest of the model, or, by
-    default, twice the last cache. `advance` is called after each of len(shapes) · len(rows) measurements. Raises
-    ValueError for unknown formats, for delayed ones, whose scale comes from a training, and for sizes below 1.
+    default, twice the last cache. `peers` are libraries to compare with, by default all of `PEERS` that are installed;
+    PyTorch is always among them. `advance` is called after each of len(shapes) · len(rows) measurements. Raises
+    ValueError for unknown formats and peers, for delayed formats, whose scale comes from a training, and for sizes
+    below 1.
     """
     formats = [parse(format) for format in formats]
+    peers = ["torch", *(name for name in (installed() if peers is None else peers) if name != "torch")]
+    check(peers)
     for form in formats:
         if isinstance(form.scale, ScaleDelayed):
             raise ValueError(f"formats: {str(form)!r} has the scale of an earlier step, and here is none")
@@ -183,40 +131,20 @@ def run(
     for shape, layers in shapes.items():
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / shape[1] ** 0.5
         for height in rows:
-            found += _time(shape, layers, height, weight, contenders(shape, height, formats), rounds, passing, missing)
+            found += _time(
+                shape, layers, height, weight, contenders(shape, height, formats, peers), rounds, passing, missing
+            )
             advance()
-    # The probe too is slowed by other work: the better of before and after counts.
-    peaks = _best(before, machine.peaks(refresh=True))
+    peaks = best(before, machine.peaks(refresh=True))
     for row in found:
         multiplied = row["G_multiply_adds_per_s"] * 1e9 / _multiply_adds(peaks, row["element"])
         row["of_peak"] = max(row["GB_per_s"] * 1e9 / peaks.read_bytes_per_second, multiplied)
-    here = machine.detect()
     return {
-        "machine": {"cpu": here.cpu, "cores": here.cores, "isa": machine.isa(), "features": list(here.features)},
-        "peaks": {"read_bytes_per_second": peaks.read_bytes_per_second, **peaks.multiply_adds_per_second},
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "parco": metadata.version("parco"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "commit": _commit(),
+        **record(peaks, peers),
         "bytes_between": passing.nbytes,
         "rows": found,
         "missing": missing,
     }
-
-
-def _best(before: machine.Peaks, after: machine.Peaks) -> machine.Peaks:
-    rates = {
-        element: max(rate, after.multiply_adds_per_second[element])
-        for element, rate in before.multiply_adds_per_second.items()
-    }
-    return machine.Peaks(
-        max(before.read_bytes_per_second, after.read_bytes_per_second),
-        max(before.copy_bytes_per_second, after.copy_bytes_per_second),
-        rates,
-    )
 
 
 def _multiply_adds(peaks: machine.Peaks, element: str) -> float:
@@ -236,13 +164,13 @@ def _time(
     missing: list[Missing],
 ) -> list[Row]:
     x = torch.randn(height, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
-    held: dict[str, tuple[Tensor, ...]] = {}
+    held: dict[str, tuple[Any, ...]] = {}
     with torch.inference_mode():
         for entrant in entrants:
             try:
                 stored = entrant.make(weight)
                 entrant.run(x, *stored)
-            except (RuntimeError, AttributeError) as error:
+            except Exception as error:  # whatever a peer raises is its reason
                 if entrant.kernel:
                     raise
                 reason = " ".join(str(error).split()) or type(error).__name__
@@ -262,7 +190,7 @@ def _time(
                 entrant.run(x, *stored)
                 if turn:
                     seconds[entrant.name].append(time.perf_counter() - began)
-    sizes = {name: sum(tensor.nbytes for tensor in stored) for name, stored in held.items()}
+    sizes = {entrant.name: entrant.size(*held[entrant.name]) for entrant in entrants if entrant.name in held}
     work = height * shape[0] * shape[1]
     found: list[Row] = []
     for entrant in entrants:
@@ -291,17 +219,3 @@ def _time(
             }
         )
     return found
-
-
-def _commit() -> str:
-    """The commit of the clone that this file lies in; empty elsewhere."""
-    here = Path(__file__)
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(here.parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") if git("ls-files", here.name) else ""
-    except OSError:
-        return ""

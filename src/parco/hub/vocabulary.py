@@ -1,0 +1,112 @@
+"""A tokenizer as a GGUF file holds it: byte-level BPE, and SentencePiece's BPE with bytes as a last resort."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST: "llama-bpe",
+    _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST: "qwen2",
+}
+"""How text is cut before the merges, and llama.cpp's name for it."""
+
+
+def write(writer: Any, tokenizer: PreTrainedTokenizerBase | None, size: int) -> None:
+    """Puts `tokenizer` into the file, or says that there is none. `size` is the number of rows of the embedding: tokens
+    that the tokenizer lacks get names. Raises ValueError for a tokenizer that llama.cpp does not know.
+    """
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+        return
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise _unknown("it is not a fast one")
+    found = json.loads(backend.to_str())
+    vocabulary = found["model"].get("vocab", {})
+    if found["model"].get("type") != "BPE":
+        raise _unknown(f"its model is {found['model'].get('type')}")
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in found["model"]["merges"]]
+    tokens = [f"[PAD{index}]" for index in range(size)]
+    types = [_type("UNUSED")] * size
+    for token, index in vocabulary.items():
+        tokens[index], types[index] = token, _type("NORMAL")
+    for added in found["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = _type("CONTROL" if added["special"] else "USER_DEFINED")
+    if found["model"].get("byte_fallback"):
+        _write_pieces(writer, tokens, types, merges, found)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_cut(found))
+        writer.add_token_merges(merges)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    for name in ("bos", "eos", "pad"):
+        number = getattr(tokenizer, f"{name}_token_id")
+        if number is not None:
+            getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_add_bos_token(_begins(tokenizer))
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, str):
+        writer.add_chat_template(template)
+
+
+def _write_pieces(writer: Any, tokens: list[str], types: list[int], merges: list[str], found: Any) -> None:
+    """SentencePiece joins the two pieces whose union scores highest, BPE those whose merge ranks first: the score is
+    the rank.
+    """
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault(pair.replace(" ", ""), rank)
+    for index, token in enumerate(tokens):
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            types[index] = _type("BYTE")
+        elif token == found["model"].get("unk_token"):
+            types[index] = _type("UNKNOWN")
+    texts = json.dumps([found["normalizer"], found["pre_tokenizer"]], ensure_ascii=False)
+    if "▁" not in texts:
+        raise _unknown("it has bytes as a last resort, but writes no ▁ for a space")
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores([-float(ranks.get(token, len(merges))) for token in tokens])
+    writer.add_add_space_prefix('"Prepend"' in texts or '"prepend_scheme": "first"' in texts)
+
+
+def _cut(found: Any) -> str:
+    """llama.cpp's name of the way in which text is cut before the merges."""
+    cutter = found["pre_tokenizer"] or {}
+    steps: list[Any] = cutter["pretokenizers"] if cutter.get("type") == "Sequence" else [cutter]
+    *before, last = steps
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or found["normalizer"] not in (None, _NFC):
+        raise _unknown(f"it prepares text by {json.dumps([found['normalizer'], cutter])}")
+    if not before and last.get("use_regex"):
+        return "gpt-2"
+    patterns = [step.get("pattern", {}).get("Regex") for step in before]
+    if len(patterns) == 1 and patterns[0] in PATTERNS and not last.get("use_regex"):
+        return PATTERNS[patterns[0]]
+    raise _unknown(f"it cuts text by {patterns}")
+
+
+_NFC = {"type": "NFC"}
+
+
+def _type(name: str) -> int:
+    import gguf
+
+    return int(gguf.TokenType[name])
+
+
+def _begins(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether every text begins with the token that says so."""
+    numbers = list(tokenizer("a")["input_ids"])
+    return bool(numbers) and numbers[0] == tokenizer.bos_token_id
+
+
+def _unknown(reason: str) -> ValueError:
+    return ValueError(f"llama.cpp does not know this tokenizer: {reason}; tokenizer=None writes the model without it")
