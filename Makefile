@@ -4,6 +4,7 @@ VENV ?= .venv
 BUILD ?= build/dev
 TESTS ?= tests
 FIT ?=
+BENCH ?=
 # What takes minutes. The fit of a 1.1 B model takes most of an hour and is run by its own name.
 CLAIMS ?= $(filter-out benchmarks/fit_%,$(wildcard benchmarks/*.py))
 
@@ -25,7 +26,9 @@ build: $(VENV)/ready
 test: build $(VENV)/ready-test
 	$(BIN)/python -m pytest $(TESTS)
 
+# The table of the embedded model's shapes, then every claim.
 bench: build $(VENV)/ready-test
+	$(BIN)/parco bench --out build/bench $(BENCH)
 	for claim in $(CLAIMS); do echo "== $$claim"; $(BIN)/python $$claim || exit 1; done
 
 lint: build $(VENV)/ready-test $(VENV)/ready-dev
