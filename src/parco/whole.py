@@ -22,6 +22,7 @@ from parco.bench.speeds import Absent, Entrant, check
 from parco.fitting.convert import convert_
 from parco.formats import parse
 from parco.hub.gguf import save_gguf
+from parco.hub.vocabulary import UnknownTokenizerError
 from parco.nn import StoredWeight, embedding_name, fuse_, head_name, linears, tied
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ def run(
     The first entrant is the model as Transformers runs it; of a model that parco has saved, it is the only one, and
     `formats` must be None. `llama_cpp`: whether llama.cpp takes part, by default where llama-cpp-python and gguf are
     installed. All models are held in memory at once, llama.cpp's files in the folder for temporary ones. Raises
-    ValueError for unknown formats and what `hub.load` and `speeds` refuse, ImportError where llama.cpp is asked for and
-    not installed.
+    ValueError for unknown formats, what `hub.load` and `speeds` refuse, and where llama.cpp is asked for and not
+    installed.
     """
     check(prompt, steps, rounds)
     for text in formats or ():
@@ -59,7 +60,10 @@ def run(
     if fitted and formats is not None:
         raise ValueError(f"formats={','.join(formats)}: {str(source)!r} is stored by parco already, and stays so")
     names = [] if fitted else [str(parse(text)) for text in formats or FORMATS]
-    beside = all(map(importlib.util.find_spec, ("llama_cpp", "gguf"))) if llama_cpp is None else llama_cpp
+    here = all(map(importlib.util.find_spec, ("llama_cpp", "gguf")))
+    if llama_cpp and not here:
+        raise ValueError("llama.cpp takes part through llama-cpp-python and gguf, which are not both installed")
+    beside = here if llama_cpp is None else llama_cpp
     files = _Files(loaded) if beside else None
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="parco-whole-")))
@@ -150,9 +154,7 @@ class _Files:
     def _save(self, model: Any, file: Path) -> Path:
         try:
             return save_gguf(model, self._tokenizer, file, round_scales=True)
-        except ValueError as error:
-            if "tokenizer" not in str(error):
-                raise
+        except UnknownTokenizerError:
             # Speed needs no text: a tokenizer that llama.cpp lacks stays outside.
             return save_gguf(model, None, file, round_scales=True)
 

@@ -53,6 +53,7 @@ class LlamaCpp:
         wanted.n_threads = wanted.n_threads_batch = threads
         self._context = llama_cpp.llama_init_from_model(self._model, wanted)
         if not self._context:
+            self.close()
             raise ValueError(f"llama.cpp makes no context of {context} tokens for {os.fspath(file)!r}")
         self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model)))
         self.nbytes = int(llama_cpp.llama_model_size(self._model))

@@ -17,9 +17,13 @@ PATTERNS = {
 """How text is cut before the merges, and llama.cpp's name for it."""
 
 
+class UnknownTokenizerError(ValueError):
+    """llama.cpp has no tokenizer like this one."""
+
+
 def write(writer: Any, tokenizer: PreTrainedTokenizerBase | None, size: int) -> None:
     """Puts `tokenizer` into the file, or says that there is none. `size` is the number of rows of the embedding: tokens
-    that the tokenizer lacks get names. Raises ValueError for a tokenizer that llama.cpp does not know.
+    that the tokenizer lacks get names. Raises UnknownTokenizerError for one that llama.cpp does not know.
     """
     if tokenizer is None:
         writer.add_tokenizer_model("none")
@@ -108,5 +112,7 @@ def _begins(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(numbers) and numbers[0] == tokenizer.bos_token_id
 
 
-def _unknown(reason: str) -> ValueError:
-    return ValueError(f"llama.cpp does not know this tokenizer: {reason}; tokenizer=None writes the model without it")
+def _unknown(reason: str) -> UnknownTokenizerError:
+    return UnknownTokenizerError(
+        f"llama.cpp does not know this tokenizer: {reason}; tokenizer=None writes the model without it"
+    )
