@@ -87,6 +87,38 @@ void define_rotation(nb::module_& module, const char* name) {
       "[batch, tokens, heads, ...].");
 }
 
+template <void (*kernel)(const Attention&)>
+void define_attention(nb::module_& module, const char* name) {
+  using Strides = std::array<std::int64_t, 4>;
+  module.def(
+      name,
+      [](std::uintptr_t q, const Strides& q_stride, std::uintptr_t keys, const Strides& key_stride,
+         std::uintptr_t values, const Strides& value_stride, std::uintptr_t y, std::int64_t batch, std::int64_t heads,
+         std::int64_t key_heads, std::int64_t count, std::int64_t columns, float scale, int type, int threads) {
+        run(kernel,
+            Attention{address<const void>(q),
+                      address<const void>(keys),
+                      address<const void>(values),
+                      address<void>(y),
+                      batch,
+                      heads,
+                      key_heads,
+                      count,
+                      columns,
+                      {q_stride[0], q_stride[1]},
+                      {key_stride[0], key_stride[1], key_stride[2]},
+                      {value_stride[0], value_stride[1], value_stride[2]},
+                      scale,
+                      static_cast<Type>(type),
+                      threads},
+            batch * heads * count * columns);
+      },
+      nb::arg("q"), nb::arg("q_stride"), nb::arg("keys"), nb::arg("key_stride"), nb::arg("values"),
+      nb::arg("value_stride"), nb::arg("y"), nb::arg("batch"), nb::arg("heads"), nb::arg("key_heads"), nb::arg("count"),
+      nb::arg("columns"), nb::arg("scale"), nb::arg("type"), nb::arg("threads"),
+      "One query for every head against keys [batch, key_heads, count, columns]; csrc/rowwise/rowwise.h.");
+}
+
 }  // namespace
 
 void bind_rowwise(nb::module_& module) {
@@ -99,4 +131,7 @@ void bind_rowwise(nb::module_& module) {
   define_rotation<rotate_generic>(module, "rotate_generic");
   define_rotation<rotate_avx2>(module, "rotate_avx2");
   define_rotation<rotate_avx512>(module, "rotate_avx512");
+  define_attention<attend_generic>(module, "attend_generic");
+  define_attention<attend_avx2>(module, "attend_avx2");
+  define_attention<attend_avx512>(module, "attend_avx512");
 }

@@ -46,6 +46,26 @@ struct Rotation {
   int threads;
 };
 
+// One query for every head: y = softmax(scale * q . keys) . values. As many heads of queries in a row share a head of
+// keys and values as there are more of them. Strides are in numbers; the numbers of a head are neighbours.
+struct Attention {
+  const void *q, *keys, *values;  // [batch, heads, columns], [batch, key_heads, count, columns] twice
+  void* y;                        // [batch, heads, columns], contiguous
+  std::int64_t batch, heads, key_heads, count, columns;
+  std::int64_t q_stride[2], key_stride[3], value_stride[3];  // batch, head, token
+  float scale;
+  Type type;
+  int threads;
+};
+
+// y = a + b, `count` numbers.
+struct Sum {
+  const void *a, *b;
+  void* y;
+  std::int64_t count;
+  Type type;
+};
+
 void norm_generic(const Norm& call);
 void norm_avx2(const Norm& call);
 void norm_avx512(const Norm& call);
@@ -55,5 +75,11 @@ void gate_avx512(const Gate& call);
 void rotate_generic(const Rotation& call);
 void rotate_avx2(const Rotation& call);
 void rotate_avx512(const Rotation& call);
+void attend_generic(const Attention& call);
+void attend_avx2(const Attention& call);
+void attend_avx512(const Attention& call);
+void add_generic(const Sum& call);
+void add_avx2(const Sum& call);
+void add_avx512(const Sum& call);
 
 }  // namespace parco::rowwise

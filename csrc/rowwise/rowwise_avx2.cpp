@@ -2,6 +2,7 @@
 
 #include <type_traits>
 
+#include "rowwise/attention_engine.h"
 #include "rowwise/rowwise_engine.h"
 
 namespace parco::rowwise {
@@ -82,5 +83,7 @@ struct V256 {
 void norm_avx2(const Norm& call) { norm<V256>(call); }
 void gate_avx2(const Gate& call) { gate<V256>(call); }
 void rotate_avx2(const Rotation& call) { rotate<V256>(call); }
+void attend_avx2(const Attention& call) { attend<V256>(call); }
+void add_avx2(const Sum& call) { add<V256>(call); }
 
 }  // namespace parco::rowwise

@@ -1,6 +1,7 @@
 #include <type_traits>
 
 #include "linear/avx512.h"
+#include "rowwise/attention_engine.h"
 #include "rowwise/rowwise_engine.h"
 
 namespace parco::rowwise {
@@ -47,5 +48,7 @@ struct V512 {
 void norm_avx512(const Norm& call) { norm<V512>(call); }
 void gate_avx512(const Gate& call) { gate<V512>(call); }
 void rotate_avx512(const Rotation& call) { rotate<V512>(call); }
+void attend_avx512(const Attention& call) { attend<V512>(call); }
+void add_avx512(const Sum& call) { add<V512>(call); }
 
 }  // namespace parco::rowwise

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "linear/floats.h"
+#include "rowwise/attention_engine.h"
 #include "rowwise/rowwise_engine.h"
 
 namespace parco::rowwise {
@@ -48,5 +49,7 @@ struct V1 {
 void norm_generic(const Norm& call) { norm<V1>(call); }
 void gate_generic(const Gate& call) { gate<V1>(call); }
 void rotate_generic(const Rotation& call) { rotate<V1>(call); }
+void attend_generic(const Attention& call) { attend<V1>(call); }
+void add_generic(const Sum& call) { add<V1>(call); }
 
 }  // namespace parco::rowwise

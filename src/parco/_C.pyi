@@ -19,6 +19,33 @@ def amax_avx2(x: int, amax: int, rows: int, columns: int, group: int, x_type: in
 def amax_avx512(x: int, amax: int, rows: int, columns: int, group: int, x_type: int, threads: int) -> None:
     """Greatest magnitude of each group of columns of each row."""
 
+class Scaling:
+    """An RMS norm's weight and numbers; csrc/decode/layer.h."""
+
+    def __init__(self, weight: int, epsilon: float, offset: float, rounded: bool) -> None: ...
+
+class Product:
+    """A product of one row and its kernel; csrc/decode/layer.h."""
+
+def coded_product(kernel: str, settled: CodedCall, codes: int, scale: int, zero: int, factor: int, bias: int) -> Product:
+    """With codes, by the kernel of that name."""
+
+def dense_product(kernel: str, weight: int, bias: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int) -> Product:
+    """With a dense matrix, by the kernel of that name."""
+
+class DecoderLayer:
+    """A decoder's layer for one token; csrc/decode/layer.h."""
+
+    def __init__(self, *, isa: str, columns: int, heads: int, key_heads: int, head: int, turning: int, inner: int, scale: float, type: int, activation: int, before: Scaling, between: Scaling, of_heads: Sequence[Scaling]) -> None: ...
+
+    def multiply(self, place: int, product: Product) -> None:
+        """Adds a product: 0 q, k, v, 1 out, 2 gate, up, 3 down."""
+
+def run_layers(layers: Sequence[DecoderLayer], x: int, cos: int, sin: int, y: int, keys: Sequence[int], values: Sequence[int], known: Sequence[int], key_stride: Sequence[int], value_stride: Sequence[int], threads: int) -> None:
+    """
+    One token through layers, each of the result before it, into y [layers, columns]; their keys and values have room for one behind the known ones.
+    """
+
 def embedding_generic(settled: CodedCall, indices: int, codes: int, scale: int, zero: int, factor: int, y: int, threads: int) -> int:
     """
     Expands rows of a stored matrix; returns the position of the first index outside it, or -1.
@@ -192,4 +219,19 @@ def rotate_avx2(q: int, q_stride: Sequence[int], q_heads: int, turned_q: int, k:
 def rotate_avx512(q: int, q_stride: Sequence[int], q_heads: int, turned_q: int, k: int, k_stride: Sequence[int], k_heads: int, turned_k: int, cos: int, sin: int, same_angles: bool, batch: int, tokens: int, columns: int, rest: int, type: int, threads: int) -> None:
     """
     Queries and keys [batch, heads, tokens, columns + rest], of any strides but the last, turned; the results lie as [batch, tokens, heads, ...].
+    """
+
+def attend_generic(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, type: int, threads: int) -> None:
+    """
+    One query for every head against keys [batch, key_heads, count, columns]; csrc/rowwise/rowwise.h.
+    """
+
+def attend_avx2(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, type: int, threads: int) -> None:
+    """
+    One query for every head against keys [batch, key_heads, count, columns]; csrc/rowwise/rowwise.h.
+    """
+
+def attend_avx512(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, type: int, threads: int) -> None:
+    """
+    One query for every head against keys [batch, key_heads, count, columns]; csrc/rowwise/rowwise.h.
     """

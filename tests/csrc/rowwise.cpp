@@ -131,6 +131,58 @@ void rotations(const char* name, void (*kernel)(const Rotation&), Type type) {
   }
 }
 
+void attentions(const char* name, void (*kernel)(const Attention&), Type type) {
+  for (std::int64_t columns : {1, 12, 64, 70}) {
+    for (std::int64_t group : {1, 2, 3, 9}) {
+      const std::int64_t batch = 2, key_heads = 2, heads = key_heads * group, count = 5 + columns, room = count + 3;
+      Values q(batch * heads * columns, type), y(batch * heads * columns, type);
+      Values keys(batch * key_heads * room * columns, type), values(batch * key_heads * room * columns, type);
+      const std::int64_t of_head = room * columns, of_batch = key_heads * of_head;
+      const float scale = 0.01f;
+      kernel({q.data(),
+              keys.data(),
+              values.data(),
+              y.data(),
+              batch,
+              heads,
+              key_heads,
+              count,
+              columns,
+              {heads * columns, columns},
+              {of_batch, of_head, columns},
+              {of_batch, of_head, columns},
+              scale,
+              type,
+              3});
+      std::vector<double> wanted(batch * heads * columns);
+      for (std::int64_t head = 0; head < batch * heads; head++) {
+        const std::int64_t from = (head / heads * key_heads + head % heads / group) * of_head;
+        std::vector<double> power(count);
+        double sum = 0;
+        for (std::int64_t t = 0; t < count; t++) {
+          for (std::int64_t k = 0; k < columns; k++)
+            power[t] += q.exact[head * columns + k] * keys.exact[from + t * columns + k] * static_cast<double>(scale);
+          sum += power[t] = std::exp(power[t]);
+        }
+        for (std::int64_t t = 0; t < count; t++)
+          for (std::int64_t k = 0; k < columns; k++)
+            wanted[head * columns + k] += power[t] / sum * values.exact[from + t * columns + k];
+      }
+      expect(name, y, wanted, type, 1e-4);
+    }
+  }
+}
+
+void sums(const char* name, void (*kernel)(const Sum&), Type type) {
+  for (std::int64_t count : {1, 16, 37}) {
+    Values a(count, type), b(count, type), y(count, type);
+    kernel({a.data(), b.data(), y.data(), count, type});
+    std::vector<double> wanted(count);
+    for (std::int64_t i = 0; i < count; i++) wanted[i] = a.exact[i] + b.exact[i];
+    expect(name, y, wanted, type, 0);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -138,15 +190,21 @@ int main() {
     norms("norm generic", norm_generic, type);
     gates("gate generic", gate_generic, type);
     rotations("rotate generic", rotate_generic, type);
+    attentions("attend generic", attend_generic, type);
+    sums("add generic", add_generic, type);
     if (parco::features().avx2) {
       norms("norm avx2", norm_avx2, type);
       gates("gate avx2", gate_avx2, type);
       rotations("rotate avx2", rotate_avx2, type);
+      attentions("attend avx2", attend_avx2, type);
+      sums("add avx2", add_avx2, type);
     }
     if (parco::features().avx512) {
       norms("norm avx512", norm_avx512, type);
       gates("gate avx512", gate_avx512, type);
       rotations("rotate avx512", rotate_avx512, type);
+      attentions("attend avx512", attend_avx512, type);
+      sums("add avx512", add_avx512, type);
     }
   }
   std::printf("%d checks, %d differences\n", checks, failures);

@@ -12,20 +12,20 @@ from parco import nn
 from parco.nn import fuse_
 
 FUSED = {
-    "llama": {"norm": 5, "gate": 2, "rotation": 2},
-    "llama odd": {"norm": 5, "gate": 2, "rotation": 2},
-    "mistral": {"norm": 5, "gate": 2, "rotation": 2},
-    "qwen2 tied": {"norm": 5, "gate": 2, "rotation": 2},
-    "qwen3": {"norm": 9, "gate": 2, "rotation": 2},
+    "llama": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
+    "llama odd": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
+    "mistral": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
+    "qwen2 tied": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
+    "qwen3": {"norm": 9, "gate": 2, "rotation": 2, "layer": 2},
     "gpt2": {"activation": 2},
     "gpt-neox": {"rotation": 2},
-    "gemma": {"norm": 5, "gate": 2, "rotation": 2},
+    "gemma": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
     "gemma2": {"norm": 9, "gate": 2, "rotation": 2},
     "gemma3": {"norm": 13, "gate": 2, "rotation": 2},
     "phi": {"rotation": 2, "activation": 2},
     "phi3": {"norm": 5, "gate": 2, "rotation": 2},
     "mixtral": {"norm": 5, "rotation": 2},
-    "qwen2-moe": {"norm": 5, "gate": 2, "rotation": 2},
+    "qwen2-moe": {"norm": 5, "gate": 2, "rotation": 2, "layer": 1},
     "opt": {},
 }
 
@@ -244,10 +244,10 @@ def test_under_transforms_of_torch_func_the_unfused_forward_runs() -> None:
 def test_angles_that_train_keep_their_gradient() -> None:
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    from parco.nn.fuse import _rotary
+    from parco.nn.proofs import rotary
 
     q, cos = torch.randn(1, 2, 3, 8), torch.randn(1, 3, 8, requires_grad=True)
-    _rotary(apply_rotary_pos_emb)(q, q, cos, cos)[0].sum().backward()
+    rotary(apply_rotary_pos_emb)(q, q, cos, cos)[0].sum().backward()
     assert cos.grad is not None
     assert cos.grad.any()
 

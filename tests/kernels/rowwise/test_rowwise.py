@@ -1,4 +1,4 @@
-"""rms_norm, gated and rotate: every kernel against fp64 within its dtype's rounding, derivatives, wrong arguments."""
+"""rms_norm, gated, rotate and attend: every kernel against fp64 within its dtype's rounding, derivatives, errors."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parco import machine
 from parco.kernels import table
-from parco.kernels.rowwise import ACTIVATIONS, gated, rms_norm, rotate
+from parco.kernels.rowwise import ACTIVATIONS, attend, gated, rms_norm, rotate
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -104,6 +104,52 @@ def test_rotate_of_every_kernel(columns: int, turning: int, dtype: torch.dtype) 
                 assert torch.equal(found[..., turning:], x[..., turning:]), name
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "count", "columns"), [(4, 4, 1, 16), (7, 1, 21, 12), (6, 2, 50, 64), (10, 2, 333, 5)]
+)
+def test_attend_of_every_kernel(heads: int, key_heads: int, count: int, columns: int, dtype: torch.dtype) -> None:
+    q = inputs(2, heads, columns, dtype=dtype)
+    room = [inputs(2, key_heads, count + 9, columns, dtype=dtype, seed=seed) for seed in (3, 4)]
+    keys, values = (x[:, :, :count] for x in room)
+    wide = (
+        keys.double().repeat_interleave(heads // key_heads, 1),
+        values.double().repeat_interleave(heads // key_heads, 1),
+    )
+    p = torch.softmax(torch.einsum("bhc,bhtc->bht", q.double(), wide[0]) * 0.3, -1)
+    expected = torch.einsum("bht,bhtc->bhc", p, wide[1])
+    # A score's error, some units of its terms' sum, is the relative error of its probability; and so many values are
+    # summed.
+    error = 2.0**-24 * (8 + 2 * columns**0.5 + 2 * count**0.5) * 8
+    magnitude = torch.einsum("bht,bhtc->bhc", p, wide[1].abs())
+    for name, run in usable("attend"):
+        found = run(q, keys, values, 0.3)
+        bound = (
+            error * magnitude + torch.finfo(dtype).eps / 2 * 1.01 * expected.abs() + torch.finfo(dtype).smallest_normal
+        )
+        assert ((found.double() - expected).abs() <= bound).all(), name
+        if name != "attend-torch":
+            assert torch.equal(run(q[1:], keys[1:], values[1:], 0.3), found[1:]), f"{name}: a sequence alone"
+
+
+def test_attend_keeps_to_large_scores_and_shows_nans() -> None:
+    q, keys, values = torch.full((1, 1, 4), 50.0), torch.randn(1, 1, 40, 4) * 20, torch.randn(1, 1, 40, 4)
+    best = int((keys[0, 0] @ q[0, 0]).argmax())
+    for name, run in usable("attend"):
+        torch.testing.assert_close(run(q, keys, values, 1.0)[0, 0], values[0, 0, best], msg=name)
+        assert run(q * float("nan"), keys, values, 1.0).isnan().all(), name
+
+
+def test_derivatives_of_attend() -> None:
+    q, keys, values = (
+        inputs(2, *shape, seed=i).requires_grad_() for i, shape in enumerate(((6, 5), (2, 9, 5), (2, 9, 5)))
+    )
+    grad = inputs(2, 6, 5, seed=6)
+    found = torch.autograd.grad(attend(q, keys, values, 0.4), (q, keys, values), grad)
+    plain = functional.scaled_dot_product_attention(q[:, :, None], keys, values, scale=0.4, enable_gqa=True)[:, :, 0]
+    torch.testing.assert_close(found, torch.autograd.grad(plain, (q, keys, values), grad))
+
+
 def test_results_do_not_depend_on_the_threads() -> None:
     gate, x, weight = inputs(700, 300), inputs(700, 300), inputs(300)
     q, cos = inputs(1, 4, 300, 64), inputs(1, 300, 64)
@@ -112,7 +158,8 @@ def test_results_do_not_depend_on_the_threads() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append((gated(gate, x, "silu"), rms_norm(x, weight), *rotate(q, q, cos, cos)))
+            attended = attend(gate.view(1, 700, 300), x.view(1, 7, 100, 300), x.view(1, 7, 100, 300), 0.1)
+            results.append((gated(gate, x, "silu"), rms_norm(x, weight), *rotate(q, q, cos, cos), attended))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
@@ -170,6 +217,12 @@ HEADS = (zeros(1, 2, 3, 8), zeros(1, 2, 3, 8))
         (lambda: rotate(zeros(2, 3, 8), *[zeros(1, 3, 8)] * 3), ValueError, "q has the shape"),
         (lambda: rotate(HEADS[0], zeros(1, 2, 4, 8), *[zeros(1, 3, 8)] * 2), ValueError, "k has the shape"),
         (lambda: rotate(*HEADS, zeros(1, 3, 8).half(), zeros(1, 3, 8)), TypeError, "cos is torch.float16"),
+        (lambda: attend(HEADS[0], *HEADS, 1.0), ValueError, "q has the shape"),
+        (lambda: attend(zeros(1, 3, 8), *HEADS, 1.0), ValueError, "keys has 2 heads; a divisor of 3"),
+        (lambda: attend(zeros(1, 2, 6), *HEADS, 1.0), ValueError, "keys has the shape"),
+        (lambda: attend(zeros(1, 2, 8), HEADS[0][:, :, :0], HEADS[0], 1.0), ValueError, "at least 1"),
+        (lambda: attend(zeros(1, 2, 8), HEADS[0], zeros(1, 2, 4, 8), 1.0), ValueError, "values has the shape"),
+        (lambda: attend(zeros(1, 2, 8), HEADS[0], HEADS[0].half(), 1.0), TypeError, "values is torch.float16"),
     ],
 )
 def test_wrong_arguments_are_named(call: Callable[[], Any], error: type[Exception], message: str) -> None:
@@ -216,12 +269,25 @@ class TestRotate(KernelLaws):
         return q.requires_grad_(), k.requires_grad_(), *angles
 
 
+class TestAttend(KernelLaws):
+    operation = "attend"
+
+    @pytest.fixture(params=[(torch.float32, 2), (torch.bfloat16, 1)], ids=str)
+    def call(self, request: pytest.FixtureRequest) -> tuple[Any, ...]:
+        dtype, key_heads = request.param
+        shapes = ((2, 6, 12), (2, key_heads, 7, 12), (2, key_heads, 7, 12))
+        tensors = (inputs(*shape, dtype=dtype, seed=i).requires_grad_() for i, shape in enumerate(shapes))
+        return *tensors, 0.25
+
+
 def calls() -> dict[str, Callable[[], Any]]:
     x, weight, heads, angles = inputs(3, 8), inputs(8), inputs(1, 2, 3, 8), inputs(1, 3, 8)
+    query = inputs(1, 4, 8)
     return {
         "rms_norm": lambda: rms_norm(x, weight),
         "gated": lambda: gated(x, x, "silu"),
         "rotate": lambda: rotate(heads, heads, angles, angles),
+        "attend": lambda: attend(query, heads, heads, 0.5),
     }
 
 

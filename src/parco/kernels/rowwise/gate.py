@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Name -> the function in plain torch, in the order of `parco::rowwise::Activation`."""
 
-_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
 class GateCall(NamedTuple):
@@ -72,7 +72,7 @@ def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
             up.data_ptr(),
             y.data_ptr(),
             gate.numel(),
-            _NUMBERS[activation],
+            NUMBERS[activation],
             TYPES[gate.dtype],
             torch.get_num_threads(),
         )

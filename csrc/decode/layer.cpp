@@ -1,0 +1,155 @@
+#include "decode/layer.h"
+
+#include "linear/float.h"
+#include "linear/int.h"
+
+namespace parco::decode {
+namespace {
+
+// One after the other, each at an address that vectors like.
+class Buffers {
+ public:
+  Buffers(char* memory, std::size_t size) : next_(memory), size_(size) {}
+  char* take(std::int64_t numbers) {
+    char* found = next_;
+    next_ += linear::rounded(static_cast<std::size_t>(numbers) * size_);
+    return found;
+  }
+
+ private:
+  char* next_;
+  std::size_t size_;
+};
+
+// Of the calling thread; the kernels have their own (linear::scratch).
+char* memory_of(std::size_t bytes) {
+  thread_local std::vector<char> held;
+  if (held.size() < bytes + 64) held.resize(bytes + 64);
+  const std::size_t address = reinterpret_cast<std::size_t>(held.data());
+  return held.data() + (64 - address % 64) % 64;
+}
+
+void multiply(const std::vector<Product>& products, const void* x, char* y, std::size_t size, int threads) {
+  for (const Product& product : products) {
+    if (product.run_coded) {
+      linear::CodedCall call = product.coded;
+      call.x = x, call.y = y, call.threads = threads;
+      product.run_coded(call);
+    } else {
+      linear::DenseCall call = product.dense;
+      call.x = x, call.y = y, call.threads = threads;
+      product.run_dense(call);
+    }
+    y += static_cast<std::size_t>(product.outputs) * size;
+  }
+}
+
+void normalize(const Layer& layer, const Scaling& how, const void* x, void* y, std::int64_t rows,
+               std::int64_t columns) {
+  layer.rowwise.norm({x, how.weight, y, rows, columns, how.epsilon, how.offset, how.rounded, layer.type, 1});
+}
+
+// The heads' queries and keys turned, keys and values behind the known ones, and what the heads have looked up.
+void attention(const Layer& layer, const Token& token, char* qkv, char* turned, char* found) {
+  const std::size_t size = static_cast<std::size_t>(linear::size_of(layer.type));
+  const std::int64_t width = layer.head, queries = layer.heads * width, keys = layer.key_heads * width;
+  char* const k = qkv + static_cast<std::size_t>(queries) * size;
+  const char* const v = k + static_cast<std::size_t>(keys) * size;
+  if (!layer.of_heads.empty()) {
+    normalize(layer, layer.of_heads[0], qkv, qkv, layer.heads, width);
+    normalize(layer, layer.of_heads[1], k, k, layer.key_heads, width);
+  }
+  const auto place = [&](void* of, std::int64_t stride, std::int64_t head) {
+    return static_cast<char*>(of) + static_cast<std::size_t>(head * stride + token.known * width) * size;
+  };
+  const auto heads = [&](const void* x, void* y, std::int64_t count, std::int64_t stride) {
+    return rowwise::Heads{x, y, count, {0, width, 0}, {0, stride, 0}};
+  };
+  layer.rowwise.rotate({{heads(qkv, turned, layer.heads, width),
+                         heads(k, place(token.keys, token.key_stride, 0), layer.key_heads, token.key_stride)},
+                        token.cos,
+                        token.sin,
+                        1,
+                        1,
+                        layer.turning,
+                        width - layer.turning,
+                        {0, 0},
+                        layer.type,
+                        1});
+  const std::size_t head_bytes = static_cast<std::size_t>(width) * size;
+  for (std::int64_t h = 0; h < layer.key_heads; h++)
+    std::memcpy(place(token.values, token.value_stride, h), v + static_cast<std::size_t>(h) * head_bytes, head_bytes);
+  layer.rowwise.attend({turned,
+                        token.keys,
+                        token.values,
+                        found,
+                        1,
+                        layer.heads,
+                        layer.key_heads,
+                        token.known + 1,
+                        width,
+                        {0, width},
+                        {0, token.key_stride, width},
+                        {0, token.value_stride, width},
+                        layer.scale,
+                        layer.type,
+                        token.threads});
+}
+
+}  // namespace
+
+void run(const Layer& layer, const Token& token) {
+  const std::size_t size = static_cast<std::size_t>(linear::size_of(layer.type));
+  const std::int64_t queries = layer.heads * layer.head, all = queries + 2 * layer.key_heads * layer.head;
+  const std::int64_t numbers = 3 * layer.columns + all + 2 * queries + 3 * layer.inner;
+  Buffers buffers(memory_of(static_cast<std::size_t>(numbers) * size + 9 * 64), size);
+  char *const normed = buffers.take(layer.columns), *const part = buffers.take(layer.columns);
+  char *const h = buffers.take(layer.columns), *const qkv = buffers.take(all);
+  char *const turned = buffers.take(queries), *const found = buffers.take(queries);
+  char *const gate = buffers.take(2 * layer.inner), *const gated = buffers.take(layer.inner);
+  const int threads = token.threads;
+
+  normalize(layer, layer.before, token.x, normed, 1, layer.columns);
+  multiply(layer.qkv, normed, qkv, size, threads);
+  attention(layer, token, qkv, turned, found);
+  multiply(layer.out, found, part, size, threads);
+  layer.rowwise.add({token.x, part, h, layer.columns, layer.type});
+
+  normalize(layer, layer.between, h, normed, 1, layer.columns);
+  multiply(layer.gate_up, normed, gate, size, threads);
+  const char* const up = gate + static_cast<std::size_t>(layer.inner) * size;
+  layer.rowwise.gate({gate, up, gated, layer.inner, layer.activation, layer.type, threads});
+  multiply(layer.down, gated, part, size, threads);
+  layer.rowwise.add({h, part, token.y, layer.columns, layer.type});
+}
+
+bool choose(const std::string& name, Product& product) {
+  using namespace linear;
+  static const struct {
+    const char* name;
+    void (*run)(const CodedCall&);
+  } coded[] = {{"int-linear-generic", int_generic},     {"int-linear-avx2", int_avx2},
+               {"int-linear-avx512", int_avx512},       {"int-linear-amx", int_amx},
+               {"float-linear-generic", float_generic}, {"float-linear-avx2", float_avx2},
+               {"float-linear-avx512", float_avx512}};
+  static const struct {
+    const char* name;
+    void (*run)(const DenseCall&);
+  } dense[] = {{"dense-linear-generic", dense_generic},
+               {"dense-linear-avx2", dense_avx2},
+               {"dense-linear-avx512", dense_avx512}};
+  for (const auto& each : coded)
+    if (name == each.name) product.run_coded = each.run;
+  for (const auto& each : dense)
+    if (name == each.name) product.run_dense = each.run;
+  return product.run_coded || product.run_dense;
+}
+
+Rowwise rowwise_of(const std::string& isa) {
+  using namespace rowwise;
+  if (isa == "generic") return {norm_generic, gate_generic, rotate_generic, attend_generic, add_generic};
+  if (isa == "avx2") return {norm_avx2, gate_avx2, rotate_avx2, attend_avx2, add_avx2};
+  return {norm_avx512, gate_avx512, rotate_avx512, attend_avx512, add_avx512};
+}
+
+}  // namespace parco::decode

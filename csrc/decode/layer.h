@@ -1,0 +1,75 @@
+// A decoder's layer for one token: what Llama's family does between two residual streams, in one call.
+//
+//   h = x + out(attention(rotate(q), keys, values)), with q, k, v of norm(x)
+//   y = h + down(activation(gate) * up), with gate, up of norm(h)
+//
+// k, turned, and v are first written behind the keys and values of the tokens before. Intermediate results are rounded
+// to the type of x, as they are where each step is an operation of its own; the kernels are the same.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "linear/coded.h"
+#include "linear/dense.h"
+#include "rowwise/rowwise.h"
+
+namespace parco::decode {
+
+using linear::Type;
+
+// y = x @ weight.T + bias for one row, by a kernel of csrc/linear.
+struct Product {
+  linear::CodedCall coded;
+  linear::DenseCall dense;
+  void (*run_coded)(const linear::CodedCall&);
+  void (*run_dense)(const linear::DenseCall&);
+  std::int64_t outputs;
+};
+
+// What a row of `columns` numbers is divided by, and multiplied with.
+struct Scaling {
+  const void* weight;
+  float epsilon, offset;
+  bool rounded;
+};
+
+// The operations of csrc/rowwise for one instruction set.
+struct Rowwise {
+  void (*norm)(const rowwise::Norm&);
+  void (*gate)(const rowwise::Gate&);
+  void (*rotate)(const rowwise::Rotation&);
+  void (*attend)(const rowwise::Attention&);
+  void (*add)(const rowwise::Sum&);
+};
+
+struct Layer {
+  std::int64_t columns, heads, key_heads, head, turning, inner;  // numbers in x, a head, those that turn, gate
+  float scale;                                                   // of scores
+  Type type;
+  rowwise::Activation activation;
+  Rowwise rowwise;
+  // Products of one input: their results lie one after the other.
+  std::vector<Product> qkv, out, gate_up, down;
+  Scaling before, between;
+  std::vector<Scaling> of_heads;  // of queries and of keys, or none
+};
+
+struct Token {
+  const void *x, *cos, *sin;                     // [columns], [turning] twice
+  void* y;                                       // [columns]
+  void *keys, *values;                           // [key_heads, .., head]: `known` tokens, and room for one
+  std::int64_t known, key_stride, value_stride;  // from head to head, in numbers
+  int threads;
+};
+
+// Throws std::bad_alloc.
+void run(const Layer& layer, const Token& token);
+
+// The kernel of that name in parco.kernels.linear's tables, in `coded` or `dense` of `product`. False where there is
+// none.
+bool choose(const std::string& name, Product& product);
+
+// The operations of an instruction set by its name in parco.machine.
+Rowwise rowwise_of(const std::string& isa);
+
+}  // namespace parco::decode

@@ -1,0 +1,200 @@
+"""What has to hold before a module is fused: its forward names nothing but what the fusion accounts for, and on random
+numbers of several magnitudes it gives what the fusion gives. Each function here returns the settings of its fusion, or
+raises Unlike.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parco.kernels.library import TYPES, transformed
+from parco.kernels.rowwise import ACTIVATIONS, gated, rms_norm, rotate
+from parco.nn.linear import Linear
+
+ROTARY = "apply_rotary_pos_emb"
+
+NORM_NAMES = {
+    *("weight", "variance_epsilon", "eps", "epsilon", "dtype", "to", "float", "type_as", "torch", "float32"),
+    *("pow", "square", "mean", "rsqrt", "sqrt", "_norm"),
+}
+GATE_NAMES = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "act_fn", "activation_fn", "act", "chunk"}
+"""What the forward of a norm or of a gated block may name. A clamp, a dropout, a factor or a flag is none of it."""
+
+
+class Unlike(Exception):
+    """The module looked like one that can be fused, and is not; the text says why."""
+
+
+def named_by(owner: type, method: str = "forward") -> set[str]:
+    """Attributes, globals and methods that a method's code names, those of a norm's `_norm` with it."""
+    code = getattr(getattr(owner, method, None), "__code__", None)
+    names: set[str] = set() if code is None else {*code.co_names, *code.co_freevars}
+    return names | named_by(owner, "_norm") if method == "forward" and "_norm" in names else names
+
+
+def require(module: nn.Module, allowed: set[str], parameters: set[str]) -> None:
+    """Raise Unlike unless the module is plain: one input, nothing named but `allowed`, these parameters, no more."""
+    kind = type(module).__name__
+    if "forward" in module.__dict__ or getattr(type(module).forward, "__wrapped__", None) is not None:
+        raise Unlike(f"the forward of this {kind} has been replaced or wrapped")
+    others = named_by(type(module)) - allowed
+    if others:
+        raise Unlike(f"{kind} also uses {', '.join(sorted(others))}")
+    inputs = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    if len(inputs) != 1 or inputs[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        raise Unlike(f"{kind} takes more than one input")
+    if {name for name, _ in module.named_parameters(recurse=False)} != parameters or module._buffers:  # pyright: ignore[reportPrivateUsage]
+        raise Unlike(f"{kind} has other parameters than {', '.join(sorted(parameters)) or 'those of its parts'}")
+
+
+ROUNDINGS = 2.0
+"""How far apart two ways to compute the same may be, in units of the dtype's epsilon and relative to the whole. The
+unfused path's own roundings, a few of half a unit each, some of which cancel, stay below 1.
+"""
+MAGNITUDES = (1.0, 1e-3, 50.0, 3000.0)
+
+
+def random(*shape: int, like: Tensor, seed: int = 0) -> Tensor:
+    """Normal numbers of the dtype and on the device of `like`, the same every time."""
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return made.to(like.device, like.dtype)
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """The difference's norm over the norm expected, in roundings of the dtype."""
+    size = expected.double().norm().clamp_min(1e-30)
+    return float((found.double() - expected.double()).norm() / size) / torch.finfo(expected.dtype).eps
+
+
+def alike(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """The greatest distance between module and `run` over the magnitudes at which the module's result is finite."""
+    distances: list[float] = []
+    for magnitude in MAGNITUDES:
+        scaled = x * magnitude
+        expected: Any = type(module).forward(module, scaled)
+        if not isinstance(expected, Tensor) or expected.dtype != x.dtype:
+            raise Unlike(f"{type(module).__name__} returns something else")
+        if expected.isfinite().all() and scaled.isfinite().all():
+            distances.append(apart(run(scaled), expected) if expected.any() else float("inf"))
+    return max(distances, default=float("inf"))
+
+
+def norm(module: nn.Module) -> tuple[float, float, bool]:
+    """(epsilon, offset, rounded) of an RMS norm: of the ways in use the one that gives the module's result."""
+    kind = type(module).__name__
+    require(module, NORM_NAMES, {"weight"})
+    weight = module.get_parameter("weight")
+    epsilon = next((module.__dict__[n] for n in ("variance_epsilon", "eps", "epsilon") if n in module.__dict__), None)
+    if not isinstance(epsilon, float) or weight.ndim != 1 or weight.dtype not in TYPES:
+        raise Unlike(f"{kind} without an epsilon, or computed in {weight.dtype}")
+    x = random(7, weight.shape[0], like=weight)
+    ways = [(epsilon, offset, rounded) for offset in (0.0, 1.0) for rounded in (True, False)]
+    distances = [alike(module, lambda x, way=way: rms_norm(x, weight, *way), x) for way in ways]
+    best = min(range(len(ways)), key=lambda i: distances[i])
+    if not distances[best] < ROUNDINGS:
+        raise Unlike(f"{kind} computes something else")
+    return ways[best]
+
+
+def gate(module: nn.Module) -> str:
+    """The activation of a gated feed-forward block: gate, up (or both in one), down."""
+    kind, children = type(module).__name__, dict(module.named_children())
+    require(module, GATE_NAMES, set())
+    names = ("gate_up_proj", "down_proj") if "gate_up_proj" in children else ("gate_proj", "up_proj", "down_proj")
+    if not all(isinstance(children[name], nn.Linear | Linear) for name in names):
+        raise Unlike(f"{kind} multiplies by something else than linear layers")
+    function = next((getattr(module, n) for n in ("act_fn", "activation_fn", "act") if hasattr(module, n)), None)
+    activation = None if function is None else name_of(function)
+    if activation is None:
+        raise Unlike(f"its activation is none of {', '.join(ACTIVATIONS)}")
+    first: Any = children[names[0]]
+    x = random(3, first.in_features, like=torch.empty(0, dtype=first.weight.dtype, device=first.weight.device))
+    if not alike(module, lambda x: gated_block(module, x, activation), x) < ROUNDINGS:
+        raise Unlike(f"{kind} computes something else than gate, up and down")
+    return activation
+
+
+def gated_block(module: Any, x: Tensor, activation: str) -> Tensor:
+    if "gate_up_proj" in module._modules:
+        gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+    else:
+        gate, up = module.gate_proj(x), module.up_proj(x)
+    fits = gate.dtype == up.dtype and gate.dtype in TYPES
+    return module.down_proj(gated(gate, up, activation) if fits else ACTIVATIONS[activation](gate) * up)
+
+
+def name_of(function: Callable[[Tensor], Tensor]) -> str | None:
+    """The activation that `function` computes."""
+    x = torch.linspace(-8, 8, 2049)
+    try:
+        y: Any = function(x)
+    except Exception:  # whatever it is, it is none of ours
+        return None
+    for name, ours in ACTIVATIONS.items():
+        if isinstance(y, Tensor) and y.shape == x.shape and (y - ours(x)).abs().max() < 2e-6:
+            return name
+    return None
+
+
+def activation(module: nn.Module) -> str:
+    """GELUs that Transformers writes out in Python: PyTorch has the same in one operation."""
+    if (name := name_of(module)) is None:
+        raise Unlike(f"its activation is none of {', '.join(ACTIVATIONS)}")
+    return name
+
+
+def rotation(module: nn.Module) -> None:
+    """Attention whose forward calls `apply_rotary_pos_emb`, which is one that `rotate` computes."""
+    forward: Any = type(module).forward
+    if "forward" in module.__dict__ or hasattr(forward, "__wrapped__") or forward.__code__.co_freevars:
+        raise Unlike(f"the forward of this {type(module).__name__} has been replaced or wrapped")
+    rotary(forward.__globals__[ROTARY])
+
+
+@functools.cache
+def rotary(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, by `rotate` where the arguments are those that it takes. Raises Unlike where results differ."""
+    if list(inspect.signature(original).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        raise Unlike(f"its {ROTARY} takes other arguments")
+    if not turns_alike(original, 16):
+        raise Unlike(f"its {ROTARY} turns otherwise")
+    partly = turns_alike(original, 12)
+
+    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
+        plain = not others and not options and q.ndim == k.ndim == 4 and cos.ndim == 3 and cos.shape == sin.shape
+        if (
+            plain
+            and q.shape[0] == k.shape[0]
+            and q.shape[2:] == k.shape[2:]
+            and cos.shape[0] in (1, q.shape[0])
+            and cos.shape[1] == q.shape[2]
+            and (cos.shape[2] == q.shape[3] or (partly and cos.shape[2] < q.shape[3]))
+            and q.dtype == k.dtype == cos.dtype == sin.dtype
+            and q.dtype in TYPES
+            and not (cos.requires_grad or sin.requires_grad)
+            and not transformed()
+        ):
+            return rotate(q, k, cos, sin)
+        return original(q, k, cos, sin, *others, **options)
+
+    return turned
+
+
+@torch.no_grad()
+def turns_alike(original: Callable[..., Any], turning: int) -> bool:
+    """Whether `rotate` is this function on heads of 16 of which the first `turning` turn."""
+    like = torch.empty(0)
+    q, k = random(2, 3, 5, 16, like=like), random(2, 1, 5, 16, like=like, seed=1)
+    cos, sin = (random(2, 5, turning, like=like, seed=seed) for seed in (2, 3))
+    try:
+        expected = original(q, k, cos, sin)
+        ours = rotate(q, k, cos, sin)
+        return all(apart(mine, theirs) < ROUNDINGS for mine, theirs in zip(ours, expected, strict=True))
+    except Exception:  # of other shapes, or no function of tensors
+        return False
