@@ -1,0 +1,143 @@
+// A decoder's layer for one token on every instruction set, of odd sizes, in buffers of exactly their size and at odd
+// addresses, against the same in double; built with sanitizers too.
+#include <cmath>
+#include <cstdio>
+#include <random>
+
+#include "decode/layer.h"
+#include "machine/features.h"
+
+using namespace parco::decode;
+
+namespace {
+
+int failures = 0, checks = 0;
+std::mt19937 random_bits(31);
+
+// fp32 numbers behind a byte, so that no address is a multiple of anything.
+struct Values {
+  explicit Values(std::size_t count) : count(count), block(count * 4 + 1) {
+    for (std::size_t i = 0; i < count; i++)
+      set(i, static_cast<float>(static_cast<int>(random_bits() % 255) - 127) / 256);
+  }
+  void* data() { return block.data() + 1; }
+  void set(std::size_t i, float value) { std::memcpy(block.data() + 1 + 4 * i, &value, 4); }
+  double get(std::size_t i) const {
+    float value;
+    std::memcpy(&value, block.data() + 1 + 4 * i, 4);
+    return static_cast<double>(value);
+  }
+  std::size_t count;
+  std::vector<char> block;
+};
+
+using Numbers = std::vector<double>;
+
+Numbers times(const Values& matrix, const Numbers& x) {
+  Numbers y(matrix.count / x.size());
+  for (std::size_t n = 0; n < y.size(); n++)
+    for (std::size_t k = 0; k < x.size(); k++) y[n] += matrix.get(n * x.size() + k) * x[k];
+  return y;
+}
+
+Numbers normalized(const Values& weight, const Numbers& x) {
+  double sum = 0;
+  for (double value : x) sum += value * value;
+  Numbers y(x);
+  for (std::size_t k = 0; k < x.size(); k++)
+    y[k] *= weight.get(k) / std::sqrt(sum / static_cast<double>(x.size()) + 1e-3);
+  return y;
+}
+
+Product product(const std::string& isa, Values& matrix, std::int64_t columns) {
+  Product made{};
+  if (!choose("dense-linear-" + isa, made)) failures++;
+  made.outputs = static_cast<std::int64_t>(matrix.count) / columns;
+  made.dense = {nullptr, matrix.data(), nullptr,    nullptr,   1, made.outputs, columns,
+                1,       Type::fp32,    Type::fp32, Type::fp32};
+  return made;
+}
+
+void layers(const std::string& isa, bool joined) {
+  const std::size_t columns = 37, heads = 6, shared = 3, head = 10, inner = 21, known = 5, room = 7;
+  Values before(columns), between(columns), x(columns), y(columns), cos(head), sin(head);
+  Values q(heads * head * columns), k(shared * head * columns), v(shared * head * columns);
+  Values all(q.count + k.count + v.count), out(columns * heads * head);
+  Values gate(inner * columns), up(inner * columns), down(columns * inner);
+  std::size_t at = 0;
+  for (const Values* each : {&q, &k, &v})
+    for (std::size_t i = 0; i < each->count; i++) all.set(at++, static_cast<float>(each->get(i)));
+  Values keys(shared * room * head), values(shared * room * head);
+  const Values old_keys = keys, old_values = values;
+
+  Layer layer{};
+  layer.columns = columns, layer.heads = heads, layer.key_heads = shared, layer.head = layer.turning = head;
+  layer.inner = inner, layer.scale = 0.3f, layer.type = Type::fp32;
+  layer.activation = parco::rowwise::Activation::relu, layer.rowwise = rowwise_of(isa);
+  layer.before = {before.data(), 1e-3f, 0, false}, layer.between = {between.data(), 1e-3f, 0, false};
+  if (joined)
+    layer.qkv = {product(isa, all, columns)};
+  else
+    layer.qkv = {product(isa, q, columns), product(isa, k, columns), product(isa, v, columns)};
+  layer.out = {product(isa, out, heads * head)}, layer.down = {product(isa, down, inner)};
+  layer.gate_up = {product(isa, gate, columns), product(isa, up, columns)};
+  run(layer,
+      {x.data(), cos.data(), sin.data(), y.data(), keys.data(), values.data(), known, room * head, room * head, 2});
+
+  Numbers h(columns), found(heads * head);
+  for (std::size_t i = 0; i < columns; i++) h[i] = x.get(i);
+  const Numbers normed = normalized(before, h), q1 = times(q, normed), k1 = times(k, normed), v1 = times(v, normed);
+  const auto turned = [&](const Numbers& of, std::size_t first, std::size_t i) {
+    const double other = i < head / 2 ? -of[first + i + head / 2] : of[first + i - head / 2];
+    return of[first + i] * cos.get(i) + other * sin.get(i);
+  };
+  const auto cached = [&](const Values& old, std::size_t of, std::size_t t, std::size_t i) {
+    return old.get((of * room + t) * head + i);
+  };
+  for (std::size_t n = 0; n < heads; n++) {
+    const std::size_t of = n / (heads / shared);
+    Numbers power(known + 1);
+    double sum = 0;
+    for (std::size_t t = 0; t <= known; t++) {
+      for (std::size_t i = 0; i < head; i++)
+        power[t] += turned(q1, n * head, i) * (t < known ? cached(old_keys, of, t, i) : turned(k1, of * head, i)) * 0.3;
+      sum += power[t] = std::exp(power[t]);
+    }
+    for (std::size_t t = 0; t <= known; t++)
+      for (std::size_t i = 0; i < head; i++)
+        found[n * head + i] += power[t] / sum * (t < known ? cached(old_values, of, t, i) : v1[of * head + i]);
+  }
+  const Numbers attended = times(out, found);
+  for (std::size_t i = 0; i < columns; i++) h[i] += attended[i];
+  const Numbers second = normalized(between, h), gates = times(gate, second), ups = times(up, second);
+  Numbers gated(inner);
+  for (std::size_t i = 0; i < inner; i++) gated[i] = gates[i] > 0 ? gates[i] * ups[i] : 0;
+  const Numbers last = times(down, gated);
+
+  const auto expect = [&](const char* what, double mine, double wanted) {
+    checks++;
+    if (std::abs(mine - wanted) <= 2e-5 * (1 + std::abs(wanted))) return;
+    std::printf("%s, %s: %g, not %g\n", isa.c_str(), what, mine, wanted);
+    failures++;
+  };
+  for (std::size_t i = 0; i < columns; i++) expect("result", y.get(i), h[i] + last[i]);
+  for (std::size_t of = 0; of < shared; of++)
+    for (std::size_t t = 0; t < room; t++)
+      for (std::size_t i = 0; i < head; i++) {
+        const std::size_t place = (of * room + t) * head + i;
+        expect("key", keys.get(place), t == known ? turned(k1, of * head, i) : old_keys.get(place));
+        expect("value", values.get(place), t == known ? v1[of * head + i] : old_values.get(place));
+      }
+}
+
+}  // namespace
+
+int main() {
+  for (const bool joined : {false, true}) {
+    layers("generic", joined);
+    if (parco::features().avx2) layers("avx2", joined);
+    if (parco::features().avx512) layers("avx512", joined);
+  }
+  std::printf("%d checks, %d differences\n", checks, failures);
+  return failures != 0;
+}
