@@ -174,6 +174,23 @@ def test_a_changed_hidden_state_is_computed_anew() -> None:
         assert not torch.equal(other, y)
 
 
+def test_a_layer_that_is_passed_over_is_not_in_the_result() -> None:
+    made = models.t.AutoModelForCausalLM.from_config(models.t.LlamaConfig(**{**models.COMMON, "num_hidden_layers": 3}))
+    fuse_(made.eval())
+    steps(made)
+    first, second, third = made.model.layers
+    with torch.inference_mode():
+        x = torch.randn(1, 1, 48)
+        angles = made.model.rotary_emb(x, torch.tensor([[3]]))
+        cache = made(TOKENS[:, :3], use_cache=True).past_key_values
+        ask: dict[str, Any] = {"past_key_values": cache, "position_embeddings": angles}
+        y = first(x, **ask)
+        second(y, **ask)
+        skipped = third(y, **ask)
+        cache.crop(-1)
+        assert torch.equal(third(y.clone(), **ask), skipped)
+
+
 def test_a_model_that_stops_early_is_followed(calls: Calls) -> None:
     made = models.model("llama")
     fuse_(made)

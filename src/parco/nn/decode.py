@@ -174,6 +174,10 @@ class Token:
         for _, room in rooms:
             room.ahead = self
 
+    def leads_to(self, module: Any, done: int, cache: Any, angles: Any) -> bool:
+        """Whether `module` is next, asked with what the layer number `done` gave."""
+        return done == self.done and self.layers[done] is module and self.cache is cache and self.angles is angles
+
     @property
     def is_ahead(self) -> bool:
         """Whether the next layer's key and value are still behind what its cache holds."""
@@ -188,7 +192,7 @@ class Token:
         self.done += 1
         if self.done == len(self.layers):
             self.cache = self.angles = None
-        y._parco_token = self  # pyright: ignore[reportAttributeAccessIssue]
+        y._parco_token = self, self.done  # pyright: ignore[reportAttributeAccessIssue]
         return y
 
 
@@ -197,15 +201,13 @@ def decoded(module: Any, settings: Settings, x: Tensor, named: dict[str, Any]) -
     cache, angles = named.get("past_key_values"), named.get("position_embeddings")
     if cache is None or angles is None or named.get("attention_mask") is not None or not named.keys() <= _ARGUMENTS:
         return None
-    before: Token | None = getattr(x, "_parco_token", None)
-    if before is not None and x._version == before.version:
-        done = before.done
-        if done < len(before.layers):
-            same = before.layers[done] is module and before.cache is cache and before.angles is angles
-            if same and before.is_ahead:
-                return before.take()
-        else:
-            _state(before.layers[-1]).following = weakref.ref(module)
+    before: tuple[Token, int] | None = getattr(x, "_parco_token", None)
+    if before is not None:
+        token, done = before
+        if done == len(token.layers):
+            _state(token.layers[-1]).following = weakref.ref(module)
+        elif token.leads_to(module, done, cache, angles) and x._version == token.version and token.is_ahead:
+            return token.take()
     cos, sin = angles
     if x.shape[:-1] != (1, 1) or not x.is_contiguous() or not undispatched(x, cos, sin):
         return None
