@@ -70,7 +70,7 @@ void define_amax(nb::module_& module, const char* name) {
             {address<const void>(x), address<float>(amax), rows, columns, group, threads, static_cast<Type>(x_type)});
       },
       nb::arg("x"), nb::arg("amax"), nb::arg("rows"), nb::arg("columns"), nb::arg("group"), nb::arg("x_type"),
-      nb::arg("threads"), "Greatest magnitude of each group of columns of each row.");
+      nb::arg("threads"), "Greatest magnitudes; csrc/cast/cast.h.");
 }
 
 }  // namespace
@@ -82,4 +82,7 @@ void bind_cast(nb::module_& module) {
   define_amax<amax_generic>(module, "amax_generic");
   define_amax<amax_avx2>(module, "amax_avx2");
   define_amax<amax_avx512>(module, "amax_avx512");
+  define_amax<greatest_generic>(module, "greatest_generic");
+  define_amax<greatest_avx2>(module, "greatest_avx2");
+  define_amax<greatest_avx512>(module, "greatest_avx512");
 }

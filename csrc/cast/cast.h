@@ -53,4 +53,9 @@ void amax_generic(const AmaxCall& call);
 void amax_avx2(const AmaxCall& call);
 void amax_avx512(const AmaxCall& call);
 
+// The greatest of those that are no NaN, infinity counting as the greatest fp32 number, to amax[0].
+void greatest_generic(const AmaxCall& call);
+void greatest_avx2(const AmaxCall& call);
+void greatest_avx512(const AmaxCall& call);
+
 }  // namespace parco::cast

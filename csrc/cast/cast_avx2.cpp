@@ -4,5 +4,6 @@ namespace parco::cast {
 
 void cast_avx2(const CastCall& call) { run_cast(call); }
 void amax_avx2(const AmaxCall& call) { run_amax(call); }
+void greatest_avx2(const AmaxCall& call) { run_greatest(call); }
 
 }  // namespace parco::cast

@@ -1,20 +1,12 @@
 // The casts in plain C++, written for the compiler to vectorise: arrays of `chunk` numbers go through one simple loop
 // after the other. Included by one translation unit per instruction set, everything is unnamed (see linear/floats.h).
 #pragma once
-#include <algorithm>
 #include <cmath>
-#include <type_traits>
 
-#include "cast/cast.h"
-#include "linear/floats.h"
+#include "cast/amax_engine.h"
 
 namespace parco::cast {
 namespace {
-
-using linear::bits_of;
-using linear::float_of;
-using linear::load_float;
-using linear::size_of;
 
 constexpr int chunk = 256;
 constexpr std::uint32_t fraction_mask = (1u << 23) - 1;
@@ -254,35 +246,6 @@ inline void rescale(const CastCall& call, std::int64_t n, std::int64_t k, int co
   }
 }
 
-// Magnitudes are compared as their patterns: those of NaN are the greatest. `Count` is a number, or a constant for the
-// compiler to know the length.
-template <class Bits, class Count>
-inline Bits greatest_pattern(const char* from, Count count) {
-  constexpr Bits magnitude = static_cast<Bits>(~Bits{0}) >> 1;
-  Bits most = 0;
-#pragma omp simd reduction(max : most)
-  for (std::int64_t i = 0; i < count; i++) {
-    Bits bits;
-    std::memcpy(&bits, from + static_cast<std::int64_t>(sizeof(Bits)) * i, sizeof(Bits));
-    most = std::max(most, static_cast<Bits>(bits & magnitude));
-  }
-  return most;
-}
-
-template <class Bits>
-inline Bits greatest_of(const char* from, std::int64_t count) {
-  if (count == 16) return greatest_pattern<Bits>(from, std::integral_constant<std::int64_t, 16>{});
-  if (count == 32) return greatest_pattern<Bits>(from, std::integral_constant<std::int64_t, 32>{});
-  return greatest_pattern<Bits>(from, count);
-}
-
-inline std::uint32_t group_amax(const void* x, Type type, std::int64_t index, std::int64_t count) {
-  const char* from = static_cast<const char*>(x) + index * size_of(type);
-  if (type == Type::fp32) return greatest_of<std::uint32_t>(from, count);
-  const std::uint16_t most = greatest_of<std::uint16_t>(from, count);  // 16-bit patterns order as their magnitudes too
-  return bits_of(load_float(&most, type, 0));
-}
-
 // The scale of a block whose greatest magnitude has this pattern, to its place.
 inline void store_scale(const CastCall& call, std::uint32_t most, std::int64_t at) {
   const bool is_nan = most > 0x7f800000u;
@@ -314,72 +277,68 @@ inline void store_scale(const CastCall& call, std::uint32_t most, std::int64_t a
   *to = static_cast<char>(code);
 }
 
-inline void find_scales(const CastCall& call, std::int64_t n) {
-  const std::int64_t groups = (call.columns + call.group - 1) / call.group;
-  for (std::int64_t g = 0; g < groups; g++) {
+// The scales of groups [first, last) of row n.
+inline void find_scales(const CastCall& call, std::int64_t n, std::int64_t first, std::int64_t last) {
+  for (std::int64_t g = first; g < last; g++) {
     const std::int64_t k = g * call.group, count = std::min(call.group, call.columns - k);
     store_scale(call, group_amax(call.x, call.x_type, n * call.columns + k, count), n * call.scale_stride + g);
   }
 }
 
+// Codes of columns [first, last) of row n under scales that are there; `first` is a multiple of 8, and where `last` is
+// not the row ends.
 template <Rounding rounding>
-void cast_rows(const CastCall& call, std::int64_t first, std::int64_t last) {
+void cast_columns(const CastCall& call, std::int64_t n, std::int64_t first, std::int64_t last) {
   const std::int64_t row_bytes = (call.columns * call.bits + 7) / 8;
   alignas(64) float x[chunk];
   alignas(64) std::uint32_t random[chunk];
   alignas(64) std::uint8_t codes[chunk];
   alignas(64) int zero[chunk];
   std::fill(zero, zero + chunk, call.offset);
-  for (std::int64_t n = first; n < last; n++) {
-    if (call.rule != Rule::given) find_scales(call, n);
-    for (std::int64_t k = 0; k < call.columns; k += chunk) {
-      const int count = static_cast<int>(std::min<std::int64_t>(chunk, call.columns - k));
-      load_chunk(call.x, call.x_type, n * call.columns + k, count, x);
-      rescale(call, n, k, count, x, zero);
-      if constexpr (rounding == Rounding::stochastic) draw(call.seed, n, k, random);
-      if (call.kind == Kind::floating)
-        float_codes<rounding>(call, x, random, codes);
-      else if (call.kind == Kind::integer)
-        integer_codes<rounding>(call, x, random, zero, codes);
-      else
-        listed_codes<rounding>(call, x, random, codes);
-      for (int i = count; i < chunk; i++) codes[i] = 0;  // unused bits at a row's end are zero
-      pack_chunk(codes, call.bits, count, call.codes + n * row_bytes + k * call.bits / 8);
-    }
+  for (std::int64_t k = first; k < last; k += chunk) {
+    const int count = static_cast<int>(std::min<std::int64_t>(chunk, last - k));
+    load_chunk(call.x, call.x_type, n * call.columns + k, count, x);
+    rescale(call, n, k, count, x, zero);
+    if constexpr (rounding == Rounding::stochastic) draw(call.seed, n, k, random);
+    if (call.kind == Kind::floating)
+      float_codes<rounding>(call, x, random, codes);
+    else if (call.kind == Kind::integer)
+      integer_codes<rounding>(call, x, random, zero, codes);
+    else
+      listed_codes<rounding>(call, x, random, codes);
+    for (int i = count; i < chunk; i++) codes[i] = 0;  // unused bits at a row's end are zero
+    pack_chunk(codes, call.bits, count, call.codes + n * row_bytes + k * call.bits / 8);
   }
 }
 
-constexpr std::int64_t elements_worth_a_thread = 1 << 15;
+template <Rounding rounding>
+void cast_rows(const CastCall& call, std::int64_t first, std::int64_t last) {
+  for (std::int64_t n = first; n < last; n++) {
+    if (call.rule != Rule::given) find_scales(call, n, 0, (call.columns + call.group - 1) / call.group);
+    cast_columns<rounding>(call, n, 0, call.columns);
+  }
+}
 
-inline void run_cast(const CastCall& call) {
-  const std::int64_t work = call.rows * call.columns / elements_worth_a_thread;
-  const int threads = static_cast<int>(std::clamp<std::int64_t>(work, 1, call.threads));
+// `rows(rounding, first, last)` casts rows [first, last), the rounding a constant.
+template <class Rows>
+inline void share_rows(const CastCall& call, const Rows& rows) {
+  const int threads = threads_for(call.rows * call.columns, call.threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int t = 0; t < threads; t++) {
     const std::int64_t first = call.rows * t / threads, last = call.rows * (t + 1) / threads;
     if (call.rounding == Rounding::nearest)
-      cast_rows<Rounding::nearest>(call, first, last);
+      rows(std::integral_constant<Rounding, Rounding::nearest>{}, first, last);
     else if (call.rounding == Rounding::zero)
-      cast_rows<Rounding::zero>(call, first, last);
+      rows(std::integral_constant<Rounding, Rounding::zero>{}, first, last);
     else
-      cast_rows<Rounding::stochastic>(call, first, last);
+      rows(std::integral_constant<Rounding, Rounding::stochastic>{}, first, last);
   }
 }
 
-inline void run_amax(const AmaxCall& call) {
-  const std::int64_t groups = (call.columns + call.group - 1) / call.group;
-  const std::int64_t work = call.rows * call.columns / elements_worth_a_thread;
-  const int threads = static_cast<int>(std::clamp<std::int64_t>(work, 1, call.threads));
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int t = 0; t < threads; t++) {
-    for (std::int64_t n = call.rows * t / threads; n < call.rows * (t + 1) / threads; n++) {
-      for (std::int64_t g = 0; g < groups; g++) {
-        const std::int64_t k = g * call.group, count = std::min(call.group, call.columns - k);
-        const std::uint32_t most = group_amax(call.x, call.x_type, n * call.columns + k, count);
-        call.amax[n * groups + g] = float_of(most > 0x7f800000u ? 0x7fc00000u : most);
-      }
-    }
-  }
+inline void run_cast(const CastCall& call) {
+  share_rows(call, [&](auto rounding, std::int64_t first, std::int64_t last) {
+    cast_rows<decltype(rounding)::value>(call, first, last);
+  });
 }
 
 }  // namespace

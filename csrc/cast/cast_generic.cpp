@@ -4,5 +4,6 @@ namespace parco::cast {
 
 void cast_generic(const CastCall& call) { run_cast(call); }
 void amax_generic(const AmaxCall& call) { run_amax(call); }
+void greatest_generic(const AmaxCall& call) { run_greatest(call); }
 
 }  // namespace parco::cast

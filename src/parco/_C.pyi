@@ -11,13 +11,22 @@ def cast_avx512(*, x: int, scale: int, zero: int, factor: int, entries: int, cod
     """Numbers into codes; csrc/cast/cast.h."""
 
 def amax_generic(x: int, amax: int, rows: int, columns: int, group: int, x_type: int, threads: int) -> None:
-    """Greatest magnitude of each group of columns of each row."""
+    """Greatest magnitudes; csrc/cast/cast.h."""
 
 def amax_avx2(x: int, amax: int, rows: int, columns: int, group: int, x_type: int, threads: int) -> None:
-    """Greatest magnitude of each group of columns of each row."""
+    """Greatest magnitudes; csrc/cast/cast.h."""
 
 def amax_avx512(x: int, amax: int, rows: int, columns: int, group: int, x_type: int, threads: int) -> None:
-    """Greatest magnitude of each group of columns of each row."""
+    """Greatest magnitudes; csrc/cast/cast.h."""
+
+def greatest_generic(x: int, amax: int, rows: int, columns: int, group: int, x_type: int, threads: int) -> None:
+    """Greatest magnitudes; csrc/cast/cast.h."""
+
+def greatest_avx2(x: int, amax: int, rows: int, columns: int, group: int, x_type: int, threads: int) -> None:
+    """Greatest magnitudes; csrc/cast/cast.h."""
+
+def greatest_avx512(x: int, amax: int, rows: int, columns: int, group: int, x_type: int, threads: int) -> None:
+    """Greatest magnitudes; csrc/cast/cast.h."""
 
 class Scaling:
     """An RMS norm's weight and numbers; csrc/decode/layer.h."""

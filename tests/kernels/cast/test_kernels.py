@@ -232,6 +232,27 @@ class TestCastCodes(KernelLaws):
         return x, *scales_of(x, request.param), request.param, "stochastic", 7
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_greatest_amax_is_the_references(dtype: torch.dtype) -> None:
+    reference = table.operations()["greatest_amax"].kernels[-1].run
+    for rows, columns in ((5, 300), (33, 64), (1, 17), (3, 1), (0, 5), (700, 512)):
+        x = sample(rows, columns, dtype) if rows else torch.zeros(0, columns, dtype=dtype)
+        for group in (16, 48, 1 << 40):
+            for numbers in (x, torch.nan_to_num(x.float(), 0.0, 5.0, -7.0).to(dtype)):
+                wanted = reference(numbers, group)
+                assert torch.isfinite(wanted).all()
+                for kernel in compiled("greatest_amax"):
+                    assert torch.equal(kernel.run(numbers, group), wanted), kernel.name
+
+
+class TestGreatestAmax(KernelLaws):
+    operation = "greatest_amax"
+
+    @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+    def call(self, request: pytest.FixtureRequest) -> tuple[Any, ...]:
+        return torch.randn(20, 96, generator=torch.Generator().manual_seed(1)).to(request.param), 16
+
+
 class TestRowAmax(KernelLaws):
     operation = "row_amax"
 

@@ -1,4 +1,6 @@
-"""row_amax: the greatest magnitude of each group of columns of each row, from which most scales are found."""
+"""Greatest magnitudes, from which most scales are found: row_amax of each group of columns of each row, and
+greatest_amax, the greatest of those.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +17,7 @@ PART = 1 << 18
 
 
 class AmaxCall(NamedTuple):
-    """One call of row_amax on `rows` by `columns` numbers of `dtype`."""
+    """One call of row_amax or greatest_amax on `rows` by `columns` numbers of `dtype`."""
 
     device: str
     isa: str
@@ -36,9 +38,9 @@ def describe(x: Tensor, group: int) -> AmaxCall:
 def check(x: Tensor, group: int) -> None:
     """ValueError or TypeError, naming the argument, unless x is a matrix of floats and the group at least 1."""
     if x.ndim != 2 or not x.is_floating_point():
-        raise TypeError(f"row_amax: x is {x.dtype} {tuple(x.shape)}; a matrix of floats is needed")
+        raise TypeError(f"amax: x is {x.dtype} {tuple(x.shape)}; a matrix of floats is needed")
     if group < 1 or x.shape[1] < 1:
-        raise ValueError(f"row_amax: group={group} of {x.shape[1]} columns; at least 1 is needed of both")
+        raise ValueError(f"amax: group={group} of {x.shape[1]} columns; at least 1 is needed of both")
 
 
 def reference(x: Tensor, group: int) -> Tensor:
@@ -53,12 +55,18 @@ def reference(x: Tensor, group: int) -> Tensor:
     return torch.cat(found)
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
+def greatest_reference(x: Tensor, group: int) -> Tensor:
+    """The greatest of row_amax but NaN, infinities as the greatest fp32 number; 0 of an empty matrix: fp32 [1]."""
+    amax = torch.nan_to_num(reference(x, group), nan=0.0, posinf=torch.finfo(torch.float32).max)
+    return torch.cat([amax.reshape(-1), amax.new_zeros(1)]).amax(0, keepdim=True)
+
+
+def _compiled(function: Callable[..., None], greatest: bool = False) -> Callable[..., Tensor]:
     def run(x: Tensor, group: int) -> Tensor:
         x = x.contiguous()
         rows, columns = x.shape
         group = min(group, columns)
-        amax = torch.empty(rows, -(-columns // group), dtype=torch.float32)
+        amax = torch.empty((1,) if greatest else (rows, -(-columns // group)), dtype=torch.float32)
         function(x.data_ptr(), amax.data_ptr(), rows, columns, group, TYPES[x.dtype], torch.get_num_threads())
         return amax
 
@@ -82,7 +90,21 @@ table.register(
     )
 )
 
+table.register(
+    table.Operation(
+        "greatest_amax",
+        describe,
+        (
+            table.Kernel("greatest-amax-avx512", "avx512", _compiled(_C.greatest_avx512, True), _refuses),
+            table.Kernel("greatest-amax-avx2", "avx2", _compiled(_C.greatest_avx2, True), _refuses),
+            table.Kernel("greatest-amax-generic", "generic", _compiled(_C.greatest_generic, True), _refuses),
+            table.Kernel("greatest-amax-torch", table.TORCH, greatest_reference),
+        ),
+    )
+)
+
 LIBRARY.define("row_amax(Tensor x, int group) -> Tensor")
+LIBRARY.define("greatest_amax(Tensor x, int group) -> Tensor")
 
 
 def _fake(x: Tensor, group: int) -> Tensor:
@@ -90,6 +112,7 @@ def _fake(x: Tensor, group: int) -> Tensor:
 
 
 table.implement("row_amax", check, _fake)
+table.implement("greatest_amax", check, lambda x, group: x.new_empty((1,), dtype=torch.float32))
 
 
 def row_amax(x: Tensor, group: int) -> Tensor:
@@ -97,3 +120,10 @@ def row_amax(x: Tensor, group: int) -> Tensor:
     group has a NaN. Raises ValueError or TypeError naming the argument.
     """
     return torch.ops.parco.row_amax.default(x, group)
+
+
+def greatest_amax(x: Tensor, group: int) -> Tensor:
+    """The greatest magnitude in x [N, K] outside groups that have a NaN, infinities as the greatest fp32 number: fp32
+    [1]. Raises ValueError or TypeError naming the argument.
+    """
+    return torch.ops.parco.greatest_amax.default(x, group)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from parco.formats import Format, ScaleE4M3, TensorSpec, parse
 from parco.kernels.cast import codes
+from parco.kernels.cast.amax import greatest_amax
 from parco.kernels.cast.codes import cast_codes
 from parco.kernels.cast.packing import unpack
 from parco.kernels.cast.philox import random_bits
@@ -102,8 +103,7 @@ def _cast_rows(
     """All tensors of `matrix` [N, K] in one pass, or two for NVFP4, whose first finds the global scale."""
     _check_scales(matrix, format, {} if global_scale is None else {"global_scale": global_scale})
     if isinstance(format.scale, ScaleE4M3) and global_scale is None:
-        amax = torch.nan_to_num(block_amax(matrix, format.block), nan=0.0, posinf=torch.finfo(torch.float32).max)
-        global_scale = nvfp4_global_scale(amax)
+        global_scale = nvfp4_global_scale(greatest_amax(matrix, format.block.columns or matrix.shape[1]))
     written, found = cast_rows(matrix, global_scale, str(format), rounding, seed)
     tensors = {"codes": written, "scale": found}
     return tensors if global_scale is None else {**tensors, "global_scale": global_scale}
