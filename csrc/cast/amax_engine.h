@@ -50,28 +50,29 @@ inline std::uint32_t group_amax(const void* x, Type type, std::int64_t index, st
   return bits_of(load_float(&most, type, 0));
 }
 
-inline void run_amax(const AmaxCall& call) {
+// `amax` is group_amax, or what finds the same faster.
+template <class Amax>
+inline void run_amax(const AmaxCall& call, const Amax& amax) {
   const std::int64_t groups = (call.columns + call.group - 1) / call.group;
   const int threads = threads_for(call.rows * call.columns, call.threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int t = 0; t < threads; t++) {
-    for (std::int64_t n = call.rows * t / threads; n < call.rows * (t + 1) / threads; n++) {
-      for (std::int64_t g = 0; g < groups; g++) {
-        const std::int64_t k = g * call.group, count = std::min(call.group, call.columns - k);
-        const std::uint32_t most = group_amax(call.x, call.x_type, n * call.columns + k, count);
-        call.amax[n * groups + g] = float_of(most > 0x7f800000u ? 0x7fc00000u : most);
-      }
+  for (std::int64_t n = 0; n < call.rows; n++) {
+    for (std::int64_t g = 0; g < groups; g++) {
+      const std::int64_t k = g * call.group, count = std::min(call.group, call.columns - k);
+      const std::uint32_t most = amax(call.x, call.x_type, n * call.columns + k, count);
+      call.amax[n * groups + g] = float_of(most > infinity ? 0x7fc00000u : most);
     }
   }
 }
 
 // See cast.h. A row with infinities or NaN is looked at once more, group by group.
-inline void run_greatest(const AmaxCall& call) {
+template <class Amax>
+inline void run_greatest(const AmaxCall& call, const Amax& amax) {
   const int threads = threads_for(call.rows * call.columns, call.threads);
   std::uint32_t greatest = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(max : greatest) if (threads > 1)
   for (std::int64_t n = 0; n < call.rows; n++) {
-    const std::uint32_t most = group_amax(call.x, call.x_type, n * call.columns, call.columns);
+    const std::uint32_t most = amax(call.x, call.x_type, n * call.columns, call.columns);
     if (most < infinity) {
       greatest = std::max(greatest, most);
       continue;

@@ -43,18 +43,23 @@ inline __m512 load(const char* from) {
 // order as their numbers too.
 template <Type type>
 inline __m512i greatest_lanes(const char* from, std::int64_t count) {
+  constexpr int ahead = 4096;  // bytes: one page, beyond which the processor does not look by itself
   __m512i most = _mm512_setzero_si512();
   if constexpr (type == Type::fp32) {
-    for (std::int64_t i = 0; i < count; i += 16)
+    for (std::int64_t i = 0; i < count; i += 16) {
+      _mm_prefetch(from + 4 * i + ahead, _MM_HINT_T0);
       most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_loadu_si512(from + 4 * i), dwords(0x7fffffff)));
+    }
     return most;
   }
   if (count == 16) {
     most = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     return _mm512_and_si512(most, dwords(0x7fff));
   }
-  for (std::int64_t i = 0; i < count; i += 32)
+  for (std::int64_t i = 0; i < count; i += 32) {
+    _mm_prefetch(from + 2 * i + ahead, _MM_HINT_T0);
     most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_loadu_si512(from + 2 * i), dwords(0x7fff7fff)));
+  }
   return _mm512_and_si512(_mm512_max_epu16(most, _mm512_srli_epi32(most, 16)), dwords(0xffff));
 }
 
@@ -88,6 +93,20 @@ inline __m512i greatest_of_groups(const char* from, std::int64_t group, int coun
     for (int i = 0; i < count; i++) lanes[i] = greatest_lanes<type>(from + i * bytes, group);
   for (int i = count; i < together; i++) lanes[i] = _mm512_setzero_si512();
   return _mm512_castps_si512(widen(greatest_of_each(lanes), type));
+}
+
+// As group_amax of amax_engine.h.
+inline std::uint32_t row_amax(const void* x, Type type, std::int64_t index, std::int64_t count) {
+  const char* from = static_cast<const char*>(x) + index * size_of(type);
+  const std::int64_t whole = count / 32 * 32;
+  if (whole == 0) return group_amax(x, type, index, count);
+  std::uint32_t most = 0;
+  with_type(type, [&](auto of_type) {
+    const __m512i lanes = greatest_lanes<decltype(of_type)::value>(from, whole);
+    const std::uint32_t pattern = _mm512_reduce_max_epu32(lanes);
+    most = bits_of(load_float(&pattern, type, 0));
+  });
+  return whole == count ? most : std::max(most, group_amax(x, type, index + whole, count - whole));
 }
 
 // The codes of e8m0 and e4m3 scales, as store_scale of cast_engine.h finds them, and `by`.

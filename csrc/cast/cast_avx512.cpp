@@ -72,7 +72,7 @@ class Rows {
     for (std::int64_t k = 0; k < call.columns; k += group) {
       const std::int64_t end = std::min(call.columns, k + group), whole = end / step * step;
       if (whole <= k) return plainly(n, k, end);
-      const __m512i most = avx512::dwords(group_amax(call.x, call.x_type, n * call.columns + k, end - k));
+      const __m512i most = avx512::dwords(avx512::row_amax(call.x, call.x_type, n * call.columns + k, end - k));
       span(n, k, whole, most, 1);
       if (whole < end) cast_columns<rounding>(call, n, whole, end);
     }
@@ -130,7 +130,7 @@ void cast_avx512(const CastCall& call) {
   });
 }
 
-void amax_avx512(const AmaxCall& call) { run_amax(call); }
-void greatest_avx512(const AmaxCall& call) { run_greatest(call); }
+void amax_avx512(const AmaxCall& call) { run_amax(call, avx512::row_amax); }
+void greatest_avx512(const AmaxCall& call) { run_greatest(call, avx512::row_amax); }
 
 }  // namespace parco::cast
