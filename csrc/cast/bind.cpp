@@ -1,6 +1,6 @@
-// cast and amax of parco._C. Tensors come as addresses, 0 for an absent one; what they must be is checked by
+// cast, amax and decode of parco._C. Tensors come as addresses, 0 for an absent one; what they must be is checked by
 // parco.kernels.cast.
-#include "cast/cast.h"
+#include "cast/decode.h"
 #include "linear/coded_bind.h"
 
 namespace nb = nanobind;
@@ -73,6 +73,39 @@ void define_amax(nb::module_& module, const char* name) {
       nb::arg("threads"), "Greatest magnitudes; csrc/cast/cast.h.");
 }
 
+template <void (*kernel)(const DecodeCall&)>
+void define_decode(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](std::uintptr_t codes, std::uintptr_t values, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t factor,
+         std::uintptr_t y, std::int64_t rows, std::int64_t columns, std::int64_t group, std::int64_t block_rows,
+         std::int64_t scale_stride, int bits, int offset, int pattern, int y_type, int scale_type, int threads) {
+        const DecodeCall call{address<const std::uint8_t>(codes),
+                              address<const float>(values),
+                              address<const void>(scale),
+                              address<const std::uint8_t>(zero),
+                              address<const float>(factor),
+                              address<void>(y),
+                              rows,
+                              columns,
+                              group,
+                              block_rows,
+                              scale_stride,
+                              bits,
+                              offset,
+                              threads,
+                              static_cast<Pattern>(pattern),
+                              static_cast<Type>(y_type),
+                              static_cast<Type>(scale_type)};
+        nb::gil_scoped_release unlocked;
+        kernel(call);
+      },
+      nb::kw_only(), nb::arg("codes"), nb::arg("values"), nb::arg("scale"), nb::arg("zero"), nb::arg("factor"),
+      nb::arg("y"), nb::arg("rows"), nb::arg("columns"), nb::arg("group"), nb::arg("block_rows"),
+      nb::arg("scale_stride"), nb::arg("bits"), nb::arg("offset"), nb::arg("pattern"), nb::arg("y_type"),
+      nb::arg("scale_type"), nb::arg("threads"), "Codes into numbers; csrc/cast/decode.h.");
+}
+
 }  // namespace
 
 void bind_cast(nb::module_& module) {
@@ -85,4 +118,7 @@ void bind_cast(nb::module_& module) {
   define_amax<greatest_generic>(module, "greatest_generic");
   define_amax<greatest_avx2>(module, "greatest_avx2");
   define_amax<greatest_avx512>(module, "greatest_avx512");
+  define_decode<decode_generic>(module, "decode_generic");
+  define_decode<decode_avx2>(module, "decode_avx2");
+  define_decode<decode_avx512>(module, "decode_avx512");
 }

@@ -13,9 +13,12 @@ using linear::size_of;
 constexpr std::int64_t step = 64;         // codes that are joined and stored together
 constexpr std::int64_t long_span = 2048;  // numbers of a long group at a time
 
+bool has_short_groups(const CastCall& call) {
+  return call.group == 16 || call.group == 32 || call.group == 64 || call.group == 128;
+}
+
 bool fits(const CastCall& call) {
-  const bool is_short = call.group == 16 || call.group == 32 || call.group == 64 || call.group == 128;
-  return call.columns >= step && (is_short || call.group % long_span == 0 || call.group >= call.columns);
+  return call.columns >= step && (has_short_groups(call) || call.group % long_span == 0 || call.group >= call.columns);
 }
 
 template <class Element, Rounding rounding>
@@ -26,7 +29,7 @@ class Rows {
 
   void cast(std::int64_t first, std::int64_t last) const {
     for (std::int64_t n = first; n < last; n++) {
-      if (call.group < 256)
+      if (has_short_groups(call))
         short_groups(n);
       else
         long_groups(n);

@@ -1,7 +1,5 @@
 // Every instruction set of the casts against the generic one, bit for bit, on odd shapes at odd addresses in buffers of
 // exactly their size; built with sanitizers too.
-#include "cast/cast.h"
-
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -9,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cast/decode.h"
 #include "machine/features.h"
 
 using namespace parco::cast;
@@ -20,6 +19,8 @@ struct Kernels {
   const char* name;
   void (*cast)(const CastCall&);
   void (*amax)(const AmaxCall&);
+  void (*greatest)(const AmaxCall&);
+  void (*decode)(const DecodeCall&);
 };
 
 // Bytes at an odd address; freed as one block, so the sanitizer knows both ends.
@@ -72,6 +73,8 @@ void check(const std::vector<Kernels>& kernels, CastCall call, const char* what)
       call.threads = threads;
       kernel.cast(call);
       kernel.amax({call.x, amax.data(), call.rows, call.columns, call.group, threads, call.x_type});
+      amax.push_back(0);
+      kernel.greatest({call.x, &amax.back(), call.rows, call.columns, call.group, threads, call.x_type});
       const std::string found(codes.data, call.rows * row_bytes);
       const std::string found_amax(reinterpret_cast<const char*>(amax.data()), amax.size() * sizeof(float));
       if (first.empty()) first = found, first_amax = found_amax;
@@ -85,12 +88,70 @@ void check(const std::vector<Kernels>& kernels, CastCall call, const char* what)
   }
 }
 
+// Any bytes as codes of `like`'s shape and scales, to numbers of its x_type.
+void check_decode(const std::vector<Kernels>& kernels, const CastCall& like, const char* what) {
+  const std::int64_t groups = (like.columns + like.group - 1) / like.group;
+  const std::int64_t down = (like.rows + like.block_rows - 1) / like.block_rows;
+  Bytes codes(like.rows * ((like.columns * like.bits + 7) / 8)), scale(down * groups * size_of(like.scale_type));
+  Bytes zero(down * groups);
+  for (Bytes* bytes : {&codes, &zero})
+    for (char* byte = bytes->data; byte < bytes->block.data() + bytes->block.size(); byte++)
+      *byte = static_cast<char>(random_bits());
+  fill(scale, down * groups, like.scale_type);
+  std::vector<float> values;
+  const bool is_integer = like.kind == Kind::integer;
+  for (int i = 0; i < 1 << like.bits; i++)
+    values.push_back(is_integer ? static_cast<float>(i - like.offset) : i * 0.37f);
+  const bool is_e4m3 = like.kind == Kind::floating && like.mantissa_bits == 3 && like.bits == 8;
+  if (like.kind == Kind::floating && like.bits == 8 && !is_e4m3) return;  // needs the table of its pattern
+  if (is_e4m3)
+    for (int i = 0; i < 256; i++) {
+      const int exponent = i >> 3 & 15, mantissa = i & 7;
+      const float magnitude =
+          i % 128 == 127 ? NAN : std::ldexp(exponent ? 8.0f + mantissa : mantissa, std::max(exponent, 1) - 10);
+      values[i] = i & 128 ? -magnitude : magnitude;
+    }
+  DecodeCall call{};
+  call.codes = reinterpret_cast<const std::uint8_t*>(codes.data), call.values = values.data();
+  call.scale = like.rescaling == Rescaling::none ? nullptr : scale.data;
+  call.zero = like.zero ? reinterpret_cast<const std::uint8_t*>(zero.data) : nullptr;
+  call.factor = like.factor;
+  call.rows = like.rows, call.columns = like.columns, call.group = like.group, call.block_rows = like.block_rows;
+  call.scale_stride = groups, call.bits = like.bits, call.offset = like.offset;
+  call.pattern = is_integer ? Pattern::integer : is_e4m3 ? Pattern::e4m3 : Pattern::none;
+  call.y_type = like.x_type, call.scale_type = like.scale_type;
+  std::vector<float> first;
+  for (const Kernels& kernel : kernels) {
+    for (int threads : {1, 3}) {
+      Bytes y(call.rows * call.columns * size_of(call.y_type));
+      call.y = y.data, call.threads = threads;
+      kernel.decode(call);
+      std::vector<float> found;
+      for (std::int64_t i = 0; i < call.rows * call.columns; i++) {
+        std::uint32_t bits = 0;
+        std::memcpy(&bits, y.data + i * size_of(call.y_type), size_of(call.y_type));
+        const std::uint32_t infinity = call.y_type == Type::fp32   ? 0x7f800000
+                                       : call.y_type == Type::bf16 ? 0x7f80
+                                                                   : 0x7c00;
+        const std::uint32_t magnitude = bits & (call.y_type == Type::fp32 ? 0x7fffffff : 0x7fff);
+        found.push_back(magnitude > infinity ? -1.0f : static_cast<float>(bits >> 8) + (bits & 255) / 256.0f);
+      }
+      if (first.empty()) first = found;
+      if (found == first) continue;
+      failures++;
+      std::printf("decode %s of %s: columns %ld group %ld y_type %d scale_type %d\n", kernel.name, what,
+                  static_cast<long>(call.columns), static_cast<long>(call.group), static_cast<int>(call.y_type),
+                  static_cast<int>(call.scale_type));
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
-  std::vector<Kernels> kernels{{"generic", cast_generic, amax_generic}};
-  if (parco::features().avx2) kernels.push_back({"avx2", cast_avx2, amax_avx2});
-  if (parco::features().avx512) kernels.push_back({"avx512", cast_avx512, amax_avx512});
+  std::vector<Kernels> kernels{{"generic", cast_generic, amax_generic, greatest_generic, decode_generic}};
+  if (parco::features().avx2) kernels.push_back({"avx2", cast_avx2, amax_avx2, greatest_avx2, decode_avx2});
+  if (parco::features().avx512) kernels.push_back({"avx512", cast_avx512, amax_avx512, greatest_avx512, decode_avx512});
   std::vector<float> entries;
   for (int i = 0; i < 16; i++) entries.push_back(std::ldexp(static_cast<float>(i * i * i) - 1000.0f, -10));
   const std::uint8_t some = 0;
@@ -114,8 +175,9 @@ int main() {
   };
   const struct {
     std::int64_t rows, columns, group, block_rows;
-  } shapes[] = {{1, 1, 1, 1},     {3, 17, 17, 1},  {5, 300, 32, 1},   {7, 513, 48, 1},
-                {33, 64, 64, 16}, {2, 1000, 1, 2}, {40, 257, 128, 40}};
+  } shapes[] = {{1, 1, 1, 1},       {3, 17, 17, 1},     {5, 300, 32, 1},    {7, 513, 48, 1},
+                {33, 64, 64, 16},   {2, 1000, 1, 2},    {40, 257, 128, 40}, {4, 96, 96, 1},
+                {3, 2085, 2085, 1}, {2, 4100, 2048, 1}, {5, 540, 16, 1}};
   const Type types[] = {Type::fp32, Type::bf16, Type::fp16};
   const Type scales[] = {Type::fp32, Type::bf16, Type::fp16, Type::e8m0, Type::e4m3};
   const float factor = 0.3f;
@@ -145,9 +207,11 @@ int main() {
             call.rule = call.scale_type == Type::e8m0   ? static_cast<Rule>(2 + checks / 4 % 4)
                         : call.scale_type == Type::e4m3 ? Rule::e4m3
                                                         : Rule::absmax;
-            if (call.rule == Rule::e4m3) call.factor = &factor;
+            call.factor = call.rule == Rule::e4m3 ? &factor : nullptr;
+            call.rescaling = call.rule == Rule::absmax ? Rescaling::divide : Rescaling::multiply;
           }
           check(kernels, call, element.name);
+          check_decode(kernels, call, element.name);
           checks++;
         }
   std::printf("%d casts, %zu kernels, %d differences\n", checks, kernels.size(), failures);

@@ -13,6 +13,7 @@ from parco.kernels import table
 from parco.kernels.cast import ROUNDINGS, decode, encode
 from parco.kernels.cast.amax import row_amax
 from parco.kernels.cast.codes import cast_codes
+from parco.kernels.cast.decoding import decode_codes
 from parco.kernels.cast.rows import cast_rows, rule
 from parco.weights import Quantized
 
@@ -65,7 +66,7 @@ def scales_of(x: Tensor, name: str) -> tuple[Tensor | None, Tensor | None, Tenso
 @pytest.mark.parametrize("name", SCALED)
 def test_every_kernel_writes_the_codes_of_the_reference(name: str) -> None:
     reference = table.operations()["cast_codes"].kernels[-1].run
-    for rows, columns in ((5, 300), (33, 64), (1, 17), (3, 1), (40, 513)):
+    for rows, columns in ((5, 300), (33, 64), (1, 17), (3, 1), (7, 96), (40, 513)):
         for dtype in DTYPES:
             x = sample(rows, columns, dtype)
             scales = scales_of(x, name)
@@ -87,7 +88,7 @@ ROWS = [name for name in SCALED if rule(formats.parse(name)) is not None]
 )
 def test_every_kernel_finds_the_scales_of_the_reference(name: str) -> None:
     reference = table.operations()["cast_rows"].kernels[-1].run
-    for rows, columns in ((5, 300), (33, 64), (1, 17), (3, 1), (0, 40), (40, 513)):
+    for rows, columns in ((5, 300), (33, 64), (1, 17), (3, 1), (0, 40), (7, 96), (3, 2200), (40, 513)):
         for dtype in DTYPES:
             x = sample(rows, columns, dtype) if rows else torch.zeros(0, columns, dtype=dtype)
             if rows > 2:
@@ -161,6 +162,27 @@ def test_amax_is_the_references(dtype: torch.dtype) -> None:
                 torch.testing.assert_close(kernel.run(x, group), wanted, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("name", [*SCALED, "int8:column:asym", "int5:48:asym"])
+def test_every_kernel_decodes_as_the_reference(name: str) -> None:
+    """All bytes as codes and scales: NaN, infinities and scales that no encoding gives among them."""
+    reference = table.operations()["decode_codes"].kernels[-1].run
+    generator = torch.Generator().manual_seed(5)
+    for rows, columns in ((5, 300), (33, 64), (1, 17), (3, 1), (0, 40), (40, 517)):
+        tensors = {}
+        for tensor, spec in formats.parse(name).tensors((rows, columns)).items():
+            raw = torch.randint(0, 256, (*spec.shape, spec.dtype.itemsize), generator=generator, dtype=torch.uint8)
+            tensors[tensor] = raw.view(spec.dtype)[..., 0]
+            if tensor != "codes" and spec.dtype != torch.uint8:
+                tensors[tensor] = torch.randn(spec.shape, generator=generator).to(spec.dtype)
+        given = [tensors.get(part) for part in ("codes", "scale", "zero", "global_scale")]
+        for dtype in DTYPES:
+            wanted = reference(*given, name, columns, dtype)
+            for kernel in compiled("decode_codes"):
+                found = kernel.run(*given, name, columns, dtype)
+                torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+                assert torch.equal(torch.signbit(found)[~found.isnan()], torch.signbit(wanted)[~wanted.isnan()])
+
+
 @pytest.mark.parametrize("name", ["nf4:64", "mxfp4", "int4:32"])
 def test_the_default_dtype_has_no_say(name: str) -> None:
     x = sample(4, 128)
@@ -221,6 +243,33 @@ def test_wrong_arguments_are_named() -> None:
         row_amax(torch.zeros(4), 2)
     with pytest.raises(ValueError, match="group=0"):
         row_amax(x, 0)
+
+
+def test_wrong_arguments_of_decoding_are_named() -> None:
+    codes, scale = torch.zeros(4, 32, dtype=torch.uint8), torch.zeros(4, 2, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="codes is"):
+        decode_codes(codes, scale, None, None, "int4:32", 96, torch.float32)
+    with pytest.raises(ValueError, match="scale is"):
+        decode_codes(codes, scale.float(), None, None, "int4:32", 64, torch.float32)
+    with pytest.raises(ValueError, match="global_scale is"):
+        decode_codes(codes, scale, None, torch.ones(1), "int4:32", 64, torch.float32)
+    with pytest.raises(ValueError, match="dense"):
+        decode_codes(codes, None, None, None, "bf16", 64, torch.float32)
+    with pytest.raises(ValueError, match="a matrix of bytes"):
+        decode_codes(codes[0], None, None, None, "fp4_e2m1", 64, torch.float32)
+    with pytest.raises(TypeError, match=r"dtype is torch\.int8"):
+        decode_codes(codes, scale, None, None, "int4:32", 64, torch.int8)
+
+
+class TestDecodeCodes(KernelLaws):
+    operation = "decode_codes"
+
+    @pytest.fixture(params=["mxfp6_e2m3", "int4:32:asym", "fp8_e4m3", "nvfp4:16x16"])
+    def call(self, request: pytest.FixtureRequest) -> tuple[Any, ...]:
+        x = torch.randn(20, 96, generator=torch.Generator().manual_seed(1))
+        tensors = encode(x, request.param).tensors
+        scales = (tensors.get("scale"), tensors.get("zero"), tensors.get("global_scale"))
+        return tensors["codes"], *scales, request.param, 96, torch.bfloat16
 
 
 class TestCastCodes(KernelLaws):

@@ -15,12 +15,12 @@ from parco.formats import Format, ScaleE4M3, TensorSpec, parse
 from parco.kernels.cast import codes
 from parco.kernels.cast.amax import greatest_amax
 from parco.kernels.cast.codes import cast_codes
-from parco.kernels.cast.packing import unpack
+from parco.kernels.cast.decoding import decode_codes, dequantize
 from parco.kernels.cast.philox import random_bits
-from parco.kernels.cast.rounding import Rounding, check_rounding, from_codes, to_codes
+from parco.kernels.cast.rounding import Rounding, check_rounding, to_codes
 from parco.kernels.cast.rows import cast_rows, rule
-from parco.kernels.cast.scaling import find_scales, nvfp4_global_scale, poison, scale_numbers
-from parco.kernels.cast.tiles import block_amax, row_chunks, scale_rows, spread, tile, untile
+from parco.kernels.cast.scaling import find_scales, nvfp4_global_scale, poison
+from parco.kernels.cast.tiles import block_amax, row_chunks
 
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -128,20 +128,10 @@ def decode_tensors(
     _check(format, matrix, tensors)
     if format.dtype is not None:
         return tensors["values"].reshape(shape).to(dtype)
-    codes = tensors["codes"]
-    scale = scale_numbers(format, tensors)
-    out = torch.empty(matrix, dtype=dtype, device=codes.device)
-    for chunk in row_chunks(matrix, format.block):
-        numbers = unpack(codes[chunk.start : chunk.stop], format.bits, matrix[1])
-        part = scale_rows(chunk, format.block)
-        if format.is_asymmetric:
-            tiles = tile(numbers.to(torch.float32), format.block) - spread(tensors["zero"][part])
-        else:
-            tiles = tile(from_codes(numbers, format.element), format.block)
-        if scale is not None:
-            tiles = tiles * spread(scale[part])
-        out[chunk.start : chunk.stop] = untile(tiles, (len(chunk), matrix[1]))
-    return out.reshape(shape)
+    if not format.is_named:
+        return dequantize(format, matrix, tensors, dtype).reshape(shape)
+    scales = (tensors.get("scale"), tensors.get("zero"), tensors.get("global_scale"))
+    return decode_codes(tensors["codes"], *scales, str(format), matrix[1], dtype).reshape(shape)
 
 
 def _scales(matrix: Tensor, format: Format, given: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from parco.formats import Format
-from parco.kernels.cast import decode_tensors
+from parco.kernels.cast.decoding import dequantize
 from parco.kernels.linear import panels
 
 
@@ -28,7 +28,7 @@ def dense(
 ) -> Tensor:
     """The whole matrix in fp32, [N, columns]."""
     named = _named(format, columns, outputs, codes, scale, zero, global_scale)
-    return decode_tensors(format, (named["codes"].shape[0], columns), named)
+    return dequantize(Format.parse(format), (named["codes"].shape[0], columns), named, torch.float32)
 
 
 def linear_coded(
@@ -65,13 +65,14 @@ def embedding_coded(
     outputs: int = 0,
 ) -> Tensor:
     """Rows `indices` of decode(...): [...] -> [..., columns]. IndexError for a row that is not there."""
-    block_rows = Format.parse(format).block.rows
+    form = Format.parse(format)
+    block_rows = form.block.rows
     named = _named(format, columns, outputs, codes, scale, zero, global_scale)
     if block_rows not in (1, None):
         # Rows share scales with their neighbours, so all are decoded.
-        dense = decode_tensors(format, (named["codes"].shape[0], columns), named, dtype)
+        dense = dequantize(form, (named["codes"].shape[0], columns), named, dtype)
         return torch.nn.functional.embedding(indices, dense)
     rows = indices.reshape(-1)
     own = ("codes", "scale", "zero") if block_rows == 1 else ("codes",)
     taken = {name: tensor.index_select(0, rows) if name in own else tensor for name, tensor in named.items()}
-    return decode_tensors(format, (rows.numel(), columns), taken, dtype).reshape(*indices.shape, columns)
+    return dequantize(form, (rows.numel(), columns), taken, dtype).reshape(*indices.shape, columns)
