@@ -35,11 +35,27 @@ struct CastCall {
   int greatest_exponent;  // of the element, for those
   int threads;
   Type x_type, scale_type;
+  std::int64_t x_stride, code_stride;    // from row to row: numbers, bytes
+  std::int64_t first_row, first_column;  // of what this is a part of: random bits belong to its rows and columns
 };
 
 void cast_generic(const CastCall& call);
 void cast_avx2(const CastCall& call);
 void cast_avx512(const CastCall& call);
+
+// The same matrix cast by rows and, transposed, by columns, in one read; either may lack its codes. A random Hadamard
+// transform of `size` numbers goes first, along a row of what is written: numbers times `signs` (of 1 / sqrt(size)),
+// then log2(size) steps of sums and differences of neighbours 1, 2, 4 ... apart. Groups have 16, 32, 64, 128 or 256
+// numbers.
+struct TilesCall {
+  CastCall rows, columns;     // `columns`: of the transposed matrix; x is that of `rows`
+  int row_size, column_size;  // 0: none
+  const float* signs;         // [row_size or column_size], the same for both
+};
+
+void tiles_generic(const TilesCall& call);
+void tiles_avx2(const TilesCall& call);
+void tiles_avx512(const TilesCall& call);
 
 struct AmaxCall {
   const void* x;  // [rows, columns] of x_type

@@ -2,6 +2,7 @@
 // scales of all 16 at once, then codes, 64 at a time, while the span is in the L1 cache. What does not fit (spans with
 // infinities or NaN, ends of rows, other elements and groups) is left to cast_engine.h.
 #include "cast/avx512_scales.h"
+#include "cast/tile_engine.h"
 
 namespace parco::cast {
 namespace {
@@ -24,8 +25,7 @@ bool fits(const CastCall& call) {
 template <class Element, Rounding rounding>
 class Rows {
  public:
-  explicit Rows(const CastCall& call)
-      : call(call), element(call), row_bytes((call.columns * call.bits + 7) / 8), x_size(size_of(call.x_type)) {}
+  explicit Rows(const CastCall& call) : call(call), element(call), x_size(size_of(call.x_type)) {}
 
   void cast(std::int64_t first, std::int64_t last) const {
     for (std::int64_t n = first; n < last; n++) {
@@ -39,11 +39,10 @@ class Rows {
  private:
   const CastCall& call;
   const Element element;
-  const std::int64_t row_bytes;
   const int x_size;
 
   const char* x_at(std::int64_t n, std::int64_t k) const {
-    return static_cast<const char*>(call.x) + (n * call.columns + k) * x_size;
+    return static_cast<const char*>(call.x) + (n * call.x_stride + k) * x_size;
   }
 
   // Where the scale of row n and group g is.
@@ -75,7 +74,7 @@ class Rows {
     for (std::int64_t k = 0; k < call.columns; k += group) {
       const std::int64_t end = std::min(call.columns, k + group), whole = end / step * step;
       if (whole <= k) return plainly(n, k, end);
-      const __m512i most = avx512::dwords(avx512::row_amax(call.x, call.x_type, n * call.columns + k, end - k));
+      const __m512i most = avx512::dwords(avx512::row_amax(call.x, call.x_type, n * call.x_stride + k, end - k));
       span(n, k, whole, most, 1);
       if (whole < end) cast_columns<rounding>(call, n, whole, end);
     }
@@ -95,15 +94,15 @@ class Rows {
     if (!is_finite) return plainly(n, k, end);
     const Under how = under(most, count, scales);
     const int shift = count == 1 ? 62 : __builtin_ctzll(static_cast<unsigned long long>(call.group));
-    const avx512::Random random(call.seed, n);
-    std::uint8_t* to = call.codes + n * row_bytes + k * call.bits / 8;
+    const avx512::Random random(call.seed, call.first_row + n);
+    std::uint8_t* to = call.codes + n * call.code_stride + k * call.bits / 8;
     alignas(64) float x[long_span];
     for (std::int64_t start = k; start < end; start += long_span) {
       const std::int64_t numbers = std::min(end - start, long_span);
       avx512::scale_numbers(x_at(n, start), call.x_type, how, numbers, shift, scales, x);
       for (std::int64_t j = 0; j < numbers; j += step, to += step * element.bits / 8) {
         __m512i drawn[4] = {}, codes[4];
-        if constexpr (rounding == Rounding::stochastic) random.draw(start + j, drawn);
+        if constexpr (rounding == Rounding::stochastic) random.draw(call.first_column + start + j, drawn);
 #pragma GCC unroll 4
         for (int v = 0; v < 4; v++)
           codes[v] = element.template codes<rounding>(_mm512_load_ps(x + j + 16 * v), drawn[v]);
@@ -131,6 +130,20 @@ void cast_avx512(const CastCall& call) {
   share_rows(call, [&](auto rounding, std::int64_t first, std::int64_t last) {
     cast_rows_avx512<decltype(rounding)::value>(call, first, last);
   });
+}
+
+void tiles_avx512(const TilesCall& call) {
+  const auto turn = [](const float* from, std::int64_t length, float* to) {
+    alignas(64) __m512i columns[tile_width];
+    for (std::int64_t i = 0; i < length; i += tile_width) {
+      linear::avx512::transpose([&](int r) { return _mm512_load_si512(from + (i + r) * tile_width); }, columns);
+      for (std::int64_t c = 0; c < tile_width; c++) _mm512_store_si512(to + c * tile_length + i, columns[c]);
+    }
+  };
+  run_tiles(
+      call,
+      [](const CastCall& part, auto rounding) { cast_rows_avx512<decltype(rounding)::value>(part, 0, part.rows); },
+      turn);
 }
 
 void amax_avx512(const AmaxCall& call) { run_amax(call, avx512::row_amax); }

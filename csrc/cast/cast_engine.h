@@ -281,7 +281,7 @@ inline void store_scale(const CastCall& call, std::uint32_t most, std::int64_t a
 inline void find_scales(const CastCall& call, std::int64_t n, std::int64_t first, std::int64_t last) {
   for (std::int64_t g = first; g < last; g++) {
     const std::int64_t k = g * call.group, count = std::min(call.group, call.columns - k);
-    store_scale(call, group_amax(call.x, call.x_type, n * call.columns + k, count), n * call.scale_stride + g);
+    store_scale(call, group_amax(call.x, call.x_type, n * call.x_stride + k, count), n * call.scale_stride + g);
   }
 }
 
@@ -289,7 +289,6 @@ inline void find_scales(const CastCall& call, std::int64_t n, std::int64_t first
 // not the row ends.
 template <Rounding rounding>
 void cast_columns(const CastCall& call, std::int64_t n, std::int64_t first, std::int64_t last) {
-  const std::int64_t row_bytes = (call.columns * call.bits + 7) / 8;
   alignas(64) float x[chunk];
   alignas(64) std::uint32_t random[chunk];
   alignas(64) std::uint8_t codes[chunk];
@@ -297,9 +296,9 @@ void cast_columns(const CastCall& call, std::int64_t n, std::int64_t first, std:
   std::fill(zero, zero + chunk, call.offset);
   for (std::int64_t k = first; k < last; k += chunk) {
     const int count = static_cast<int>(std::min<std::int64_t>(chunk, last - k));
-    load_chunk(call.x, call.x_type, n * call.columns + k, count, x);
+    load_chunk(call.x, call.x_type, n * call.x_stride + k, count, x);
     rescale(call, n, k, count, x, zero);
-    if constexpr (rounding == Rounding::stochastic) draw(call.seed, n, k, random);
+    if constexpr (rounding == Rounding::stochastic) draw(call.seed, call.first_row + n, call.first_column + k, random);
     if (call.kind == Kind::floating)
       float_codes<rounding>(call, x, random, codes);
     else if (call.kind == Kind::integer)
@@ -307,7 +306,7 @@ void cast_columns(const CastCall& call, std::int64_t n, std::int64_t first, std:
     else
       listed_codes<rounding>(call, x, random, codes);
     for (int i = count; i < chunk; i++) codes[i] = 0;  // unused bits at a row's end are zero
-    pack_chunk(codes, call.bits, count, call.codes + n * row_bytes + k * call.bits / 8);
+    pack_chunk(codes, call.bits, count, call.codes + n * call.code_stride + k * call.bits / 8);
   }
 }
 

@@ -1,14 +1,29 @@
 from collections.abc import Sequence
 
 
-def cast_generic(*, x: int, scale: int, zero: int, factor: int, entries: int, codes: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, seed: int, kind: int, rule: int, rounding: int, rescaling: int, bits: int, mantissa_bits: int, least_exponent: int, max_code: int, nan_code: int, least: int, greatest: int, offset: int, largest: float, greatest_exponent: int, x_type: int, scale_type: int, threads: int) -> None:
+class CastCall:
+    """One cast; csrc/cast/cast.h."""
+
+def cast_call(*, x: int, scale: int, zero: int, factor: int, entries: int, codes: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, seed: int, kind: int, rule: int, rounding: int, rescaling: int, bits: int, mantissa_bits: int, least_exponent: int, max_code: int, nan_code: int, least: int, greatest: int, offset: int, largest: float, greatest_exponent: int, x_type: int, scale_type: int, threads: int) -> CastCall:
+    """One cast, of tensors by their addresses."""
+
+def cast_generic(call: CastCall) -> None:
     """Numbers into codes; csrc/cast/cast.h."""
 
-def cast_avx2(*, x: int, scale: int, zero: int, factor: int, entries: int, codes: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, seed: int, kind: int, rule: int, rounding: int, rescaling: int, bits: int, mantissa_bits: int, least_exponent: int, max_code: int, nan_code: int, least: int, greatest: int, offset: int, largest: float, greatest_exponent: int, x_type: int, scale_type: int, threads: int) -> None:
+def cast_avx2(call: CastCall) -> None:
     """Numbers into codes; csrc/cast/cast.h."""
 
-def cast_avx512(*, x: int, scale: int, zero: int, factor: int, entries: int, codes: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, seed: int, kind: int, rule: int, rounding: int, rescaling: int, bits: int, mantissa_bits: int, least_exponent: int, max_code: int, nan_code: int, least: int, greatest: int, offset: int, largest: float, greatest_exponent: int, x_type: int, scale_type: int, threads: int) -> None:
+def cast_avx512(call: CastCall) -> None:
     """Numbers into codes; csrc/cast/cast.h."""
+
+def tiles_generic(rows: CastCall, columns: CastCall, row_size: int, column_size: int, signs: int) -> None:
+    """Numbers into codes, by rows and transposed; csrc/cast/cast.h."""
+
+def tiles_avx2(rows: CastCall, columns: CastCall, row_size: int, column_size: int, signs: int) -> None:
+    """Numbers into codes, by rows and transposed; csrc/cast/cast.h."""
+
+def tiles_avx512(rows: CastCall, columns: CastCall, row_size: int, column_size: int, signs: int) -> None:
+    """Numbers into codes, by rows and transposed; csrc/cast/cast.h."""
 
 def amax_generic(x: int, amax: int, rows: int, columns: int, group: int, x_type: int, threads: int) -> None:
     """Greatest magnitudes; csrc/cast/cast.h."""

@@ -21,17 +21,20 @@ if TYPE_CHECKING:
     from parco import formats, machine, nn, weights
     from parco.fitting.methods import Factor, Quantize
     from parco.job import convert_, fit
-    from parco.kernels.cast import decode, encode
+    from parco.kernels.cast import Hadamard, decode, encode, encode_both, encode_transposed
     from parco.kernels.table import explain
     from parco.nn.fuse import fuse_
     from parco.products import matmul
 
 __all__ = [
     "Factor",
+    "Hadamard",
     "Quantize",
     "convert_",
     "decode",
     "encode",
+    "encode_both",
+    "encode_transposed",
     "explain",
     "fit",
     "formats",
@@ -44,10 +47,13 @@ __all__ = [
 
 _HOMES = {
     "Factor": "parco.fitting.methods",
+    "Hadamard": "parco.kernels.cast",
     "Quantize": "parco.fitting.methods",
     "convert_": "parco.job",
     "decode": "parco.kernels.cast",
     "encode": "parco.kernels.cast",
+    "encode_both": "parco.kernels.cast",
+    "encode_transposed": "parco.kernels.cast",
     "explain": "parco.kernels.table",
     "fit": "parco.job",
     "fuse_": "parco.nn.fuse",

@@ -63,6 +63,7 @@ void check(const std::vector<Kernels>& kernels, CastCall call, const char* what)
   call.x = x.data;
   call.scale = scale.data;
   call.scale_stride = groups;
+  call.x_stride = call.columns, call.code_stride = row_bytes;
   if (call.zero) call.zero = reinterpret_cast<const std::uint8_t*>(zero.data);
   std::string first, first_amax;
   for (const Kernels& kernel : kernels) {

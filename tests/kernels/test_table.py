@@ -81,6 +81,7 @@ def test_explains_a_weight_and_a_module() -> None:
 
 
 def test_every_operation_is_under_the_laws() -> None:
+    importlib.import_module("tests.kernels.cast.test_both")
     importlib.import_module("tests.kernels.cast.test_kernels")
     importlib.import_module("tests.kernels.linear.test_dense")
     importlib.import_module("tests.kernels.linear.test_embedding")

@@ -1,4 +1,4 @@
-"""Cast: numbers into a format and back. The reference implementations, on any device.
+"""Cast: numbers into a format and back, by rows, transposed or both, after a Hadamard transform or not.
 
 >>> import torch, parco
 >>> e = parco.encode(torch.randn(64, 128), "int4:32")
@@ -8,18 +8,23 @@
 
 from parco.kernels.cast.codec import Encoded, decode, decode_tensors, encode
 from parco.kernels.cast.delayed import DelayedScaling
+from parco.kernels.cast.hadamard import Hadamard
 from parco.kernels.cast.packing import pack, unpack
 from parco.kernels.cast.philox import philox4x32, random_bits
 from parco.kernels.cast.rounding import ROUNDINGS, Rounding, to_power_of_two
+from parco.kernels.cast.transposed import encode_both, encode_transposed
 
 __all__ = [
     "ROUNDINGS",
     "DelayedScaling",
     "Encoded",
+    "Hadamard",
     "Rounding",
     "decode",
     "decode_tensors",
     "encode",
+    "encode_both",
+    "encode_transposed",
     "pack",
     "philox4x32",
     "random_bits",

@@ -14,8 +14,10 @@ from torch import Tensor
 from parco.formats import Format, ScaleE4M3, TensorSpec, parse
 from parco.kernels.cast import codes
 from parco.kernels.cast.amax import greatest_amax
+from parco.kernels.cast.both import cast_both, fits
 from parco.kernels.cast.codes import cast_codes
 from parco.kernels.cast.decoding import decode_codes, dequantize
+from parco.kernels.cast.hadamard import Hadamard
 from parco.kernels.cast.philox import random_bits
 from parco.kernels.cast.rounding import Rounding, check_rounding, to_codes
 from parco.kernels.cast.rows import cast_rows, rule
@@ -63,13 +65,15 @@ def encode(
     scale: Tensor | None = None,
     zero: Tensor | None = None,
     global_scale: Tensor | None = None,
+    hadamard: Hadamard | None = None,
 ) -> Encoded:
     """`x` [..., K] (fp32, bf16, fp16; fp64 is rounded to fp32 first) written in `format`, on `x`'s device.
 
     `rounding` is "nearest" (ties to even), "zero" or "stochastic", the last from Philox bits under `seed` that depend
     on an element's row and column alone. `scale`, `zero` and `global_scale`, in the stored shape and dtype, are taken
     instead of the format's own rule. Casts saturate; infinities count as the greatest number (dense formats keep
-    them); a NaN makes its block NaN.
+    them); a NaN makes its block NaN. `hadamard` transforms the rows first: in the same pass where blocks are 16 to 256
+    numbers of a row and NVFP4's `global_scale` is given.
 
     Raises TypeError for an `x` that is not floating point, ValueError for an unknown format or rounding and for
     scales of another shape or dtype than `format.tensors` says.
@@ -81,6 +85,15 @@ def encode(
     shape = matrix_shape(tuple(x.shape))
     matrix = x.detach().reshape(shape)
     given = {"scale": scale, "zero": zero, "global_scale": global_scale}
+    if hadamard is not None:
+        if not fits(format) or scale is not None or zero is not None or 0 in shape:
+            turned = hadamard(x)
+            return encode(
+                turned, format, rounding=rounding, seed=seed, scale=scale, zero=zero, global_scale=global_scale
+            )
+        return Encoded(
+            format, tuple(x.shape), _cast_transformed(matrix, format, global_scale, rounding, seed, hadamard)
+        )
     is_named = format.is_named  # the operations know formats by their names
     if is_named and scale is None and zero is None and rule(format) is not None:
         return Encoded(format, tuple(x.shape), _cast_rows(matrix, format, global_scale, rounding, seed))
@@ -105,6 +118,27 @@ def _cast_rows(
     if isinstance(format.scale, ScaleE4M3) and global_scale is None:
         global_scale = nvfp4_global_scale(greatest_amax(matrix, format.block.columns or matrix.shape[1]))
     written, found = cast_rows(matrix, global_scale, str(format), rounding, seed)
+    tensors = {"codes": written, "scale": found}
+    return tensors if global_scale is None else {**tensors, "global_scale": global_scale}
+
+
+def _cast_transformed(
+    matrix: Tensor, format: Format, global_scale: Tensor | None, rounding: Rounding, seed: int, hadamard: Hadamard
+) -> dict[str, Tensor]:
+    """All tensors of `matrix` [N, K] after a transform of its rows."""
+    if isinstance(format.scale, ScaleE4M3) and global_scale is None:
+        global_scale = nvfp4_global_scale(greatest_amax(hadamard(matrix), format.block.columns or matrix.shape[1]))
+    written, found = cast_both(
+        matrix,
+        global_scale,
+        None,
+        str(format),
+        rounding,
+        seed,
+        transposed=False,
+        row_size=hadamard.size,
+        sign_seed=hadamard.seed,
+    )
     tensors = {"codes": written, "scale": found}
     return tensors if global_scale is None else {**tensors, "global_scale": global_scale}
 

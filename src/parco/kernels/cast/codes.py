@@ -1,5 +1,6 @@
 """cast_codes: numbers into the codes of a format, under scales that are there."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -154,30 +155,31 @@ RULES: dict[str, int] = {"given": 0, "absmax": 1, "floor": 2, "ceil": 3, "even":
 """The numbers by which C++ knows how a scale is found (`parco::cast::Rule`)."""
 
 
-def launch(
-    function: Callable[..., None],
+def prepare(
     form: Format,
     x: Tensor,
+    shape: tuple[int, int],
+    codes: Tensor | None,
     scale: Tensor | None,
     zero: Tensor | None,
     global_scale: Tensor | None,
     rounding: str,
     seed: int,
     rule: str = "given",
-) -> Tensor:
-    """Run a compiled cast and return the codes. All tensors are contiguous; `scale` is written unless it is given."""
-    rows, columns = x.shape
-    spec = form.tensors((rows, columns))["codes"]
-    codes = torch.empty(spec.shape, dtype=spec.dtype)
-    entries = torch.tensor(form.element.entries, dtype=torch.float32) if isinstance(form.element, Table) else None
+) -> _C.CastCall:
+    """The cast of `shape` numbers to `codes` as C++ takes it: tensors by their addresses, so they have to outlive it.
+    All are contiguous; `scale` is written unless it is given.
+    """
+    rows, columns = shape
+    entries = _entries(form.element) if isinstance(form.element, Table) else None
     group = min(form.block.columns or columns, columns)
-    function(
+    return _C.cast_call(
         x=x.data_ptr(),
         scale=0 if scale is None else scale.data_ptr(),
         zero=0 if zero is None else zero.data_ptr(),
         factor=0 if global_scale is None else global_scale.data_ptr(),
         entries=0 if entries is None else entries.data_ptr(),
-        codes=codes.data_ptr(),
+        codes=0 if codes is None else codes.data_ptr(),
         rows=rows,
         columns=columns,
         group=group,
@@ -194,7 +196,30 @@ def launch(
         threads=torch.get_num_threads(),
         **_element_numbers(form.element),
     )
-    return codes
+
+
+@functools.cache
+def _entries(element: Table) -> Tensor:
+    return torch.tensor(element.entries, dtype=torch.float32, device="cpu")
+
+
+def launch(
+    function: Callable[[_C.CastCall], None],
+    form: Format,
+    x: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    global_scale: Tensor | None,
+    rounding: str,
+    seed: int,
+    rule: str = "given",
+) -> Tensor:
+    """Run a compiled cast and return the codes. All tensors are contiguous; `scale` is written unless it is given."""
+    shape = (x.shape[0], x.shape[1])
+    spec = form.tensors(shape)["codes"]
+    written = torch.empty(spec.shape, dtype=spec.dtype)
+    function(prepare(form, x, shape, written, scale, zero, global_scale, rounding, seed, rule))
+    return written
 
 
 def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:

@@ -1,0 +1,63 @@
+"""Random Hadamard transforms, which spread a block's outliers over the block before it is cast.
+
+H = diag(signs) · H_size / sqrt(size) with Sylvester's H_size, on every `size` neighbours (NVFP4's recipe, arXiv
+2509.25149, takes 16). H is orthogonal: where both operands of a product are transformed along the dimension that is
+summed over, the product stays what it was.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parco.kernels.cast.philox import random_bits
+
+SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """The transform of every `size` (16, 32, 64 or 128) neighbours of a row, its signs drawn from `seed`.
+
+    `hadamard(x)` is x [..., K] transformed, in fp32. ValueError for another size, a seed outside [0, 2⁶⁴), or rows
+    that are no multiple of the size.
+    """
+
+    size: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_size("size", self.size)
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed={self.seed}: must lie in [0, 2**64)")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % self.size:
+            raise ValueError(
+                f"x is {tuple(x.shape)}: a Hadamard transform of {self.size} needs a multiple of it in a row"
+            )
+        return transform(x, self.size, self.seed)
+
+
+def check_size(name: str, size: int) -> None:
+    """ValueError unless a transform of `size` exists."""
+    if size not in SIZES:
+        raise ValueError(f"{name}={size}: a Hadamard transform has the size {', '.join(map(str, SIZES))}")
+
+
+def signs(size: int, seed: int) -> Tensor:
+    """±1 / sqrt(size), fp32 [size]: negative where the lowest of an element's 32 random bits (Philox, row 0) is set."""
+    drawn = random_bits(seed, range(1), size, device=torch.device("cpu"))[0] & 1
+    return (1 - 2 * drawn).to(torch.float32) * torch.tensor(size**-0.5, dtype=torch.float32, device="cpu")
+
+
+def transform(x: Tensor, size: int, seed: int) -> Tensor:
+    """What `Hadamard(size, seed)(x)` is: sums and differences of neighbours 1, 2, 4 ... apart, in this order."""
+    numbers = x.to(torch.float32).unflatten(-1, (-1, size)) * signs(size, seed).to(x.device)
+    apart = 1
+    while apart < size:
+        pairs = numbers.unflatten(-1, (-1, 2, apart))
+        first, second = pairs.unbind(-2)
+        numbers = torch.stack([first + second, first - second], -2).flatten(-3)
+        apart *= 2
+    return numbers.flatten(-2)
