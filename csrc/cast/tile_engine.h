@@ -10,21 +10,32 @@ namespace {
 constexpr std::int64_t tile_length = 256;  // numbers along a row, and along a column: a multiple of groups and sizes
 constexpr std::int64_t tile_width = 16;    // of rows (or columns) that are transformed side by side
 
-// [length][tile_width] from numbers that lie `along` and `across` elements apart; zeros fill the width.
-inline void load_strip(const CastCall& call, std::int64_t index, std::int64_t along, std::int64_t across,
-                       std::int64_t length, std::int64_t width, float* to) {
-  for (std::int64_t i = 0; i < length; i++, to += tile_width) {
-    const std::int64_t at = index + i * along;
-    if (across == 1 && width == tile_width && call.x_type == Type::fp32) {
-      std::memcpy(to, static_cast<const char*>(call.x) + 4 * at, 4 * tile_width);
-    } else if (across == 1 && width == tile_width && call.x_type == Type::bf16) {
-      std::uint16_t halves[tile_width];
-      std::memcpy(halves, static_cast<const char*>(call.x) + 2 * at, sizeof(halves));
+constexpr std::int64_t tile_strips = 4;  // of neighbouring columns that are read together, whole cache lines
+
+// `strips` strips [length][tile_width] from numbers that lie `along` and `across` elements apart; zeros fill the width.
+inline void load_strips(const CastCall& call, std::int64_t index, std::int64_t along, std::int64_t across,
+                        std::int64_t length, std::int64_t width, float* to) {
+  constexpr std::int64_t ahead = 8;  // rows whose cache lines are asked for before they are needed
+  for (std::int64_t i = 0; i < length; i++, index += along) {
+    if (across == 1 && i + ahead < length) {
+      const char* next = static_cast<const char*>(call.x) + (index + ahead * along) * size_of(call.x_type);
+      for (std::int64_t byte = 0; byte < width * size_of(call.x_type); byte += 64) __builtin_prefetch(next + byte);
+    }
+    for (std::int64_t start = 0; start < width; start += tile_width) {
+      float* strip = to + (start * tile_length + i * tile_width);
+      const std::int64_t at = index + start * across, left = width - start;
+      const bool whole = across == 1 && left >= tile_width;
+      if (whole && call.x_type == Type::fp32) {
+        std::memcpy(strip, static_cast<const char*>(call.x) + 4 * at, 4 * tile_width);
+      } else if (whole && call.x_type == Type::bf16) {
+        std::uint16_t halves[tile_width];
+        std::memcpy(halves, static_cast<const char*>(call.x) + 2 * at, sizeof(halves));
 #pragma omp simd
-      for (int j = 0; j < tile_width; j++) to[j] = float_of(static_cast<std::uint32_t>(halves[j]) << 16);
-    } else {
-      for (std::int64_t j = 0; j < tile_width; j++)
-        to[j] = j < width ? load_float(call.x, call.x_type, at + j * across) : 0.0f;
+        for (int j = 0; j < tile_width; j++) strip[j] = float_of(static_cast<std::uint32_t>(halves[j]) << 16);
+      } else {
+        for (std::int64_t j = 0; j < tile_width; j++)
+          strip[j] = j < left ? load_float(call.x, call.x_type, at + j * across) : 0.0f;
+      }
     }
   }
 }
@@ -77,10 +88,11 @@ class Tiles {
     if (call.rows.codes && !call.row_size) rounded(part_of(call.rows, n, n_end - n, k, k_end - k));
     if (call.rows.codes && call.row_size)
       for (std::int64_t r = n; r < n_end; r += tile_width)
-        strip(call.rows, call.row_size, r, std::min(n_end, r + tile_width), k, k_end, call.rows.x_stride, 1);
+        strips(call.rows, call.row_size, r, std::min(n_end, r + tile_width), k, k_end, call.rows.x_stride, 1);
+    constexpr std::int64_t together = tile_strips * tile_width;
     if (call.columns.codes)
-      for (std::int64_t c = k; c < k_end; c += tile_width)
-        strip(call.columns, call.column_size, c, std::min(k_end, c + tile_width), n, n_end, 1, call.rows.x_stride);
+      for (std::int64_t c = k; c < k_end; c += together)
+        strips(call.columns, call.column_size, c, std::min(k_end, c + together), n, n_end, 1, call.rows.x_stride);
   }
 
  private:
@@ -88,17 +100,22 @@ class Tiles {
   const Cast& cast;
   const Turn& turn;
 
-  // Rows [n, n_end) and columns [k, k_end) of what is written; in x they are `by_row` and `by_column` elements apart.
-  void strip(const CastCall& written, int size, std::int64_t n, std::int64_t n_end, std::int64_t k, std::int64_t k_end,
-             std::int64_t by_row, std::int64_t by_column) const {
-    alignas(64) float loaded[tile_length * tile_width], turned[tile_length * tile_width];
+  // Rows [n, n_end), at most tile_strips * tile_width, and columns [k, k_end) of what is written; in x they are
+  // `by_row` and `by_column` elements apart.
+  void strips(const CastCall& written, int size, std::int64_t n, std::int64_t n_end, std::int64_t k, std::int64_t k_end,
+              std::int64_t by_row, std::int64_t by_column) const {
+    constexpr std::int64_t numbers = tile_length * tile_width;
+    alignas(64) float loaded[tile_strips * numbers], turned[numbers];
     const std::int64_t length = k_end - k;
-    load_strip(call.rows, n * by_row + k * by_column, by_column, by_row, length, n_end - n, loaded);
-    if (size) transform_strip(size, call.signs, length, loaded);
-    turn(loaded, (length + tile_width - 1) / tile_width * tile_width, turned);
-    CastCall part = part_of(written, n, n_end - n, k, length);
-    part.x = turned, part.x_stride = tile_length, part.x_type = Type::fp32;
-    rounded(part);
+    load_strips(call.rows, n * by_row + k * by_column, by_column, by_row, length, n_end - n, loaded);
+    for (std::int64_t r = n; r < n_end; r += tile_width) {
+      float* strip = loaded + (r - n) * tile_length;
+      if (size) transform_strip(size, call.signs, length, strip);
+      turn(strip, (length + tile_width - 1) / tile_width * tile_width, turned);
+      CastCall part = part_of(written, r, std::min(n_end - r, tile_width), k, length);
+      part.x = turned, part.x_stride = tile_length, part.x_type = Type::fp32;
+      rounded(part);
+    }
   }
 
   void rounded(const CastCall& part) const {
