@@ -21,6 +21,7 @@ struct Kernels {
   void (*amax)(const AmaxCall&);
   void (*greatest)(const AmaxCall&);
   void (*decode)(const DecodeCall&);
+  void (*tiles)(const TilesCall&);
 };
 
 // Bytes at an odd address; freed as one block, so the sanitizer knows both ends.
@@ -147,12 +148,49 @@ void check_decode(const std::vector<Kernels>& kernels, const CastCall& like, con
   }
 }
 
+// `like` by rows and transposed, transformed where the shape allows it.
+void check_tiles(const std::vector<Kernels>& kernels, const CastCall& like, const char* what) {
+  const auto bytes = [&](std::int64_t columns) { return (columns * like.bits + 7) / 8; };
+  const auto groups = [&](std::int64_t columns) { return (columns + like.group - 1) / like.group; };
+  Bytes x(like.rows * like.columns * size_of(like.x_type));
+  fill(x, like.rows * like.columns, like.x_type);
+  std::vector<float> signs;
+  for (int i = 0; i < 32; i++) signs.push_back(random_bits() % 2 ? 0.25f : -0.25f);
+  std::string first;
+  for (const Kernels& kernel : kernels) {
+    for (int threads : {1, 3}) {
+      Bytes codes(like.rows * bytes(like.columns)), turned(like.columns * bytes(like.rows));
+      Bytes scale(like.rows * groups(like.columns) * size_of(like.scale_type));
+      Bytes turned_scale(like.columns * groups(like.rows) * size_of(like.scale_type));
+      TilesCall call{like, like, like.columns % 32 ? 0 : 32, like.rows % 32 ? 0 : 32, signs.data()};
+      call.rows.x = call.columns.x = x.data, call.rows.threads = threads;
+      call.rows.x_stride = like.columns, call.columns.x_stride = like.rows;
+      call.columns.rows = like.columns, call.columns.columns = like.rows;
+      call.rows.codes = reinterpret_cast<std::uint8_t*>(codes.data), call.rows.code_stride = bytes(like.columns);
+      call.columns.codes = reinterpret_cast<std::uint8_t*>(turned.data), call.columns.code_stride = bytes(like.rows);
+      call.rows.scale = scale.data, call.rows.scale_stride = groups(like.columns);
+      call.columns.scale = turned_scale.data, call.columns.scale_stride = groups(like.rows);
+      kernel.tiles(call);
+      std::string found;
+      for (const Bytes* part : {&codes, &turned, &scale, &turned_scale})
+        found.append(part->data, part->block.size() - 1);
+      if (first.empty()) first = found;
+      if (found == first) continue;
+      failures++;
+      std::printf("tiles %s of %s: rows %ld columns %ld\n", kernel.name, what, static_cast<long>(like.rows),
+                  static_cast<long>(like.columns));
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
-  std::vector<Kernels> kernels{{"generic", cast_generic, amax_generic, greatest_generic, decode_generic}};
-  if (parco::features().avx2) kernels.push_back({"avx2", cast_avx2, amax_avx2, greatest_avx2, decode_avx2});
-  if (parco::features().avx512) kernels.push_back({"avx512", cast_avx512, amax_avx512, greatest_avx512, decode_avx512});
+  std::vector<Kernels> kernels{
+      {"generic", cast_generic, amax_generic, greatest_generic, decode_generic, tiles_generic}};
+  if (parco::features().avx2) kernels.push_back({"avx2", cast_avx2, amax_avx2, greatest_avx2, decode_avx2, tiles_avx2});
+  if (parco::features().avx512)
+    kernels.push_back({"avx512", cast_avx512, amax_avx512, greatest_avx512, decode_avx512, tiles_avx512});
   std::vector<float> entries;
   for (int i = 0; i < 16; i++) entries.push_back(std::ldexp(static_cast<float>(i * i * i) - 1000.0f, -10));
   const std::uint8_t some = 0;
@@ -178,11 +216,11 @@ int main() {
     std::int64_t rows, columns, group, block_rows;
   } shapes[] = {{1, 1, 1, 1},       {3, 17, 17, 1},     {5, 300, 32, 1},    {7, 513, 48, 1},
                 {33, 64, 64, 16},   {2, 1000, 1, 2},    {40, 257, 128, 40}, {4, 96, 96, 1},
-                {3, 2085, 2085, 1}, {2, 4100, 2048, 1}, {5, 540, 16, 1}};
+                {3, 2085, 2085, 1}, {2, 4100, 2048, 1}, {5, 540, 16, 1},    {300, 288, 32, 1}};
   const Type types[] = {Type::fp32, Type::bf16, Type::fp16};
   const Type scales[] = {Type::fp32, Type::bf16, Type::fp16, Type::e8m0, Type::e4m3};
   const float factor = 0.3f;
-  int checks = 0;
+  int checks = 0, tiles = 0;
   for (const Element& element : elements)
     for (const auto& shape : shapes)
       for (int rounding = 0; rounding < 3; rounding++)
@@ -213,8 +251,10 @@ int main() {
           }
           check(kernels, call, element.name);
           check_decode(kernels, call, element.name);
+          const bool within_a_row = !call.zero && call.rule != Rule::given && call.group % 16 == 0 && call.group <= 256;
+          if (within_a_row && 256 % call.group == 0) check_tiles(kernels, call, element.name), tiles++;
           checks++;
         }
-  std::printf("%d casts, %zu kernels, %d differences\n", checks, kernels.size(), failures);
+  std::printf("%d casts, %d by tiles, %zu kernels, %d differences\n", checks, tiles, kernels.size(), failures);
   return failures != 0;
 }
