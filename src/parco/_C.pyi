@@ -43,6 +43,15 @@ def greatest_avx2(x: int, amax: int, rows: int, columns: int, group: int, x_type
 def greatest_avx512(x: int, amax: int, rows: int, columns: int, group: int, x_type: int, threads: int) -> None:
     """Greatest magnitudes; csrc/cast/cast.h."""
 
+def decode_generic(*, codes: int, values: int, scale: int, zero: int, factor: int, y: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, bits: int, offset: int, pattern: int, y_type: int, scale_type: int, threads: int) -> None:
+    """Codes into numbers; csrc/cast/decode.h."""
+
+def decode_avx2(*, codes: int, values: int, scale: int, zero: int, factor: int, y: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, bits: int, offset: int, pattern: int, y_type: int, scale_type: int, threads: int) -> None:
+    """Codes into numbers; csrc/cast/decode.h."""
+
+def decode_avx512(*, codes: int, values: int, scale: int, zero: int, factor: int, y: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, bits: int, offset: int, pattern: int, y_type: int, scale_type: int, threads: int) -> None:
+    """Codes into numbers; csrc/cast/decode.h."""
+
 class Scaling:
     """An RMS norm's weight and numbers; csrc/decode/layer.h."""
 
@@ -69,14 +78,6 @@ def run_layers(layers: Sequence[DecoderLayer], x: int, cos: int, sin: int, y: in
     """
     One token through layers, each of the result before it, into y [layers, columns]; their keys and values have room for one behind the known ones.
     """
-def decode_generic(*, codes: int, values: int, scale: int, zero: int, factor: int, y: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, bits: int, offset: int, pattern: int, y_type: int, scale_type: int, threads: int) -> None:
-    """Codes into numbers; csrc/cast/decode.h."""
-
-def decode_avx2(*, codes: int, values: int, scale: int, zero: int, factor: int, y: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, bits: int, offset: int, pattern: int, y_type: int, scale_type: int, threads: int) -> None:
-    """Codes into numbers; csrc/cast/decode.h."""
-
-def decode_avx512(*, codes: int, values: int, scale: int, zero: int, factor: int, y: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, bits: int, offset: int, pattern: int, y_type: int, scale_type: int, threads: int) -> None:
-    """Codes into numbers; csrc/cast/decode.h."""
 
 def embedding_generic(settled: CodedCall, indices: int, codes: int, scale: int, zero: int, factor: int, y: int, threads: int) -> int:
     """
