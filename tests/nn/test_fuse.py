@@ -9,6 +9,7 @@ from tests.nn import models
 
 import parco
 from parco import nn
+from parco.kernels.linear import linear_dense
 from parco.nn import fuse_
 
 FUSED = {
@@ -268,3 +269,44 @@ def test_a_model_is_needed() -> None:
     assert isinstance(
         parco.fuse_(nn.Linear(nn.StoredWeight.encode(parco.weights.Dense((2, 2)), torch.eye(2)))), nn.Fusion
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_linear_layers_in_half_precision_sum_in_fp32(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
+    model = torch.nn.Sequential(torch.nn.Linear(300, 20), torch.nn.Linear(20, 5, bias=False)).to(dtype)
+    state = model.state_dict()
+    assert fuse_(model).fused == {"dense": ("0", "1")}
+    first = model[0]
+    with torch.no_grad():
+        assert torch.equal(first(x), linear_dense(x, first.weight, first.bias))
+        assert apart(first(x), x.double() @ first.weight.double().T + first.bias.double()) < torch.finfo(dtype).eps
+    assert list(model.state_dict()) == list(state)
+    assert type(copy.deepcopy(model)[0]) is type(first)
+    assert isinstance(first, torch.nn.Linear)
+    assert type(first).__name__ == "Linear"
+
+
+def test_a_dense_layer_trains_as_before() -> None:
+    x = torch.randn(2, 64).bfloat16()
+    plain = torch.nn.Linear(64, 8).bfloat16()
+    fused = torch.nn.Sequential(copy.deepcopy(plain))
+    fuse_(fused)
+    y = fused(x)
+    assert torch.equal(y, plain(x))
+    y.float().sum().backward()
+    plain(x).float().sum().backward()
+    assert torch.equal(fused[0].weight.grad, plain.weight.grad)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert fused(x.float()).dtype == torch.bfloat16
+    with torch.no_grad():
+        assert fused.float()(x.float()).dtype == torch.float32
+
+
+def test_a_fused_dense_layer_is_still_a_site() -> None:
+    made = models.model("llama", torch.bfloat16)
+    fuse_(made)
+    before = set(nn.linears(made))
+    assert before == set(nn.linears(models.model("llama", torch.bfloat16)))
+    parco.convert_(made, "int4:32")
+    assert not any(type(each) is torch.nn.Linear for each in made.model.layers.modules())

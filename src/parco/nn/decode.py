@@ -23,7 +23,8 @@ from torch.nn.modules import module as module_hooks
 from parco import _C
 from parco.kernels.library import undispatched
 from parco.nn import proofs
-from parco.nn.prepared import NORMS, PROJECTIONS, Prepared, Settings, kind_of, prepare
+from parco.nn.linear import kind_of
+from parco.nn.prepared import NORMS, PROJECTIONS, Prepared, Settings, prepare
 from parco.nn.proofs import Unlike
 from parco.nn.room import Room, appendable, room_for_one, written
 

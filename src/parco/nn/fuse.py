@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from parco.kernels.library import TYPES, transformed
+from parco.kernels.linear import linear_dense
 from parco.kernels.rowwise import ACTIVATIONS, rms_norm
 from parco.nn import decode, joined, proofs
 from parco.nn.prepared import groups
 from parco.nn.proofs import ROTARY, Unlike
 
-Kind = Literal["norm", "gate", "rotation", "activation", "layer"]
+Kind = Literal["norm", "gate", "rotation", "activation", "dense", "layer"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def _is_fused(module: Any) -> bool:
 @torch.no_grad()
 def fuse_(model: nn.Module) -> Fusion:
     """Fuse RMS norms, gated feed-forward blocks, rotary embeddings and GELUs written out in Python, in place; and
-    decoder layers made of these, which then decode in one call.
+    decoder layers made of these, which then decode in one call. Linear layers that stayed PyTorch's own, in bf16 or
+    fp16 on a CPU, are multiplied by `linear_dense` where no gradients are asked for.
 
     Fused results differ from unfused ones by roundings: what was rounded after every step is computed in fp32 and
     rounded once. Gradients flow as before. Stored matrices that read the same input (q, k and v; gate and up) are put
@@ -153,6 +155,8 @@ def _guarded(run: Callable[[Any, Tensor], Tensor], original: type[nn.Module]) ->
 
 def _looks_like(module: nn.Module) -> Kind | None:
     names = dict(module.named_children())
+    if type(module) is nn.Linear:
+        return "dense" if module.weight.is_cpu and module.weight.dtype in proofs.HALVES else None
     if "RMSNorm" in type(module).__name__:
         return "norm"
     if "down_proj" in names and ("gate_up_proj" in names or {"gate_proj", "up_proj"} <= set(names)):
@@ -184,6 +188,15 @@ def _rotated(original: type[nn.Module]) -> Callable[..., Any]:
     return made
 
 
+def _dense_forward(module: Any, x: Tensor) -> Tensor:
+    weight: Tensor = module.weight
+    plain = type(weight) is nn.Parameter and weight.is_cpu and x.dtype == weight.dtype in proofs.HALVES
+    trains = torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in module.parameters()))
+    if not plain or trains or torch.is_autocast_enabled("cpu"):
+        return module._original.forward(module, x)
+    return linear_dense(x, weight, module.bias)
+
+
 def _activation_forward(module: Any, x: Tensor) -> Tensor:
     return ACTIVATIONS[module._fusion](x)
 
@@ -193,9 +206,11 @@ _CHECKS: dict[str, Callable[[nn.Module], Any]] = {
     "gate": proofs.gate,
     "rotation": proofs.rotation,
     "activation": proofs.activation,
+    "dense": proofs.dense,
 }
 _FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "norm": _norm_forward,
     "gate": _gate_forward,
     "activation": _activation_forward,
+    "dense": _dense_forward,
 }

@@ -70,3 +70,8 @@ class Embedding(torch.nn.Module):
     def extra_repr(self) -> str:
         scale = "" if self.scale is None else f", scale={self.scale:g}"
         return f"{self.num_embeddings}, {self.embedding_dim}{scale}"
+
+
+def kind_of(module: torch.nn.Module) -> type[torch.nn.Module]:
+    """The module's class, before `fuse_` gave it a subclass where it did."""
+    return type(module).__dict__.get("_original", type(module))

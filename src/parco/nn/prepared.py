@@ -17,7 +17,7 @@ from parco.kernels.library import TYPES
 from parco.kernels.linear.prepared import coded_product, dense_product
 from parco.kernels.rowwise.gate import NUMBERS
 from parco.nn import joined
-from parco.nn.linear import Linear
+from parco.nn.linear import Linear, kind_of
 from parco.weights import Dense, Quantized
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -74,11 +74,6 @@ def groups(module: Any, kind: str) -> Iterator[list[nn.Module]]:
         yield [getattr(module.self_attn, name) for name in PROJECTIONS]
     elif kind == "gate" and "gate_proj" in module._modules:
         yield [module.gate_proj, module.up_proj]
-
-
-def kind_of(module: nn.Module) -> type:
-    """The module's class, before it was fused where it was."""
-    return type(module).__dict__.get("_original", type(module))
 
 
 def prepare(module: Any, settings: Settings, dtype: torch.dtype, width: int) -> Prepared:
@@ -139,7 +134,7 @@ def _call(
     """
     layers = [each for place in places for each in place]
     plain = all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in tensors)
-    if dtype not in TYPES or not plain or not all(isinstance(x, Linear) or type(x) is nn.Linear for x in layers):
+    if dtype not in TYPES or not plain or not all(isinstance(x, Linear) or kind_of(x) is nn.Linear for x in layers):
         return None
     heads, key_heads, value_heads = (layer.out_features // width for layer in places[0])
     columns, inner = places[1][0].out_features, places[3][0].in_features

@@ -19,6 +19,9 @@ from parco.nn.linear import Linear
 
 ROTARY = "apply_rotary_pos_emb"
 
+HALVES = (torch.bfloat16, torch.float16)
+"""Dtypes whose products PyTorch's own layers round, or sum, as the processor likes."""
+
 NORM_NAMES = {
     *("weight", "variance_epsilon", "eps", "epsilon", "dtype", "to", "float", "type_as", "torch", "float32"),
     *("pow", "square", "mean", "rsqrt", "sqrt", "_norm"),
@@ -51,6 +54,12 @@ def require(module: nn.Module, allowed: set[str], parameters: set[str]) -> None:
         raise Unlike(f"{kind} takes more than one input")
     if {name for name, _ in module.named_parameters(recurse=False)} != parameters or module._buffers:  # pyright: ignore[reportPrivateUsage]
         raise Unlike(f"{kind} has other parameters than {', '.join(sorted(parameters)) or 'those of its parts'}")
+
+
+def dense(module: nn.Module) -> None:
+    """Of PyTorch's own linear layer nothing has to be shown but that it is one."""
+    if "forward" in module.__dict__:
+        raise Unlike("the forward of this Linear has been replaced")
 
 
 ROUNDINGS = 2.0

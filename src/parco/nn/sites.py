@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from parco.nn.experts import Experts
-from parco.nn.linear import Embedding, Linear
+from parco.nn.linear import Embedding, Linear, kind_of
 from parco.nn.stored import StoredWeight
 
 Kind = Literal["linear", "conv1d", "embedding", "expert"]
@@ -143,7 +143,7 @@ def _kind(module: torch.nn.Module) -> Kind | None:
     if isinstance(module, torch.nn.Linear):
         # torch.nn.MultiheadAttention reads this subclass's weight and bypasses its forward.
         bypassed = isinstance(module, torch.nn.modules.linear.NonDynamicallyQuantizableLinear)
-        return "linear" if type(module).forward is torch.nn.Linear.forward and not bypassed else None
+        return "linear" if kind_of(module).forward is torch.nn.Linear.forward and not bypassed else None
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return "conv1d"
     if isinstance(module, torch.nn.Embedding):
