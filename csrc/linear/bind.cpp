@@ -13,7 +13,7 @@ namespace {
 
 CodedCall settle(std::uintptr_t values, std::uintptr_t table, std::int64_t rows, std::int64_t outputs,
                  std::int64_t columns, std::int64_t group, std::int64_t block_rows, std::int64_t scale_stride,
-                 float unit, int zero_point, int bits, bool packed, int element, int x_type, int scale_type,
+                 float unit, int zero_point, int bits, bool packed, bool int8, int element, int x_type, int scale_type,
                  int bias_type) {
   CodedCall call{};
   call.values = address<const float>(values);
@@ -21,6 +21,7 @@ CodedCall settle(std::uintptr_t values, std::uintptr_t table, std::int64_t rows,
   call.rows = rows, call.outputs = outputs, call.columns = columns;
   call.group = group, call.block_rows = block_rows, call.scale_stride = scale_stride;
   call.unit = unit, call.zero_point = zero_point, call.bits = bits, call.packed = packed;
+  call.int8 = int8;
   call.element = static_cast<Element>(element);
   call.x_type = static_cast<Type>(x_type);
   call.scale_type = static_cast<Type>(scale_type);
@@ -85,8 +86,8 @@ void bind_linear(nb::module_& module) {
   nb::class_<CodedCall>(module, "CodedCall", "A product with stored codes, but for its tensors; csrc/linear/coded.h.")
       .def(nb::new_(&settle), nb::kw_only(), nb::arg("values"), nb::arg("table"), nb::arg("rows"), nb::arg("outputs"),
            nb::arg("columns"), nb::arg("group"), nb::arg("block_rows"), nb::arg("scale_stride"), nb::arg("unit"),
-           nb::arg("zero_point"), nb::arg("bits"), nb::arg("packed"), nb::arg("element"), nb::arg("x_type"),
-           nb::arg("scale_type"), nb::arg("bias_type"));
+           nb::arg("zero_point"), nb::arg("bits"), nb::arg("packed"), nb::arg("int8"), nb::arg("element"),
+           nb::arg("x_type"), nb::arg("scale_type"), nb::arg("bias_type"));
   define<int_generic>(module, "int_generic");
   define<int_avx2>(module, "int_avx2");
   define<int_avx512>(module, "int_avx512");

@@ -47,6 +47,7 @@ struct CodedCall {
   float unit;
   int zero_point, bits, threads;
   bool packed;
+  bool int8;  // x is quantized to int8 per row, in the integer products
   Element element;
   Type x_type, scale_type, bias_type;
 

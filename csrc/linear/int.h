@@ -6,6 +6,10 @@
 // codes are summed exactly in int32; a block's sum is then turned into fp32 and added to the row's fp32 accumulator by
 // one fma, in ascending k. Nothing depends on the order inside a block, so every instruction set, batch size and thread
 // count gives the same bits.
+//
+// Where the call says int8, a value of x becomes one signed byte under the scale of its row: the codes of the format
+// int8:row. That scale multiplies a row's sum once, at its end, so blocks of one group are summed on in int32 (up to
+// 2^16 columns) and only the groups in fp32: less than half the instructions.
 #pragma once
 #include "linear/coded.h"
 
@@ -23,6 +27,7 @@ void int_amx_emulated(const CodedCall& call);
 // there are. `pieces` are runs of whole blocks of at most 32 dwords, the unit in which weights are read.
 struct Block {
   std::int32_t k, length, group, dword, dwords;
+  bool opens, closes;  // whether an int32 sum begins and ends here
 };
 struct Piece {
   std::int32_t first, last, dword, dwords;
@@ -37,6 +42,16 @@ struct Plan {
 
 constexpr std::int32_t longest_block = 128;
 constexpr std::int32_t piece_dwords = 32;
+constexpr std::int32_t longest_sum = 1 << 16;  // of bytes: 255 * 127 * 2^16 < 2^31
+
+// What a value of x becomes: a 16-bit word, two of them, or a signed byte.
+enum class Digits { word, two_words, byte };
+
+constexpr int count_of(Digits digits) { return digits == Digits::two_words ? 2 : 1; }
+
+inline Digits digits_of(const CodedCall& call) {
+  return call.int8 ? Digits::byte : call.x_type == Type::fp32 ? Digits::two_words : Digits::word;
+}
 
 std::size_t plan_bytes(const CodedCall& call);
 Plan make_plan(const CodedCall& call, void* memory, bool straight = false);

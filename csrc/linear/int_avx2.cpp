@@ -12,6 +12,7 @@ struct Avx2 {
   static constexpr int lanes = 8, tile_rows = 3, tile_rows_of_two_words = 2;
   static constexpr int decode_words =
       4;  // per column of x, up to which weights go straight from memory into the products
+  static constexpr int x_bytes(Digits) { return 2; }  // of a value; int8 goes as words
 
   static I set(std::int32_t value) { return _mm256_set1_epi32(value); }
   static F set(float value) { return _mm256_set1_ps(value); }
@@ -58,7 +59,7 @@ struct Avx2 {
   }
 
   // One block of `all` rows of words against its dwords of codes.
-  template <bool nibbles, int all>
+  template <bool nibbles, int all, Digits>
   static void block_sums(const I* codes, std::int32_t dwords, int bits, const char* const* x, I* sum) {
     constexpr int shifts = nibbles ? 4 : 2;
     I other[all];
@@ -77,7 +78,7 @@ struct Avx2 {
   }
 
   // Packed codes.
-  static constexpr int parts = 1;
+  static constexpr int parts(Digits) { return 1; }
   static constexpr int streams(int all) { return all == 1 ? 4 : all == 2 ? 2 : 1; }
   // A table of 64 bytes: of its four parts each looks up the low 4 bits, bits 4 and 5 choose.
   struct Lookup {
@@ -99,9 +100,9 @@ struct Avx2 {
       return _mm256_blendv_epi8(lower, upper, bit5);
     }
   };
-  template <int bits, bool mapped, int all>
+  template <int bits, bool mapped, int all, Digits>
   static void add_products(const std::uint8_t* at, [[maybe_unused]] const Lookup& lookup, const char* const* x,
-                           std::int32_t d, I (*sum)[parts]) {
+                           std::int32_t d, I (*sum)[1]) {
     // Bytes 0 and 2 of a vector are one pair, 1 and 3 the other; so far apart in x as there are vectors in a dword.
     constexpr int low = low_bits(bits), vectors = 8 / low;
     const I byte = _mm256_set1_epi16(255);
@@ -136,7 +137,10 @@ struct Avx2 {
     if constexpr (shift < 0) return _mm256_srli_epi16(vector, -shift);
     return vector;
   }
-  static I whole(const I* sum) { return sum[0]; }
+  template <int>
+  static I whole(const I* sum) {
+    return sum[0];
+  }
   static F load_scales(const CodedCall& call, std::int64_t at, float factor) {
     const char* from = static_cast<const char*>(call.scale) + at * size_of(call.scale_type);
     F scale;
@@ -284,6 +288,7 @@ struct Avx2 {
 
   static void quantize(const CodedCall& call, const Plan& plan, std::int64_t row, std::int16_t* const* words,
                        float* scales, std::int32_t* const* sums) {
+    if (call.int8) return quantize_row_to_bytes<true>(call, plan, row, words[0], scales, sums[0]);
     quantize_row<true>(call, plan, row, words, scales, sums);
   }
 };

@@ -1,6 +1,7 @@
 // The vector type of AVX-512 with VBMI and VNNI for int_engine.h: 16 outputs to a vector, vpdpwssd for the products.
 #pragma once
 #include "linear/avx512.h"
+#include "linear/bytes_avx512.h"
 #include "linear/int_engine.h"
 
 namespace parco::linear {
@@ -12,6 +13,7 @@ struct Avx512 {
   static constexpr int lanes = 16, tile_rows = 6, tile_rows_of_two_words = 4;
   static constexpr int decode_words =
       8;  // per column of x, up to which weights go straight from memory into the products
+  static constexpr int x_bytes(Digits digits) { return digits == Digits::byte ? 1 : 2; }  // of a value
 
   static I set(std::int32_t value) { return _mm512_set1_epi32(value); }
   static F set(float value) { return _mm512_set1_ps(value); }
@@ -27,8 +29,9 @@ struct Avx512 {
   static I dot(I sum, I a, I b) { return _mm512_dpwssd_epi32(sum, a, b); }
   // One block of `all` rows of words against its dwords of codes. Bytes of codes meet bytes of words, and high sums
   // weigh 256: half the unpacking of 16-bit products.
-  template <bool nibbles, int all>
+  template <bool nibbles, int all, Digits digits>
   static void block_sums(const I* codes, std::int32_t dwords, int bits, const char* const* x, I* sum) {
+    if (digits == Digits::byte) return sums_of_bytes<nibbles, all>(codes, dwords, bits, x, sum);
     if (dwords == 4) return sums_of<nibbles, all, 4>(codes, dwords, bits, x, sum);
     if (dwords == 32) return sums_of<nibbles, all, 32>(codes, dwords, bits, x, sum);
     sums_of<nibbles, all, 0>(codes, dwords, bits, x, sum);
@@ -67,9 +70,26 @@ struct Avx512 {
     }
   }
 
-  // Packed codes: sums of high bytes beside those of low ones.
-  static constexpr int parts = 2;
-  static constexpr int streams(int all) { return all <= 2 ? 4 : all <= 4 ? 2 : 1; }
+  template <bool nibbles, int all>
+  static void sums_of_bytes(const I* codes, std::int32_t dwords, int bits, const char* const* x, I* sum) {
+    const I mask = byte_mask(bits);
+    for (std::int32_t d = 0; d < dwords; d++) {
+      const I dword = load(codes + d);
+      if constexpr (nibbles) {
+        const I even = _mm512_and_si512(dword, mask), odd = _mm512_and_si512(_mm512_srli_epi16(dword, 4), mask);
+        for (int r = 0; r < all; r++) {
+          sum[r] = _mm512_dpbusd_epi32(sum[r], even, broadcast(x[r] + 8 * d));
+          sum[r] = _mm512_dpbusd_epi32(sum[r], odd, broadcast(x[r] + 8 * d + 4));
+        }
+      } else {
+        for (int r = 0; r < all; r++) sum[r] = _mm512_dpbusd_epi32(sum[r], dword, broadcast(x[r] + 4 * d));
+      }
+    }
+  }
+
+  // Packed codes: of words sums of high bytes beside those of low ones.
+  static constexpr int parts(Digits digits) { return digits == Digits::byte ? 1 : 2; }
+  static constexpr int streams(int sums) { return sums <= 4 ? 4 : sums <= 8 ? 2 : 1; }
   struct Lookup {
     I table;
     explicit Lookup(const CodedCall& call) : table(_mm512_setzero_si512()) {
@@ -78,15 +98,19 @@ struct Avx512 {
                             : _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(call.table)));
     }
   };
-  template <int bits, bool mapped, int all>
+  template <int bits, bool mapped, int all, Digits digits>
   static void add_products(const std::uint8_t* at, [[maybe_unused]] const Lookup& lookup, const char* const* x,
-                           std::int32_t d, I (*sum)[parts]) {
+                           std::int32_t d, I (*sum)[parts(digits)]) {
     const auto add = [&](int i, I codes) {
       if constexpr (mapped)
         codes = bits > 4 ? _mm512_permutexvar_epi8(codes, lookup.table) : _mm512_shuffle_epi8(lookup.table, codes);
-      const std::int64_t offset = 2 * step_codes(bits) * d + 8 * i;
+      const std::int64_t offset = x_bytes(digits) * (step_codes(bits) * d + 4 * i);
 #pragma GCC unroll 8
       for (int r = 0; r < all; r++) {
+        if constexpr (digits == Digits::byte) {
+          sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], codes, broadcast(x[r] + offset));
+          continue;
+        }
         sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], codes, broadcast(x[r] + offset));
         sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], codes, broadcast(x[r] + offset + 4));
       }
@@ -112,7 +136,11 @@ struct Avx512 {
     if constexpr (shift < 0) return _mm512_srli_epi16(vector, -shift);
     return vector;
   }
-  static I whole(const I* sum) { return add(_mm512_slli_epi32(sum[1], 8), sum[0]); }
+  template <int parts>
+  static I whole(const I* sum) {
+    if constexpr (parts == 1) return sum[0];
+    return add(_mm512_slli_epi32(sum[1], 8), sum[0]);
+  }
   static F load_scales(const CodedCall& call, std::int64_t at, float factor) {
     const char* from = static_cast<const char*>(call.scale) + at * size_of(call.scale_type);
     I bits;
@@ -288,6 +316,8 @@ struct Avx512 {
 
   static void quantize(const CodedCall& call, const Plan& plan, std::int64_t m, std::int16_t* const* words,
                        float* scales, std::int32_t* const* sums) {
+    if (call.int8)
+      return avx512::quantize_bytes(call, plan, m, reinterpret_cast<std::int8_t*>(words[0]), scales, sums[0]);
     if (call.rows * (call.x_type == Type::fp32 ? 2 : 1) <= decode_words)
       quantize_to<Order::bytes>(call, plan, m, words, scales, sums);
     else

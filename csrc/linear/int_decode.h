@@ -5,11 +5,17 @@
 namespace parco::linear {
 namespace {
 
-template <class V, bool nibbles, int columns, int words>
+// Row m of x from column k on, as the products take it.
+template <Digits digits, class V>
+inline const char* x_of(const Job<V>& job, int word, std::int64_t m, std::int64_t k) {
+  return reinterpret_cast<const char*>(job.x[word] + m * job.plan.words) + k * V::x_bytes(digits);
+}
+
+template <class V, bool nibbles, int columns, Digits digits>
 void decode(const Job<V>& job, std::int64_t first_output, float* scales, std::int32_t* zeros) {
   using I = typename V::I;
   using F = typename V::F;
-  constexpr int all = columns * words;
+  constexpr int words = count_of(digits), all = columns * words;
   const Plan& plan = job.plan;
   Outputs<V, 1> outputs;
   outputs.gather(job.call, plan, first_output, scales, zeros);
@@ -22,7 +28,9 @@ void decode(const Job<V>& job, std::int64_t first_output, float* scales, std::in
   const char* next_scales = static_cast<const char*>(job.call.scale) + (first_output / V::lanes + 1) * scale_bytes;
   alignas(64) I codes[piece_dwords];
   F total[columns];
+  I sum[all];
   for (int m = 0; m < columns; m++) total[m] = V::set(0.0f);
+  for (I& one : sum) one = V::set(0);
   for (std::int32_t p = 0; p < plan.piece_count; p++) {
     const Piece& piece = plan.pieces[p];
     outputs.read(job.call, reader, 0, piece, codes);
@@ -31,20 +39,18 @@ void decode(const Job<V>& job, std::int64_t first_output, float* scales, std::in
     for (std::int32_t b = piece.first; b < piece.last; b++) {
       const Block& block = plan.blocks[b];
       const char* x[all];
-      I sum[all];
       for (int m = 0; m < columns; m++) {
         for (int w = 0; w < words; w++) {
-          x[m * words + w] = reinterpret_cast<const char*>(job.x[w] + m * plan.words + block.k);
-          sum[m * words + w] = first_sum(outputs, block, 0, job.x_sum[w][m * job.block_stride + b]);
+          x[m * words + w] = x_of<digits>(job, w, m, block.k);
+          if (opens<digits>(block))
+            sum[m * words + w] = first_sum(outputs, block, 0, job.x_sum[w][m * job.block_stride + b]);
         }
       }
-      V::template block_sums<nibbles, all>(code, block.dwords, job.call.bits, x, sum);
+      V::template block_sums<nibbles, all, digits>(code, block.dwords, job.call.bits, x, sum);
       code += block.dwords;
+      if (!closes<digits>(block)) continue;
       const F scale = grouped ? V::load(outputs.scale + block.group * V::lanes) : V::set(1.0f);
-      for (int m = 0; m < columns; m++) {
-        const F unit = V::multiply(V::set(job.x_scale[m * job.block_stride + b]), scale);
-        total[m] = V::fma(exact<V, words>(sum + m * words), unit, total[m]);
-      }
+      for (int m = 0; m < columns; m++) total[m] = add_scaled<V, digits>(job, m, b, sum + m * words, scale, total[m]);
     }
   }
   for (int m = 0; m < columns; m++) finish(job, outputs, m, 0, total[m]);
@@ -93,11 +99,11 @@ void read_planes(const typename V::Reader& reader, const std::uint8_t* panel, st
 constexpr std::int64_t read_ahead = 1024;  // bytes of each stream
 
 // `strips` times `lanes` packed outputs, from first[strip] on, against `columns` rows of x.
-template <class V, int bits, bool mapped, int strips, int columns, int words>
+template <class V, int bits, bool mapped, int strips, int columns, Digits digits>
 void decode_strips(const Job<V>& job, const std::int64_t* first, float* scales, std::int32_t* zeros) {
   using I = typename V::I;
   using F = typename V::F;
-  constexpr int all = columns * words;
+  constexpr int words = count_of(digits), all = columns * words, parts = V::parts(digits);
   const CodedCall& call = job.call;
   const Plan& plan = job.plan;
   const bool grouped = plan.groups > 1, direct = call.packed_scales();
@@ -106,20 +112,23 @@ void decode_strips(const Job<V>& job, const std::int64_t* first, float* scales, 
   Outputs<V, 1> outputs[strips];
   const std::uint8_t* codes[strips];
   F total[strips][columns];
+  I sum[strips][all][parts];
   for (int s = 0; s < strips; s++) {
     const std::int64_t kept = s * static_cast<std::int64_t>(plan.groups) * V::lanes;
     direct ? outputs[s].take(call, first[s]) : outputs[s].gather(call, plan, first[s], scales + kept, zeros + kept);
     codes[s] = packed_codes(call, first[s]);
     for (int m = 0; m < columns; m++) total[s][m] = V::set(0.0f);
+    for (auto& of_row : sum[s])
+      for (I& one : of_row) one = V::set(0);
   }
   for (std::int32_t b = 0; b < plan.block_count; b++) {
     const Block& block = plan.blocks[b];
     const char* x[all];
-    I sum[strips][all][V::parts];
 #pragma GCC unroll 8
     for (int r = 0; r < all; r++) {
       const int m = r / words, w = r % words;
-      x[r] = reinterpret_cast<const char*>(job.x[w] + m * plan.words + block.k);
+      x[r] = x_of<digits>(job, w, m, block.k);
+      if (!opens<digits>(block)) continue;
       const std::int32_t of_words = job.x_sum[w][m * job.block_stride + b];
 #pragma GCC unroll 4
       for (int s = 0; s < strips; s++) {
@@ -127,7 +136,7 @@ void decode_strips(const Job<V>& job, const std::int64_t* first, float* scales, 
             direct && call.zero
                 ? V::multiply(V::load_zeros(call.zero + call.scale_index(first[s], block.group)), V::set(of_words))
                 : first_sum(outputs[s], block, 0, of_words);
-        for (int part = 1; part < V::parts; part++) sum[s][r][part] = V::set(0);
+        for (int part = 1; part < parts; part++) sum[s][r][part] = V::set(0);
       }
     }
     constexpr std::int64_t step_bytes = step_dwords(bits) * panel_rows * 4;
@@ -138,9 +147,10 @@ void decode_strips(const Job<V>& job, const std::int64_t* first, float* scales, 
       for (int s = 0; s < strips; s++) {
         const std::uint8_t* at = codes[s] + from + d * step_bytes;
         for (int i = 0; i < step_dwords(bits); i++) __builtin_prefetch(at + i * panel_rows * 4 + read_ahead);
-        V::template add_products<bits, mapped, all>(at, lookup, x, d, sum[s]);
+        V::template add_products<bits, mapped, all, digits>(at, lookup, x, d, sum[s]);
       }
     }
+    if (!closes<digits>(block)) continue;
 #pragma GCC unroll 4
     for (int s = 0; s < strips; s++) {
       F scale = V::set(1.0f);
@@ -149,9 +159,8 @@ void decode_strips(const Job<V>& job, const std::int64_t* first, float* scales, 
                        : V::load(outputs[s].scale + block.group * V::lanes);
       for (int m = 0; m < columns; m++) {
         I whole[words];
-        for (int w = 0; w < words; w++) whole[w] = V::whole(sum[s][m * words + w]);
-        const F unit = V::multiply(V::set(job.x_scale[m * job.block_stride + b]), scale);
-        total[s][m] = V::fma(exact<V, words>(whole), unit, total[s][m]);
+        for (int w = 0; w < words; w++) whole[w] = V::template whole<parts>(sum[s][m * words + w]);
+        total[s][m] = add_scaled<V, digits>(job, m, b, whole, scale, total[s][m]);
       }
     }
   }
@@ -160,31 +169,35 @@ void decode_strips(const Job<V>& job, const std::int64_t* first, float* scales, 
 }
 
 // Strips [first, last) in as many contiguous streams as are read at once.
-template <class V, int bits, bool mapped, int columns, int words>
+template <class V, int bits, bool mapped, int columns, Digits digits>
 void decode_streams(const Job<V>& job, std::int64_t first, std::int64_t last, float* scales, std::int32_t* zeros) {
-  constexpr int streams = V::streams(columns * words);
+  constexpr int streams = V::streams(columns * count_of(digits) * V::parts(digits));
   const std::int64_t length = (last - first) / streams;
   for (std::int64_t i = 0; i < length; i++) {
     std::int64_t outputs[streams];
     for (int s = 0; s < streams; s++) outputs[s] = (first + s * length + i) * V::lanes;
-    decode_strips<V, bits, mapped, streams, columns, words>(job, outputs, scales, zeros);
+    decode_strips<V, bits, mapped, streams, columns, digits>(job, outputs, scales, zeros);
   }
   for (std::int64_t i = first + streams * length; i < last; i++) {
     const std::int64_t output = i * V::lanes;
-    decode_strips<V, bits, mapped, 1, columns, words>(job, &output, scales, zeros);
+    decode_strips<V, bits, mapped, 1, columns, digits>(job, &output, scales, zeros);
   }
 }
 
-template <class V, int bits, bool mapped, int columns, int words>
+template <class V, int bits, bool mapped, int columns, Digits digits>
 void decode_packed_rows(const Job<V>& job, std::int64_t first, std::int64_t last, float* scales, std::int32_t* zeros) {
-  if (job.rows == columns) return decode_streams<V, bits, mapped, columns, words>(job, first, last, scales, zeros);
-  if constexpr (columns > 1) decode_packed_rows<V, bits, mapped, columns - 1, words>(job, first, last, scales, zeros);
+  if (job.rows == columns) return decode_streams<V, bits, mapped, columns, digits>(job, first, last, scales, zeros);
+  if constexpr (columns > 1) decode_packed_rows<V, bits, mapped, columns - 1, digits>(job, first, last, scales, zeros);
 }
 
 template <class V, int bits, bool mapped = false>
 void decode_coding(const Job<V>& job, std::int64_t first, std::int64_t last, float* scales, std::int32_t* zeros) {
-  job.words == 2 ? decode_packed_rows<V, bits, mapped, V::decode_words / 2, 2>(job, first, last, scales, zeros)
-                 : decode_packed_rows<V, bits, mapped, V::decode_words, 1>(job, first, last, scales, zeros);
+  constexpr int most = V::decode_words;
+  if (job.digits == Digits::byte)
+    return decode_packed_rows<V, bits, mapped, most, Digits::byte>(job, first, last, scales, zeros);
+  job.digits == Digits::two_words
+      ? decode_packed_rows<V, bits, mapped, most / 2, Digits::two_words>(job, first, last, scales, zeros)
+      : decode_packed_rows<V, bits, mapped, most, Digits::word>(job, first, last, scales, zeros);
 }
 
 // Strips [first, last) of packed outputs; the plan's dwords are those of memory.
@@ -209,16 +222,19 @@ void decode_packed(const Job<V>& job, std::int64_t first, std::int64_t last, flo
   }
 }
 
-template <class V, bool nibbles, int columns, int words>
+template <class V, bool nibbles, int columns, Digits digits>
 void decode_rows(const Job<V>& job, std::int64_t first_output, float* scales, std::int32_t* zeros) {
-  if (job.rows == columns) return decode<V, nibbles, columns, words>(job, first_output, scales, zeros);
-  if constexpr (columns > 1) decode_rows<V, nibbles, columns - 1, words>(job, first_output, scales, zeros);
+  if (job.rows == columns) return decode<V, nibbles, columns, digits>(job, first_output, scales, zeros);
+  if constexpr (columns > 1) decode_rows<V, nibbles, columns - 1, digits>(job, first_output, scales, zeros);
 }
 
 template <class V, bool nibbles>
 void decode_any(const Job<V>& job, std::int64_t first_output, float* scales, std::int32_t* zeros) {
-  if (job.words == 2) return decode_rows<V, nibbles, V::decode_words / 2, 2>(job, first_output, scales, zeros);
-  decode_rows<V, nibbles, V::decode_words, 1>(job, first_output, scales, zeros);
+  constexpr int most = V::decode_words;
+  if (job.digits == Digits::byte) return decode_rows<V, nibbles, most, Digits::byte>(job, first_output, scales, zeros);
+  job.digits == Digits::two_words
+      ? decode_rows<V, nibbles, most / 2, Digits::two_words>(job, first_output, scales, zeros)
+      : decode_rows<V, nibbles, most, Digits::word>(job, first_output, scales, zeros);
 }
 
 }  // namespace

@@ -34,22 +34,23 @@ void expand(const Job<V>& job, const Outputs<V, 2>& outputs, typename V::I* pane
   }
 }
 
-template <class V, int rows, int words>
+template <class V, int rows, Digits digits>
 void tile(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V::I* panel, std::int64_t m0) {
   using I = typename V::I;
   using F = typename V::F;
-  constexpr int all = rows * words;
+  constexpr int words = count_of(digits), all = rows * words;
   const Plan& plan = job.plan;
   const bool grouped = plan.groups > 1;
   F total[rows][2];
+  I sum[all][2];
   for (int m = 0; m < rows; m++) total[m][0] = total[m][1] = V::set(0.0f);
+  for (auto& of_row : sum) of_row[0] = of_row[1] = V::set(0);
   const std::int16_t* x[all];
   for (int m = 0; m < rows; m++)
     for (int w = 0; w < words; w++) x[m * words + w] = job.x[w] + (m0 + m) * plan.words;
   for (std::int32_t b = 0; b < plan.block_count; b++) {
     const Block& block = plan.blocks[b];
-    I sum[all][2];
-    for (int m = 0; m < rows; m++)
+    for (int m = 0; m < rows && opens<digits>(block); m++)
       for (int w = 0; w < words; w++)
         for (int v = 0; v < 2; v++)
           sum[m * words + w][v] = first_sum(outputs, block, v, job.x_sum[w][(m0 + m) * job.block_stride + b]);
@@ -64,14 +65,14 @@ void tile(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V::I* 
         sum[r][1] = V::dot(sum[r][1], high, pair);
       }
     }
+    if (!closes<digits>(block)) continue;
     const float* scale = outputs.scale + block.group * 2 * V::lanes;
     for (int m = 0; m < rows; m++) {
-      const F x_scale = V::set(job.x_scale[(m0 + m) * job.block_stride + b]);
       for (int v = 0; v < 2; v++) {
         I block_sum[words];
         for (int w = 0; w < words; w++) block_sum[w] = sum[m * words + w][v];
-        const F unit = grouped ? V::multiply(x_scale, V::load(scale + v * V::lanes)) : x_scale;
-        total[m][v] = V::fma(exact<V, words>(block_sum), unit, total[m][v]);
+        const F unit = grouped ? V::load(scale + v * V::lanes) : V::set(1.0f);
+        total[m][v] = add_scaled<V, digits>(job, m0 + m, b, block_sum, unit, total[m][v]);
       }
     }
   }
@@ -79,29 +80,30 @@ void tile(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V::I* 
     for (int v = 0; v < 2; v++) finish(job, outputs, m0 + m, v, total[m][v]);
 }
 
-template <class V, int rows, int words>
+template <class V, int rows, Digits digits>
 void last_tile(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V::I* panel, std::int64_t m0,
                std::int64_t left) {
   if constexpr (rows > 0) {
-    if (left == rows) return tile<V, rows, words>(job, outputs, panel, m0);
-    last_tile<V, rows - 1, words>(job, outputs, panel, m0, left);
+    if (left == rows) return tile<V, rows, digits>(job, outputs, panel, m0);
+    last_tile<V, rows - 1, digits>(job, outputs, panel, m0, left);
   }
 }
 
-template <class V, int words>
+template <class V, Digits digits>
 void tiles(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V::I* panel, std::int64_t first,
            std::int64_t last) {
-  constexpr int rows = words == 1 ? V::tile_rows : V::tile_rows_of_two_words;
+  constexpr int rows = digits == Digits::two_words ? V::tile_rows_of_two_words : V::tile_rows;
   std::int64_t m = first;
-  for (; m + rows <= last; m += rows) tile<V, rows, words>(job, outputs, panel, m);
-  last_tile<V, rows - 1, words>(job, outputs, panel, m, last - m);
+  for (; m + rows <= last; m += rows) tile<V, rows, digits>(job, outputs, panel, m);
+  last_tile<V, rows - 1, digits>(job, outputs, panel, m, last - m);
 }
 
 constexpr std::int64_t slab_rows = 1024, rows_repaying_expansion = 128;
 
 template <class V>
 void run(const CodedCall& call) {
-  const int words = call.x_type == Type::fp32 ? 2 : 1;
+  const Digits digits = digits_of(call);
+  const int words = count_of(digits);
   const std::int64_t slab = std::min(call.rows, slab_rows);
   const bool decoding = call.rows * words <= V::decode_words;
   const std::int64_t wide = decoding ? V::lanes : 2 * V::lanes;
@@ -122,7 +124,7 @@ void run(const CodedCall& call) {
 
   char* memory =
       static_cast<char*>(scratch(plan_size + (x_size + block_size) * words + block_size + thread_size * threads));
-  Job<V> job{call, make_plan(call, memory, straight), words, {}, {}, {}, 0, 0, blocks};
+  Job<V> job{call, make_plan(call, memory, straight), digits, {}, {}, {}, 0, 0, blocks};
   memory += plan_size;
   for (int w = 0; w < words; w++, memory += x_size) job.x[w] = reinterpret_cast<std::int16_t*>(memory);
   for (int w = 0; w < words; w++, memory += block_size) job.x_sum[w] = reinterpret_cast<std::int32_t*>(memory);
@@ -156,7 +158,9 @@ void run(const CodedCall& call) {
           Outputs<V, 2> outputs;
           outputs.gather(call, job.plan, output, scales, zeros);
           nibbles ? expand<V, true>(job, outputs, panel) : expand<V, false>(job, outputs, panel);
-          words == 1 ? tiles<V, 1>(job, outputs, panel, from, to) : tiles<V, 2>(job, outputs, panel, from, to);
+          if (digits == Digits::byte) return tiles<V, Digits::byte>(job, outputs, panel, from, to);
+          words == 1 ? tiles<V, Digits::word>(job, outputs, panel, from, to)
+                     : tiles<V, Digits::two_words>(job, outputs, panel, from, to);
         };
         if (straight) {
           decode_packed(job, panels * t / threads, panels * (t + 1) / threads, scales, zeros);

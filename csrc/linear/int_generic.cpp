@@ -39,7 +39,7 @@ std::int32_t dot(const std::int16_t* a, const std::int16_t* b, std::int32_t leng
 
 void int_generic(const CodedCall& call) {
   const std::size_t plan_size = (plan_bytes(call) + 63) / 64 * 64;
-  const int word_count = call.x_type == Type::fp32 ? 2 : 1;
+  const int word_count = count_of(digits_of(call));
   const float factor = call.scale_factor() * call.unit;
   const std::int64_t blocks = static_cast<std::int64_t>(plan_bytes(call) / (sizeof(Block) + sizeof(Piece)));
   const std::int64_t padded = (call.columns + 31) / 32 * 32 + 32;
@@ -64,7 +64,10 @@ void int_generic(const CodedCall& call) {
       std::int32_t* of_words[2] = {sums + 2 * blocks * t, sums + 2 * blocks * t + blocks};
       for (std::int64_t m = rows * t / call.threads; m < rows * (t + 1) / call.threads; m++) {
         std::int16_t* to[2] = {words + m * padded, words + (slab + m) * padded};
-        quantize_row<false>(call, plan, first + m, to, scales + m * blocks, of_words);
+        if (call.int8)
+          quantize_row_to_bytes<false>(call, plan, first + m, to[0], scales + m * blocks, of_words[0]);
+        else
+          quantize_row<false>(call, plan, first + m, to, scales + m * blocks, of_words);
       }
     }
 #pragma omp parallel for schedule(static) num_threads(call.threads)
@@ -74,18 +77,26 @@ void int_generic(const CodedCall& call) {
         expand_row(call, plan, n, row_codes);
         for (std::int64_t m = 0; m < rows; m++) {
           float sum = 0;
+          std::int32_t in_bytes = 0;
           for (std::int32_t b = 0; b < plan.block_count; b++) {
             const Block& block = plan.blocks[b];
             const std::int16_t *high = words + m * padded, *low = words + (slab + m) * padded;
-            float exact = static_cast<float>(dot(high + block.k, row_codes + block.k, block.length));
+            std::int32_t product = dot(high + block.k, row_codes + block.k, block.length);
+            if (call.int8) {
+              product += block.opens ? 0 : in_bytes;
+              in_bytes = product;
+              if (!block.closes) continue;
+            }
+            float exact = static_cast<float>(product);
             if (word_count == 2)
               exact =
                   std::fma(exact, 32768.0f, static_cast<float>(dot(low + block.k, row_codes + block.k, block.length)));
-            float unit = scales[m * blocks + b];
+            float unit = call.int8 ? 1.0f : scales[m * blocks + b];
             if (plan.groups > 1)
               unit *= load_float(call.scale, call.scale_type, call.scale_index(n, block.group)) * factor;
             sum = std::fma(exact, unit, sum);
           }
+          if (call.int8) sum *= scales[m * blocks];
           if (plan.groups <= 1) sum *= load_float(call.scale, call.scale_type, call.scale_index(n, 0)) * factor;
           if (call.bias) sum += load_float(call.bias, call.bias_type, n);
           store_float(call.y, call.x_type, (first + m) * call.outputs + n, sum);

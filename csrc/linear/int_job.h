@@ -13,9 +13,9 @@ template <class V>
 struct Job {
   const CodedCall& call;
   Plan plan;
-  int words;                 // per value of x
-  std::int16_t* x[2];        // [slab][plan.words] each
-  float* x_scale;            // [slab][blocks]
+  Digits digits;
+  std::int16_t* x[2];        // [slab][plan.words] each; of bytes as V takes them
+  float* x_scale;            // [slab][blocks]; of bytes the first alone, the row's
   std::int32_t* x_sum[2];    // [slab][blocks]: minus the sum of the words, times the zero when that is the same for all
   std::int64_t first, rows;  // the rows of x at work
   std::int64_t block_stride;
@@ -92,7 +92,7 @@ inline typename V::I first_sum(const Outputs<V, vectors>& outputs, const Block& 
   return V::multiply(V::load(outputs.zero + (block.group * vectors + v) * V::lanes), V::set(sum));
 }
 
-// One output vector of row m, finished: scale per output, bias, one rounding.
+// One output vector of row m, finished: the scales that it has as a whole, bias, one rounding.
 template <class V, int vectors>
 inline void finish(const Job<V>& job, const Outputs<V, vectors>& outputs, std::int64_t m, int v, typename V::F sum) {
   const CodedCall& call = job.call;
@@ -100,16 +100,35 @@ inline void finish(const Job<V>& job, const Outputs<V, vectors>& outputs, std::i
   if (left <= 0) return;
   const int count = static_cast<int>(std::min<std::int64_t>(left, V::lanes));
   const std::int64_t n = outputs.first + v * V::lanes;
+  if (job.digits == Digits::byte) sum = V::multiply(sum, V::set(job.x_scale[m * job.block_stride]));
   if (job.plan.groups <= 1) sum = V::multiply(sum, V::load(outputs.scale + v * V::lanes));
   if (call.bias) sum = V::add(sum, V::load_floats(call.bias, call.bias_type, n, count));
   V::store_floats(call.y, call.x_type, (job.first + m) * call.outputs + n, count, sum);
 }
 
 // The block's exact sum(s) as fp32, in units of the block's scale.
-template <class V, int words>
+template <class V, Digits digits>
 inline typename V::F exact(const typename V::I* sums) {
-  if constexpr (words == 1) return V::to_float(sums[0]);
+  if constexpr (digits != Digits::two_words) return V::to_float(sums[0]);
   return V::fma(V::to_float(sums[0]), V::set(32768.0f), V::to_float(sums[1]));
+}
+
+// That, with its scales, added to `total`. `scale` is the group's, 1 where there is but one.
+template <class V, Digits digits>
+inline typename V::F add_scaled(const Job<V>& job, std::int64_t m, std::int32_t b, const typename V::I* sums,
+                                typename V::F scale, typename V::F total) {
+  if constexpr (digits != Digits::byte) scale = V::multiply(V::set(job.x_scale[m * job.block_stride + b]), scale);
+  return V::fma(exact<V, digits>(sums), scale, total);
+}
+
+// Whether the int32 sums of a product with such digits begin, and end, at this block.
+template <Digits digits>
+constexpr bool opens(const Block& block) {
+  return digits != Digits::byte || block.opens;
+}
+template <Digits digits>
+constexpr bool closes(const Block& block) {
+  return digits != Digits::byte || block.closes;
 }
 
 template <class V>
@@ -119,8 +138,9 @@ void quantize(const Job<V>& job, std::int64_t m) {
   std::int32_t* sums[2] = {job.x_sum[0] + blocks, job.x_sum[1] + blocks};
   V::quantize(job.call, job.plan, job.first + m, to, job.x_scale + blocks, sums);
   const std::int32_t times = job.call.zero ? -1 : -job.call.zero_point;
-  for (int w = 0; w < job.words; w++)
-    for (std::int32_t b = 0; b < job.plan.block_count; b++) sums[w][b] *= times;
+  for (int w = 0; w < count_of(job.digits); w++)
+    for (std::int32_t b = 0; b < job.plan.block_count; b++)
+      if (job.plan.blocks[b].opens) sums[w][b] *= times;
 }
 
 }  // namespace

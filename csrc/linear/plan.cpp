@@ -56,6 +56,8 @@ Plan make_plan(const CodedCall& call, void* memory, bool straight) {
       block.group = plan.groups;
       block.dword = block.k / plan.unit;
       block.dwords = (block.length + plan.unit - 1) / plan.unit;
+      block.opens = !call.int8 || (k - start) % longest_sum == 0;
+      block.closes = !call.int8 || k + longest_block >= end || (k - start + longest_block) % longest_sum == 0;
     }
     plan.groups++;
   }

@@ -1,4 +1,4 @@
-// One row of x as 16-bit words, in plain C++. Everything is unnamed (see floats.h).
+// One row of x as 16-bit words, or bytes, in plain C++. Everything is unnamed (see floats.h).
 #pragma once
 #include "linear/floats.h"
 #include "linear/int.h"
@@ -37,7 +37,7 @@ constexpr int paired(int i, int unit) { return 2 * (i % (unit / 2)) + i / (unit 
 template <bool Paired>
 void quantize_row(const CodedCall& call, const Plan& plan, std::int64_t row, std::int16_t* const* words, float* scales,
                   std::int32_t* const* sums) {
-  const int word_count = call.x_type == Type::fp32 ? 2 : 1;
+  const int word_count = count_of(digits_of(call));
   float values[longest_block];
   for (std::int32_t b = 0; b < plan.block_count; b++) {
     const Block& block = plan.blocks[b];
@@ -66,6 +66,43 @@ void quantize_row(const CodedCall& call, const Plan& plan, std::int64_t row, std
       }
     }
     for (int w = 0; w < word_count; w++) sums[w][b] = total[w];
+  }
+}
+
+// The scale of a row of int8 from the bit pattern of its largest magnitude; NaN where the row has inf or NaN.
+inline float row_scale(std::uint32_t largest) {
+  return largest < infinity_bits ? float_of(largest) / 127.0f : float_of(nan_bits);
+}
+
+// A value's int8 code. A scale that underflows to 0 makes every number 0, so the codes do too.
+inline std::int32_t byte_of(float value, float scale) {
+  if (!(scale > 0)) return 0;
+  const float scaled = value / scale;  // beyond 127 where the scale is subnormal
+  return nearest(scaled > 127.0f ? 127.0f : scaled < -127.0f ? -127.0f : scaled);
+}
+
+// Row `row` of x as int8, each a word for products of words: their scale, and at blocks that open a sum the sum of its
+// bytes.
+template <bool Paired>
+void quantize_row_to_bytes(const CodedCall& call, const Plan& plan, std::int64_t row, std::int16_t* words, float* scale,
+                           std::int32_t* sums) {
+  std::uint32_t largest = 0;
+  for (std::int64_t k = 0; k < call.columns; k++) {
+    const std::uint32_t magnitude = bits_of(load_float(call.x, call.x_type, row * call.columns + k)) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  *scale = row_scale(largest);
+  std::int32_t open = 0;
+  for (std::int32_t b = 0; b < plan.block_count; b++) {
+    const Block& block = plan.blocks[b];
+    if (block.opens) sums[open = b] = 0;
+    for (int i = 0; i < block.dwords * plan.unit; i++) {
+      const int at = Paired ? block.k + i / plan.unit * plan.unit + paired(i % plan.unit, plan.unit) : block.k + i;
+      const std::int32_t code =
+          i < block.length ? byte_of(load_float(call.x, call.x_type, row * call.columns + block.k + i), *scale) : 0;
+      words[at] = static_cast<std::int16_t>(code);
+      sums[open] += code;
+    }
   }
 }
 

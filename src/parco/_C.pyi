@@ -87,7 +87,7 @@ def embedding_generic(settled: CodedCall, indices: int, codes: int, scale: int, 
 class CodedCall:
     """A product with stored codes, but for its tensors; csrc/linear/coded.h."""
 
-    def __init__(self, *, values: int, table: int, rows: int, outputs: int, columns: int, group: int, block_rows: int, scale_stride: int, unit: float, zero_point: int, bits: int, packed: bool, element: int, x_type: int, scale_type: int, bias_type: int) -> None: ...
+    def __init__(self, *, values: int, table: int, rows: int, outputs: int, columns: int, group: int, block_rows: int, scale_stride: int, unit: float, zero_point: int, bits: int, packed: bool, int8: bool, element: int, x_type: int, scale_type: int, bias_type: int) -> None: ...
 
 def int_generic(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
     """

@@ -23,6 +23,7 @@ from parco.fitting.methods import Method
 from parco.fitting.pipeline import Fit, Settings
 from parco.fitting.result import Result
 from parco.fitting.stages import Progress, Silent, Stages, is_full, write_json
+from parco.products import Native, Product
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,13 +96,18 @@ def fit(
     return result
 
 
-def convert_(model: torch.nn.Module, method: Method | str, filter_fn: Filter | None = None) -> Conversion:
+def convert_(
+    model: torch.nn.Module,
+    method: Method | str,
+    filter_fn: Filter | None = None,
+    product: Product | str = Native(),  # noqa: B008
+) -> Conversion:
     """`fitting.convert.convert_`, and a Transformers model knows afterwards how to save itself.
 
     Arguments, result and errors are those of `fitting.convert.convert_`. `model.save_pretrained(folder)` then writes a
     folder that `from_pretrained` loads with the same stored bytes.
     """
-    done = convert.convert_(model, method, filter_fn)
+    done = convert.convert_(model, method, filter_fn, product)
     if callable(getattr(model, "save_pretrained", None)):
         hub.attach(cast("PreTrainedModel", model))
     return done

@@ -31,7 +31,7 @@ def report() -> bench.Report:
 
 def test_every_contender_is_timed_on_every_number_of_rows(report: bench.Report) -> None:
     names = {"torch fp32", "torch bf16", "torch int8pack", "torch int4pack:32", "torch int_mm"}
-    names |= {"parco int4:32", "parco bf16", "parco mxfp8_e4m3"}
+    names |= {"parco int4:32", "parco int4:32 activations(int8)", "parco bf16", "parco mxfp8_e4m3"}
     assert {row["contender"] for row in report["rows"]} | {one["contender"] for one in report["missing"]} == names
     for row in report["rows"]:
         assert row["quartile1_us"] <= row["median_us"] <= row["quartile3_us"]

@@ -98,6 +98,18 @@ float as_float(const char* from, Type type, std::int64_t i) {
   return half & 0x8000 ? -value : value;
 }
 
+// What int8 with a scale per row keeps of each number.
+void to_int8(std::vector<double>& x, const Shape& shape) {
+  for (std::int64_t m = 0; m < shape.rows; m++) {
+    double* row = x.data() + m * shape.columns;
+    float largest = 0;
+    for (std::int64_t k = 0; k < shape.columns; k++) largest = std::max(largest, std::abs(static_cast<float>(row[k])));
+    const float scale = largest / 127;
+    for (std::int64_t k = 0; k < shape.columns; k++)
+      row[k] = static_cast<double>(std::nearbyint(static_cast<float>(row[k]) / scale)) * static_cast<double>(scale);
+  }
+}
+
 // Panels as coded.h describes them; rows past the last hold anything.
 struct Packed {
   Packed(const CodedCall& plain, std::int64_t groups)
@@ -162,7 +174,7 @@ struct Packed {
 
 // `packed_kernels` read panels, where a shape has some.
 void check(const std::vector<Kernel>& kernels, const std::vector<Kernel>& packed_kernels, const Codes& format,
-           Shape shape, Type x_type, Type scale_type, bool asymmetric, bool same_bits) {
+           Shape shape, Type x_type, Type scale_type, bool asymmetric, bool same_bits, bool int8 = false) {
   const std::int64_t groups = (shape.columns + shape.group - 1) / shape.group;
   const std::int64_t down = (shape.outputs + shape.block_rows - 1) / shape.block_rows;
   const std::int64_t row_bytes = (shape.columns * format.bits + 7) / 8;
@@ -170,6 +182,7 @@ void check(const std::vector<Kernel>& kernels, const std::vector<Kernel>& packed
   Bytes scale(down * groups * size_of(scale_type)), zero(down * groups), bias(shape.outputs * size_of(x_type));
   std::vector<double> exact_x, exact_scale, exact_bias;
   fill_floats(x, exact_x, shape.rows * shape.columns, x_type);
+  if (int8) to_int8(exact_x, shape);
   fill_floats(scale, exact_scale, down * groups, scale_type);
   fill_floats(bias, exact_bias, shape.outputs, x_type);
   fill(codes.data, shape.outputs * row_bytes);
@@ -199,6 +212,7 @@ void check(const std::vector<Kernel>& kernels, const std::vector<Kernel>& packed
                        format.bits,
                        1,
                        false,
+                       int8,
                        format.element,
                        x_type,
                        scale_type,
@@ -215,10 +229,11 @@ void check(const std::vector<Kernel>& kernels, const std::vector<Kernel>& packed
   };
   const auto tell = [&](const char* name, const char* what, int threads) {
     failures++;
-    std::printf("%s of %s: %s; rows %ld outputs %ld columns %ld group %ld x_type %d scale_type %d zero %d threads %d\n",
-                name, format.name, what, static_cast<long>(shape.rows), static_cast<long>(shape.outputs),
-                static_cast<long>(shape.columns), static_cast<long>(shape.group), static_cast<int>(x_type),
-                static_cast<int>(scale_type), asymmetric, threads);
+    std::printf(
+        "%s of %s: %s; rows %ld outputs %ld columns %ld group %ld x_type %d scale_type %d zero %d int8 %d threads %d\n",
+        name, format.name, what, static_cast<long>(shape.rows), static_cast<long>(shape.outputs),
+        static_cast<long>(shape.columns), static_cast<long>(shape.group), static_cast<int>(x_type),
+        static_cast<int>(scale_type), asymmetric, int8, threads);
   };
   CodedCall empty{};
   empty.bits = 8, empty.block_rows = 1;
@@ -373,7 +388,8 @@ int main(int argc, char** argv) {
   const auto try_both = [&](const Codes& codes, bool in_integers, Shape shape, Type x_type) {
     const bool asymmetric = checks % 2 && in_integers && codes.table.empty();
     const bool power = shape.group >= shape.columns || !(shape.group & (shape.group - 1));
-    if (in_integers) check(integer, integer, codes, shape, x_type, scales[checks % 5], asymmetric, true);
+    for (bool int8 : {false, true})
+      if (in_integers) check(integer, integer, codes, shape, x_type, scales[checks % 5], asymmetric, true, int8);
     if (!in_integers || checks % 3 == 0)
       check(power && !in_integers ? vectors : real, in_integers ? real : vectors, codes, shape, x_type,
             scales[checks % 5], asymmetric, false);
@@ -398,6 +414,8 @@ int main(int argc, char** argv) {
       for (const Codes& codes : *from)
         for (Shape shape : shapes)
           for (Type x_type : types) try_both(codes, from == &small, shape, x_type);
+    // More columns than one sum of bytes holds.
+    for (std::int64_t rows : {1, 9}) try_both(integers(8), true, {rows, 5, 66000, 66000, 1}, Type::bf16);
   }
   std::printf("%d shapes, %zu and %zu kernels, %d packed calls, %d differences\n", checks, integer.size(),
               vectors.size(), packs_tried, failures);

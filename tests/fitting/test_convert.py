@@ -7,6 +7,7 @@ from tests.nn.models import logits, model
 from parco.fitting.convert import convert_
 from parco.fitting.methods import Factor, Quantize
 from parco.nn import Embedding, Experts, Linear, StoredWeight
+from parco.products import Activations
 
 
 def plain() -> torch.nn.Sequential:
@@ -31,6 +32,19 @@ def test_a_plain_torch_model_is_converted_everywhere() -> None:
     assert relative(made(x), before) < 0.02
     assert done.before == (64 * 96 + 96 * 32) * 4
     assert done.after == sum(m.nbytes for m in made.modules() if isinstance(m, StoredWeight))
+
+
+def test_the_product_is_chosen_with_the_method() -> None:
+    made, same = plain(), plain()
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    convert_(made, "int8:row", product="activations(int8)")
+    convert_(same, "int8:row")
+    assert made[0].weight.product == Activations()
+    assert 0 < relative(made(x), same(x)) < 0.02
+    with pytest.raises(ValueError, match=r"activations\(int8\); no part of dense"):
+        convert_(plain(), "bf16", product=Activations())
+    with pytest.raises(ValueError, match="unknown product 'int8'"):
+        convert_(plain(), "int8:row", product="int8")
 
 
 def test_the_conversion_prints_what_was_done() -> None:

@@ -87,6 +87,18 @@ def test_composed_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
     assert not any(value.requires_grad for name, value in again.named_parameters() if "_proj.weight." in name)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_products_come_back(architecture: str, tmp_path: Path) -> None:
+    made = tiny.store(tiny.model(architecture))
+    plain = tiny.logits(made)
+    chosen = nn.set_product_(made, "activations(int8)", lambda name: "down_proj" in name)
+    assert not torch.equal(tiny.logits(made), plain)
+    again = reload(hub.save(made, tiny.tokenizer(), tmp_path / "out"))
+    assert describe(again) == describe(made)
+    assert len(describe(again).products) == len(chosen)
+    assert torch.equal(tiny.logits(made), tiny.logits(again))
+
+
 def test_another_dtype_changes_what_is_computed_not_what_is_stored(tmp_path: Path) -> None:
     made = tiny.store(tiny.model("llama"))
     again = reload(hub.save(made, tiny.tokenizer(), tmp_path / "out"), dtype=torch.float32)

@@ -10,6 +10,7 @@ from tests.laws.kernel_laws import KernelLaws
 import parco.kernels.linear
 from parco import machine, nn
 from parco.kernels import table
+from parco.products import Activations
 from parco.weights import Quantized
 
 
@@ -63,7 +64,7 @@ def test_a_name_is_taken_once_and_a_list_ends_with_the_reference(operation: tabl
 
 
 def test_an_unknown_operation_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="linear_coded, linear_dense"):
+    with pytest.raises(ValueError, match="linear_coded, linear_coded_int8, linear_dense"):
         table.explain("linear")
 
 
@@ -76,6 +77,11 @@ def test_explains_a_weight_and_a_module() -> None:
     assert explanation.kernel == f"int-linear-{'avx512' if machine.isa() == 'amx' else machine.isa()}"
     both = table.explain(weights.parse("lowrank(quantized(int8:row, 64x16), dense(bf16, 16x96))"))
     assert [part.operation for part in both] == ["linear_dense", "linear_coded"]
+    (int8,) = table.explain(spec, rows=1, product=Activations())
+    assert int8.kernel == f"int8-linear-{'avx512' if machine.isa() == 'amx' else machine.isa()}"
+    held = nn.StoredWeight.empty(spec, device="meta")
+    held.product = Activations()
+    assert table.explain(nn.Linear(held), rows=1) == (int8,)
     with pytest.raises(TypeError, match="neither"):
         table.explain(3)
 
@@ -86,7 +92,7 @@ def test_every_operation_is_under_the_laws() -> None:
     importlib.import_module("tests.kernels.linear.test_dense")
     importlib.import_module("tests.kernels.linear.test_embedding")
     importlib.import_module("tests.kernels.linear.test_coded")
-    importlib.import_module("tests.kernels.rowwise.test_rowwise")
+    importlib.import_module("tests.kernels.linear.test_int8")
     assert set(table.operations()) <= {laws.operation for laws in KernelLaws.__subclasses__()}
 
 

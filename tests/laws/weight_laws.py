@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from parco import weights
+from parco import decode, encode, weights
 from parco.fitting.latent import Trained
 from parco.nn import Linear, StoredWeight
+from parco.products import Activations
 from parco.weights import Weight
 
 Shape = tuple[int, int]
@@ -66,6 +67,22 @@ class WeightLaws:
             for rows in (1, 5, 40):
                 x = inputs(rows, shape[1], dtype=dtype)
                 assert_within(spec, tensors, x, spec.apply(x, *tensors))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_apply_by_a_product_is_that_product_with_the_dense_matrix(self, make: Make, dtype: torch.dtype) -> None:
+        product = Activations()
+        for shape in self.shapes:
+            spec = make(shape)
+            tensors = stored_tensors(spec)
+            x = inputs(12, shape[1], dtype=dtype)
+            y, plain = spec.apply(x, *tensors, product=product), spec.apply(x, *tensors)
+            assert torch.equal(y, plain) != spec.takes(product)
+            assert torch.equal(spec.apply(x, *spec.pack(*tensors), product=product), y)
+            if spec.takes(product) and not spec.parts():
+                rounded = decode(encode(x, "int8:row"))
+                reference = rounded.double() @ spec.dense(*tensors, dtype=torch.float64).T
+                bound = spec.tolerance(dtype) * (rounded.abs() @ spec.magnitude(*tensors).T)
+                assert ((y.double() - reference).abs() <= bound).all()
 
     def test_apply_keeps_leading_dimensions_and_adds_the_bias(self, make: Make) -> None:
         spec = make(self.small)

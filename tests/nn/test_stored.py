@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parco.nn import Embedding, Linear, StoredWeight, pack_, packed
+from parco.nn import Embedding, Linear, StoredWeight, pack_, packed, set_product_
+from parco.products import Activations, Native
 from parco.weights import Dense, LowRank, Quantized, Sum
 
 NESTED = Sum(Quantized("int4:32", (40, 72)), LowRank(Dense((40, 8), "bf16"), Quantized("int8:row", (8, 72))))
@@ -256,3 +257,36 @@ def test_numbers_on_two_devices_are_refused():
     made.weight.to("meta")
     with pytest.raises(ValueError, match="tensors lie on cpu and meta"):
         made(torch.randn(2, 72))
+
+
+def test_a_product_changes_what_is_computed_and_not_what_is_stored():
+    made = layer()
+    x = torch.randn(3, 72)
+    plain, before = made(x), made.state_dict()
+    assert set_product_(made, "activations(int8)") == ("weight",)
+    assert made.weight.product == Activations()
+    y = made(x)
+    assert not torch.equal(y, plain)
+    torch.testing.assert_close(y, plain, atol=0.1, rtol=0.1)
+    assert torch.equal(made.weight(x, made.bias), y)
+    assert all(torch.equal(before[name], tensor) for name, tensor in made.state_dict().items())
+    assert "activations(int8)" in repr(made.weight)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(made)))
+    assert again.weight.product == Activations()
+    assert torch.equal(again(x), y)
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), y)
+    set_product_(made, Native())
+    assert torch.equal(made(x), plain)
+
+
+def test_a_product_that_nothing_takes_is_refused():
+    dense = stored(Dense((40, 72), "bf16"))
+    with pytest.raises(ValueError, match=r"no part of dense\(bf16, 40x72\) computes by it"):
+        dense.product = Activations()
+    with pytest.raises(ValueError, match="takes activations"):
+        set_product_(Linear(dense), Activations())
+    both = torch.nn.ModuleList([Linear(dense), layer()])
+    assert set_product_(both, "activations(int8)") == ("1.weight",)
+    with pytest.raises(ValueError, match="that is asked for"):
+        set_product_(both, "activations(int8)", lambda name: False)

@@ -3,7 +3,8 @@ import itertools
 import pytest
 import torch
 
-from parco.products import Native, Split, certificate, matmul, parse
+from parco import decode, encode
+from parco.products import Activations, Native, Split, certificate, matmul, parse
 from parco.products.certificate import relative_bound
 from parco.products.split import words
 
@@ -174,3 +175,42 @@ def test_refusals():
         certificate(a.half(), b.half())
     with pytest.raises(ValueError, match="samples=0"):
         certificate(a, b, samples=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_activations_are_rounded_per_row_and_gradients_pass_straight_through(dtype):
+    a, b = (matrix.to(dtype) for matrix in operands())
+    rounded = decode(encode(a, "int8:row"))
+    expected = (rounded @ b.float()).to(dtype)
+    a.requires_grad_(), b.requires_grad_()
+    c = matmul(a, b, "activations(int8)")
+    assert torch.equal(c, expected)
+    assert not torch.equal(c, matmul(a, b))
+    g = torch.ones_like(c)
+    grad_a, grad_b = torch.autograd.grad(c, (a, b), g)
+    assert torch.equal(grad_a, (g.float() @ b.detach().float().T).to(dtype))
+    assert torch.equal(grad_b, (rounded.T @ g.float()).to(dtype))
+
+
+@pytest.mark.parametrize("span", [0.0, 4.0])
+def test_the_certificate_of_int8_activations_holds(span):
+    a, b = operands(span=span)
+    certified = certificate(a, b, Activations(), samples=200)
+    assert 0.01 < certified.used <= 1
+    assert certified.measured > certified.relative  # the rounding to int8 is no share of |A||B|
+    assert "activations(int8)" in str(certified)
+
+
+def test_activations_parse_and_refuse_other_formats():
+    assert parse("activations(int8)") == Activations()
+    assert parse(str(Activations())) == Activations()
+    with pytest.raises(ValueError, match="int8 or not at all"):
+        Activations("int4")
+    for text in ("activations", "split(x)", "activations()"):
+        with pytest.raises(ValueError, match="unknown product"):
+            parse(text)
+    a, b = operands()
+    a[2, 5] = float("inf")
+    assert matmul(a, b, Activations())[2].isnan().all()
+    with pytest.raises(TypeError):
+        matmul(a.double(), b.double(), Activations())

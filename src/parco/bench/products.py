@@ -7,6 +7,7 @@ peak hold inside one run only.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from parco.bench.peers import BASELINE, Contender, check, installed, of
 from parco.bench.record import Record, best, record
 from parco.formats import Format, ScaleDelayed, parse
 from parco.kernels.table import explain
+from parco.products import Activations, Native
 from parco.weights import Dense, Quantized, Weight
 
 FORMATS = ("int8:row", "int4:32", "nf4:64", "ternary", "fp8_e4m3:row", "mxfp8_e4m3", "mxfp4", "nvfp4")
@@ -71,25 +73,31 @@ class Report(Record):
 def contenders(
     shape: Shape, rows: int, formats: Sequence[str | Format], peers: Sequence[str] = ("torch",)
 ) -> list[Contender]:
-    """The products of `peers` and parco's for bf16 x of `rows` rows."""
+    """The products of `peers` and parco's for bf16 x of `rows` rows, also with x rounded to int8 of formats that take
+    it.
+    """
+    int8 = Activations()
     found = of(peers)
     for format in formats:
         form = parse(format)
         spec: Weight = Dense(shape, str(form)) if form.is_dense else Quantized(form, shape)
-        (explained,) = explain(spec, rows=rows, dtype=torch.bfloat16)
-        found.append(
-            Contender(
-                f"parco {form}",
-                _element(explained.kernel),
-                lambda matrix, spec=spec: spec.pack(*spec.encode(matrix)),
-                spec.apply,
-                explained.kernel,
+        for product in (Native(), int8) if spec.takes(int8) else (Native(),):
+            (explained,) = explain(spec, rows=rows, dtype=torch.bfloat16, product=product)
+            found.append(
+                Contender(
+                    f"parco {form}{'' if product == Native() else f' {product}'}",
+                    _element(explained.kernel),
+                    lambda matrix, spec=spec: spec.pack(*spec.encode(matrix)),
+                    functools.partial(spec.apply, product=product),
+                    explained.kernel,
+                )
             )
-        )
     return found
 
 
 def _element(kernel: str) -> str:
+    if kernel.startswith("int8-linear"):
+        return "int16" if kernel.endswith("avx2") else "int8"
     if kernel.startswith("int-linear"):
         return "int8" if kernel.endswith("amx") else "int16"
     return "bf16" if kernel.endswith("native") else "fp32"

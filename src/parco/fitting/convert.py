@@ -32,6 +32,8 @@ from parco.nn import (
     tied,
 )
 from parco.nn.sites import Site
+from parco.products import Native, Product
+from parco.products import parse as parse_product
 from parco.weights import Dense, Weight
 
 Filter = Callable[[torch.nn.Module, str], bool]
@@ -84,7 +86,12 @@ class Conversion:
 
 
 @torch.no_grad()
-def convert_(model: torch.nn.Module, method: Method | str, filter_fn: Filter | None = None) -> Conversion:
+def convert_(
+    model: torch.nn.Module,
+    method: Method | str,
+    filter_fn: Filter | None = None,
+    product: Product | str = Native(),  # noqa: B008
+) -> Conversion:
     """Store every matrix that `filter_fn` accepts by `method` (or its text, such as "int4:32"), in place.
 
     Linear layers, Transformers' Conv1D, embeddings and the experts of a mixture become `parco.nn` modules; biases, ties
@@ -94,13 +101,17 @@ def convert_(model: torch.nn.Module, method: Method | str, filter_fn: Filter | N
     a model that has none), but not embeddings, the head, the routers of mixtures, nor what is already stored in few
     bits.
 
+    `product`, or its text, says how the stored matrices are multiplied: "activations(int8)" rounds x to int8, a scale
+    for each row, which takes less time and adds its own error; `nn.set_product_` changes it later.
+
     One matrix is held twice at a time. Solvers that need statistics cannot be used here. Raises TypeError when `model`
-    is no module, ValueError for an unknown method, when nothing matches, and when `model` is itself the layer to
-    convert. When an error is raised on the way the matrices before it stay converted.
+    is no module, ValueError for an unknown method or product, for a product that a matrix so stored does not take,
+    when nothing matches, and when `model` is itself the layer to convert. When an error is raised on the way the
+    matrices before it stay converted.
     """
     if not isinstance(model, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    chosen = parse(method)
+    chosen, how = parse(method), parse_product(product)
     sites = _sites(model)
     if "" in sites:
         raise ValueError(
@@ -114,7 +125,7 @@ def convert_(model: torch.nn.Module, method: Method | str, filter_fn: Filter | N
         if name in done or not accepts(site(model, name).module, name):
             continue
         done.update((name,) if found.kind == "expert" else tied(model, name))
-        rows.append(_convert(model, name, chosen))
+        rows.append(_convert(model, name, chosen, how))
     if not rows:
         which = "the default filter accepts none" if filter_fn is None else "filter_fn accepted none"
         raise ValueError(f"nothing to convert in {type(model).__name__}: {which} of its {len(sites)} matrices")
@@ -122,14 +133,16 @@ def convert_(model: torch.nn.Module, method: Method | str, filter_fn: Filter | N
     return Conversion(chosen, tuple(rows))
 
 
-def _convert(model: torch.nn.Module, name: str, method: Method) -> Converted:
+def _convert(model: torch.nn.Module, name: str, method: Method, product: Product) -> Converted:
     weight = matrix(model, name)
     before = _bytes(model, name, weight)
     spec, tensors = method(weight)
     difference = weight - spec.dense(*tensors)
     error = float(difference.norm()) / max(float(weight.float().norm()), torch.finfo(torch.float32).tiny)
     del difference
-    replace_(model, name, StoredWeight(spec, tensors, weight.dtype))
+    stored = StoredWeight(spec, tensors, weight.dtype)
+    stored.product = product
+    replace_(model, name, stored)
     return Converted(name, spec, before, spec.nbytes, error)
 
 

@@ -18,7 +18,7 @@ import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from parco import weights
+from parco import products, weights
 from parco.hub.names import keep_ties, resolve
 from parco.nn import StoredWeight, pack_, replace_, saved
 
@@ -37,6 +37,7 @@ class ParcoConfig(QuantizationConfigMixin):
 
     weights: module name -> the text of the spec that its matrix is stored in, such as "quantized(int4:32, 1024x4096)".
     tied: module name -> the name in `weights` whose tensors it shares (a head tied to the embedding).
+    products: name in `weights` -> how x is multiplied by it, such as "activations(int8)"; native where it is not named.
     dtype: in which the model computes, by torch's name; tensors of a weight keep the dtypes of their spec.
     version: of the parco that saved it.
     """
@@ -50,6 +51,7 @@ class ParcoConfig(QuantizationConfigMixin):
         dtype: str = "float32",
         version: str | None = None,
         quant_method: str = "parco",
+        products: dict[str, str] | None = None,
     ) -> None:
         if quant_method != "parco":
             raise ValueError(f"quant_method={quant_method!r}: ParcoConfig describes only what parco saved")
@@ -58,13 +60,16 @@ class ParcoConfig(QuantizationConfigMixin):
         self.dtype = dtype
         self.weights = dict(weights)
         self.tied = dict(tied or {})
+        self.products = dict(products or {})
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ParcoConfig:
         """The configuration of a model in memory, read off its modules."""
         description = saved.describe(model)
         dtype = str(saved.compute_dtype(model)).removeprefix("torch.")
-        return cls({name: str(spec) for name, spec in description.weights.items()}, description.tied, dtype)
+        products = {name: str(product) for name, product in description.products.items()}
+        weights = {name: str(spec) for name, spec in description.weights.items()}
+        return cls(weights, description.tied, dtype, products=products)
 
     def specs(self) -> dict[str, weights.Weight]:
         """The parsed specs; ValueError names the module whose text this version of parco does not know."""
@@ -113,7 +118,9 @@ class ParcoQuantizer(HfQuantizer):
             for name, spec in config.specs().items():
                 here = names[name]
                 if here is not None:
-                    replace_(model, here, StoredWeight.empty(spec, device="meta"))
+                    stored = StoredWeight.empty(spec, device="meta")
+                    stored.product = products.parse(config.products.get(name, "native"))
+                    replace_(model, here, stored)
             for here, owner in tied.items():
                 if owner is not None:
                     _share(model, here, owner)

@@ -190,14 +190,14 @@ class _Recorder(TorchDispatchMode):
 
 
 def explain(
-    thing: object, *arguments: Any, rows: int = 1, dtype: torch.dtype = torch.float32
+    thing: object, *arguments: Any, rows: int = 1, dtype: torch.dtype = torch.float32, product: object = None
 ) -> tuple[Explanation, ...]:
     """Which kernels run `thing` on this CPU, one Explanation per operation of the table in the order in which they run.
 
     `thing` is the name of an operation, followed by the arguments of an example call; or a Weight, of which the product
     is explained; or a module that holds one: `parco.nn.Linear`, or `parco.nn.Embedding`, of which the lookup is. For
     these `rows` and `dtype` say of what the input (or the looked-up rows) consists; they are taken as packed, which a
-    loaded model's are. On another device than the CPU
+    loaded model's are. `product` is a `parco.products.Product`, by default the module's. On another device than the CPU
     every operation runs as its reference. Raises TypeError for anything else.
     """
     if isinstance(thing, str):
@@ -213,9 +213,11 @@ def explain(
         tensors = [torch.empty(spec.shape, dtype=spec.dtype) for spec in weight.tensors().values()]
         indices = torch.empty(rows, dtype=torch.int64)
         packed = weight.pack(*tensors)
+    product = getattr(getattr(thing, "weight", None), "product", None) if product is None else product
+    options = {} if product is None else {"product": product}
     with torch.inference_mode(), _Recorder() as recorder:
         if hasattr(thing, "num_embeddings"):
             weight.lookup(indices, *packed, dtype=dtype)
         else:
-            weight.apply(x, *packed)
+            weight.apply(x, *packed, **options)
     return tuple(recorder.explanations)

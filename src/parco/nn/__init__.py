@@ -16,6 +16,7 @@ from parco.nn.blocks import (
 from parco.nn.experts import Experts
 from parco.nn.fuse import Fusion, fuse_
 from parco.nn.linear import Embedding, Linear
+from parco.nn.product import set_product_
 from parco.nn.sites import Site
 from parco.nn.stored import StoredWeight, pack_, packed
 
@@ -38,6 +39,7 @@ __all__ = [
     "pack_",
     "packed",
     "replace_",
+    "set_product_",
     "site",
     "tied",
 ]

@@ -34,7 +34,8 @@ class Linear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] in fp32, bf16 or fp16; returns [..., out_features]."""
         weight: StoredWeight = self._modules["weight"]  # pyright: ignore[reportAssignmentType]
-        return weight.spec.apply(x, *weight.tensors(), bias=self._parameters["bias"])
+        product = weight._product  # pyright: ignore[reportPrivateUsage]
+        return weight.spec.apply(x, *weight.tensors(), bias=self._parameters["bias"], product=product)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from parco.nn.stored import StoredWeight
+from parco.products import Native, Product
 from parco.weights import Weight
 
 if TYPE_CHECKING:
@@ -30,10 +31,11 @@ _STORED_EXPERT = re.compile(r"(.+)\.(\d+)")
 @dataclass(frozen=True)
 class Description:
     """weights: module name -> spec, in the order of the model's modules; tied: module name -> the name in `weights`
-    that it shares."""
+    that it shares; products: name in `weights` -> the Product, where it is not the native one."""
 
     weights: dict[str, Weight]
     tied: dict[str, str]
+    products: dict[str, Product]
 
 
 def describe(model: torch.nn.Module) -> Description:
@@ -41,6 +43,7 @@ def describe(model: torch.nn.Module) -> Description:
     `a.b.experts.down_proj[3]`)."""
     weights: dict[str, Weight] = {}
     tied: dict[str, str] = {}
+    products: dict[str, Product] = {}
     owners: dict[int, str] = {}
     for path, module in _stored(model):
         name = _module_name(path)
@@ -49,7 +52,9 @@ def describe(model: torch.nn.Module) -> Description:
         else:
             owners[id(module)] = name
             weights[name] = module.spec
-    return Description(weights, tied)
+            if not isinstance(module.product, Native):
+                products[name] = module.product
+    return Description(weights, tied, products)
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -16,17 +16,19 @@ from typing import Any, Self
 
 import torch
 
+from parco.products import Native, Product
 from parco.weights import Weight
 
 
 class StoredWeight(torch.nn.Module):
-    """The tensors of `spec`, in the order of `spec.tensors()`, and the dtype in which they are used.
+    """The tensors of `spec`, in the order of `spec.tensors()`, and the dtype and the Product in which they are used.
 
     Model code that reads `layer.weight.shape`, `.dtype`, `.device` or `.requires_grad` of a plain layer finds them
     here: the matrix's shape, the compute dtype, the device, and whether anything trains.
     """
 
     spec: Weight
+    _product: Product = Native()
 
     # Transformers' initialisers skip what carries this mark, so that they never touch codes and scales.
     _is_hf_initialized = True
@@ -114,7 +116,18 @@ class StoredWeight(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] times the matrix transposed, plus bias: [..., N] in the dtype of x."""
-        return self.spec.apply(x, *self.tensors(), bias=bias)
+        return self.spec.apply(x, *self.tensors(), bias=bias, product=self._product)
+
+    @property
+    def product(self) -> Product:
+        """How x is multiplied by the matrix; ValueError when it is set to one that no part of the spec takes."""
+        return self._product
+
+    @product.setter
+    def product(self, product: Product) -> None:
+        if not self.spec.takes(product):
+            raise ValueError(f"StoredWeight.product is set to {product}; no part of {self.spec} computes by it")
+        self._product = product
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix, decoded: [N, K] in `dtype`."""
@@ -162,7 +175,7 @@ class StoredWeight(torch.nn.Module):
         super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
-        return str(self.spec)
+        return str(self.spec) if isinstance(self._product, Native) else f"{self.spec}, {self._product}"
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

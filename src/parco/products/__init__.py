@@ -10,7 +10,7 @@ True
 """
 
 from parco.products.certificate import Certificate, certificate
-from parco.products.how import Native, Product, Split, parse
+from parco.products.how import Activations, Native, Product, Split, parse
 from parco.products.matmul import matmul
 
-__all__ = ["Certificate", "Native", "Product", "Split", "certificate", "matmul", "parse"]
+__all__ = ["Activations", "Certificate", "Native", "Product", "Split", "certificate", "matmul", "parse"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from parco.kernels.cast import random_bits
-from parco.products.how import WORDS, Native, Product, Split, parse
+from parco.products.how import WORDS, Activations, Native, Product, Split, parse
 from parco.products.matmul import matmul
 from parco.products.split import exponents
 
@@ -22,6 +22,9 @@ INPUT_ROUNDOFF = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
 
 WORD_RATIO = 2.0**-8
 """Each bf16 word is at most this much of the number that is left of the one before."""
+
+TINY = 2.0**-126
+"""The least normal number of fp32."""
 
 FLUSH = 2.0**-122
 """Bound on what one of the k terms loses when words and products below 2**-126 are flushed to zero, the operands
@@ -33,10 +36,10 @@ being below 1: 2 * 2**-125 from the words of both and 9 * 2**-126 from at most n
 class Certificate:
     """What is known of one product.
 
-    `relative` bounds |C - AB| / (|A||B|) beforehand, underflow aside; `measured` is the greatest such ratio over
-    `samples` entries that were recomputed exactly; `used` is the greatest fraction of the whole bound (underflow
-    included) that an error took, so the bound held where it is at most 1. `invariant_to` says what the bits of the
-    result do not depend on.
+    `relative` bounds |C - AB| / (|A||B|) beforehand, underflow and the rounding to int8 aside; `measured` is the
+    greatest such ratio over `samples` entries that were recomputed exactly; `used` is the greatest fraction of the
+    whole bound (both included) that an error took, so the bound held where it is at most 1. `invariant_to` says what
+    the bits of the result do not depend on.
     """
 
     how: Product
@@ -95,11 +98,11 @@ def certificate(
 
 
 def relative_bound(inner: int, dtype: torch.dtype, how: Product) -> float:
-    """The factor of |A||B| that bounds the error of a product with `inner` terms per entry, underflow aside; inf if
-    none does.
+    """The factor of |A||B| that bounds the error of a product with `inner` terms per entry, underflow and the rounding
+    to int8 aside; inf if none does.
     """
     unit = UNIT_ROUNDOFF[dtype]
-    if isinstance(how, Native):
+    if isinstance(how, Native | Activations):
         rounded = INPUT_ROUNDOFF[torch.get_float32_matmul_precision()] if dtype == torch.float32 else 0.0
         inputs = (1 + rounded) ** 2
         return (inputs - 1) + inputs * _gamma(inner, unit)
@@ -126,6 +129,13 @@ def _gamma(terms: int, unit: float) -> float:
 def _tails(a: Tensor, b: Tensor, how: Product, rows: list[int], columns: list[int]) -> list[float]:
     """What underflow may add to the error of each sampled entry."""
     inner = a.shape[1]
+    if isinstance(how, Activations):
+        # Half a step of its row's scale for each number, roundings of up to 127 steps, and saturation where the scale is
+        # subnormal; on what this adds to |A| the product errs as on the rest.
+        steps = (a.double().abs().amax(1) / 127 * (0.5 + 2.0**-15) + 2.0**-140).tolist()
+        sizes = b.abs().sum(0, dtype=torch.float64).tolist()
+        grown = 1 + relative_bound(inner, a.dtype, how)
+        return [grown * steps[i] * sizes[j] + inner * TINY for i, j in zip(rows, columns, strict=True)]
     if isinstance(how, Split):
         scale_a, scale_b = exponents(a, -1)[:, 0].tolist(), exponents(b, -2)[0].tolist()
         return [inner * FLUSH * 2.0 ** (scale_a[i] + scale_b[j]) for i, j in zip(rows, columns, strict=True)]

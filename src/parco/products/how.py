@@ -41,16 +41,40 @@ class Split:
         return tuple(sorted(kept, key=lambda pair: (-sum(pair), pair)))
 
 
-Product = Native | Split
+@dataclass(frozen=True)
+class Activations:
+    """The left operand is rounded to int8 first, with one scale for each of its rows, absmax / 127: quantization per
+    token. A stored matrix of small integers then takes half the instructions, or a quarter where x is fp32.
+
+    Text: `activations(int8)`. ValueError for another format.
+    """
+
+    format: str = "int8"
+
+    def __post_init__(self) -> None:
+        if self.format != "int8":
+            raise ValueError(f"Activations({self.format!r}): activations are rounded to int8 or not at all")
+
+    def __str__(self) -> str:
+        return f"activations({self.format})"
+
+
+Product = Native | Split | Activations
+
+NATIVE = Native()
 
 
 def parse(text: str | Product) -> Product:
-    """The Product that `text` names: `native` or `split(N)`; a Product is returned as it is. ValueError otherwise."""
-    if isinstance(text, Native | Split):
+    """The Product that `text` names: `native`, `split(N)` or `activations(int8)`; a Product is returned as it is.
+    ValueError otherwise.
+    """
+    if isinstance(text, Product):
         return text
     if text.strip() == "native":
-        return Native()
-    match = re.fullmatch(r"split\((\d+)\)", text.strip())
-    if match is None:
-        raise ValueError(f"unknown product {text!r}: known are native, split(2), split(3), split(4), split(5)")
-    return Split(int(match[1]))
+        return NATIVE
+    match = re.fullmatch(r"(split|activations)\((\w+)\)", text.strip())
+    if match is None or (match[1] == "split" and not match[2].isdecimal()):
+        raise ValueError(
+            f"unknown product {text!r}: known are native, split(2), split(3), split(4), split(5), activations(int8)"
+        )
+    return Split(int(match[2])) if match[1] == "split" else Activations(match[2])

@@ -9,6 +9,7 @@ import torch
 
 from parco.formats import Format, TensorSpec
 from parco.kernels.linear import linear_dense
+from parco.products.how import NATIVE, Product
 from parco.weights.weight import Weight, check_shape, product_tolerance
 
 
@@ -54,7 +55,13 @@ class Dense(Weight):
             )
         return (matrix.detach().to(self._dtype, copy=True, memory_format=torch.contiguous_format),)
 
-    def apply(self, x: torch.Tensor, *tensors: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(
+        self,
+        x: torch.Tensor,
+        *tensors: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        product: Product = NATIVE,
+    ) -> torch.Tensor:
         (values,) = tensors
         return linear_dense(x, values, bias)
 

@@ -10,6 +10,7 @@ from typing import final
 import torch
 
 from parco.formats import TensorSpec
+from parco.products.how import NATIVE, Product
 from parco.weights.weight import Weight
 
 
@@ -49,9 +50,15 @@ class LowRank(Weight):
     def tensors(self) -> dict[str, TensorSpec]:
         return {f"{name}.{leaf}": spec for name, part in self.parts().items() for leaf, spec in part.tensors().items()}
 
-    def apply(self, x: torch.Tensor, *tensors: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        narrow = self.right.apply(x, *tensors[self._split :])
-        return self.left.apply(narrow, *tensors[: self._split], bias=bias)
+    def apply(
+        self,
+        x: torch.Tensor,
+        *tensors: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        product: Product = NATIVE,
+    ) -> torch.Tensor:
+        narrow = self.right.apply(x, *tensors[self._split :], product=product)
+        return self.left.apply(narrow, *tensors[: self._split], bias=bias, product=product)
 
     def dense(self, *tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         wide = torch.float64 if dtype == torch.float64 else torch.float32

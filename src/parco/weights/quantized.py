@@ -9,7 +9,17 @@ import torch
 
 from parco.formats import Format, TensorSpec
 from parco.kernels.cast import Rounding, decode_tensors, encode
-from parco.kernels.linear import embedding_coded, is_packed, linear_coded, pack, packs, unpack
+from parco.kernels.linear import (
+    embedding_coded,
+    is_packed,
+    linear_coded,
+    linear_coded_int8,
+    pack,
+    packs,
+    takes_int8,
+    unpack,
+)
+from parco.products.how import NATIVE, Activations, Product
 from parco.weights.weight import Weight, check_shape, product_tolerance
 
 
@@ -22,6 +32,7 @@ class Quantized(Weight):
     shape: tuple[int, int]
     _specs: tuple[tuple[str, TensorSpec], ...] = field(init=False, repr=False, compare=False)
     _name: str = field(init=False, repr=False, compare=False)
+    _takes_int8: bool = field(init=False, repr=False, compare=False)
 
     def __init__(self, format: Format | str, shape: tuple[int, int]) -> None:
         form = Format.parse(format) if isinstance(format, str) else format
@@ -38,6 +49,7 @@ class Quantized(Weight):
         object.__setattr__(self, "shape", (shape[0], shape[1]))
         object.__setattr__(self, "_specs", tuple(form.tensors(self.shape).items()))
         object.__setattr__(self, "_name", str(form))
+        object.__setattr__(self, "_takes_int8", takes_int8(form))
 
     def __str__(self) -> str:
         return f"quantized({self.format}, {self.shape[0]}x{self.shape[1]})"
@@ -75,8 +87,18 @@ class Quantized(Weight):
             return tensors
         return tuple(unpack(self.format, self.shape, self._named(tensors)).values())
 
-    def apply(self, x: torch.Tensor, *tensors: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return linear_coded(x, *self._arguments(tensors), bias, self._name, self.shape[1], self.shape[0])
+    def apply(
+        self,
+        x: torch.Tensor,
+        *tensors: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        product: Product = NATIVE,
+    ) -> torch.Tensor:
+        linear = linear_coded_int8 if self._takes_int8 and isinstance(product, Activations) else linear_coded
+        return linear(x, *self._arguments(tensors), bias, self._name, self.shape[1], self.shape[0])
+
+    def takes(self, product: Product) -> bool:
+        return super().takes(product) or (self._takes_int8 and isinstance(product, Activations))
 
     def dense(self, *tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return decode_tensors(self.format, self.shape, self._named(self.unpack(*tensors)), dtype)

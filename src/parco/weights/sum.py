@@ -10,6 +10,7 @@ from typing import final
 import torch
 
 from parco.formats import TensorSpec
+from parco.products.how import NATIVE, Product
 from parco.weights.weight import Weight
 
 
@@ -48,10 +49,16 @@ class Sum(Weight):
     def tensors(self) -> dict[str, TensorSpec]:
         return {f"{name}.{leaf}": spec for name, part in self.parts().items() for leaf, spec in part.tensors().items()}
 
-    def apply(self, x: torch.Tensor, *tensors: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        total = self.terms[0].apply(x, *tensors[self._slices[0]], bias=bias)
+    def apply(
+        self,
+        x: torch.Tensor,
+        *tensors: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        product: Product = NATIVE,
+    ) -> torch.Tensor:
+        total = self.terms[0].apply(x, *tensors[self._slices[0]], bias=bias, product=product)
         for term, part in zip(self.terms[1:], self._slices[1:], strict=True):
-            total = total + term.apply(x, *tensors[part])
+            total = total + term.apply(x, *tensors[part], product=product)
         return total
 
     def dense(self, *tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -13,6 +13,7 @@ The laws, which `tests/laws/weight_laws.py` checks for every Weight:
 - `w.nbytes` equals the bytes of the tensors;
 - `weights.parse(str(w)) == w`;
 - `w.pack(*t)` stands for the same matrix, multiplies to the same bits, and `w.unpack` undoes it;
+- `w.apply(x, *t, product=p)` of one that is not composed and `takes(p)` equals `matmul(x, w.dense(*t).T, p)`;
 - `w.apply` differentiates with respect to x, as `x @ w.dense(*t).T` does.
 """
 
@@ -26,6 +27,7 @@ from typing import ClassVar
 import torch
 
 from parco.formats import TensorSpec
+from parco.products.how import NATIVE, Native, Product
 
 UNIT_FP32 = 2.0**-24
 """Unit roundoff of fp32, in which every product here is accumulated."""
@@ -89,10 +91,20 @@ class Weight(abc.ABC):
         return found
 
     @abc.abstractmethod
-    def apply(self, x: torch.Tensor, *tensors: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(
+        self,
+        x: torch.Tensor,
+        *tensors: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        product: Product = NATIVE,
+    ) -> torch.Tensor:
         """x Wᵀ + bias for x [..., K] in fp32, bf16 or fp16; returns [..., N] in the dtype of x. Products accumulate in
-        fp32.
+        fp32. Every part that `takes` the Product computes by it, the others as they always do.
         """
+
+    def takes(self, product: Product) -> bool:
+        """Whether this Weight, or any part of it, computes by `product`."""
+        return isinstance(product, Native) or any(part.takes(product) for part in self.parts().values())
 
     @abc.abstractmethod
     def dense(self, *tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

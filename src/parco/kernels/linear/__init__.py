@@ -1,11 +1,23 @@
-"""Linear operations over stored weights: `linear_coded`, `linear_dense` and `embedding_coded`, in the library
-`torch.ops.parco`; and the panels in which they read codes fastest.
+"""Linear operations over stored weights: `linear_coded`, `linear_coded_int8`, `linear_dense` and `embedding_coded`, in
+the library `torch.ops.parco`; and the panels in which they read codes fastest.
 """
 
 from parco.kernels.linear.coded import linear_coded
 from parco.kernels.linear.dense import linear_dense
 from parco.kernels.linear.embedding import embedding_coded
+from parco.kernels.linear.int8 import linear_coded_int8, rounded_to_int8
 from parco.kernels.linear.panels import is_packed, pack, unpack
-from parco.kernels.linear.storage import packs
+from parco.kernels.linear.storage import packs, takes_int8
 
-__all__ = ["embedding_coded", "is_packed", "linear_coded", "linear_dense", "pack", "packs", "unpack"]
+__all__ = [
+    "embedding_coded",
+    "is_packed",
+    "linear_coded",
+    "linear_coded_int8",
+    "linear_dense",
+    "pack",
+    "packs",
+    "rounded_to_int8",
+    "takes_int8",
+    "unpack",
+]

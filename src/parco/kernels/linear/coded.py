@@ -38,11 +38,12 @@ class CodedCall(NamedTuple):
     columns: int
     format: str
     packed: bool = False
+    int8: bool = False
 
     def __str__(self) -> str:
         return (
-            f"{self.rows} rows of {self.dtype} x {self.format} {self.outputs}x{self.columns}"
-            f"{' in panels' if self.packed else ''}, {torch.get_num_threads()} threads"
+            f"{self.rows} rows of {self.dtype}{' as int8' if self.int8 else ''} x {self.format} "
+            f"{self.outputs}x{self.columns}{' in panels' if self.packed else ''}, {torch.get_num_threads()} threads"
         )
 
 
@@ -73,20 +74,19 @@ def check(
     format: str,
     columns: int,
     outputs: int = 0,
+    operation: str = "linear_coded",
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
-    check_float("linear_coded", "x", x)
+    check_float(operation, "x", x)
     if x.ndim == 0 or x.shape[-1] != columns:
-        raise ValueError(
-            f"linear_coded: x has the shape {tuple(x.shape)}; its last dimension must be columns={columns}"
-        )
+        raise ValueError(f"{operation}: x has the shape {tuple(x.shape)}; its last dimension must be columns={columns}")
     tensors = {"codes": codes, "scale": scale, "zero": zero, "global_scale": global_scale}
-    check_tensors("linear_coded", format, columns, outputs, tensors)
+    check_tensors(operation, format, columns, outputs, tensors)
     if bias is not None:
-        check_float("linear_coded", "bias", bias)
+        check_float(operation, "bias", bias)
         if tuple(bias.shape) != (rows_of(codes, outputs),):
             raise ValueError(
-                f"linear_coded: bias has the shape {tuple(bias.shape)}; [{rows_of(codes, outputs)}] is needed"
+                f"{operation}: bias has the shape {tuple(bias.shape)}; [{rows_of(codes, outputs)}] is needed"
             )
 
 
@@ -100,8 +100,8 @@ class Compiled:
     share.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., None], int8: bool = False) -> None:
+        self.function, self.int8 = function, int8
 
     def __call__(
         self,
@@ -146,7 +146,8 @@ class Compiled:
         """The call itself: without `scale`, of codes that stand for their numbers."""
         function, outputs, columns = self.function, rows_of(codes, outputs), x.shape[-1]
         shape = (*x.shape[:-1], outputs)
-        settled = settle(stored, x.numel() // columns, outputs, columns, x.dtype, scale, bias, is_packed(codes))
+        rows, packed = x.numel() // columns, is_packed(codes)
+        settled = settle(stored, rows, outputs, columns, x.dtype, scale, bias, packed, self.int8)
 
         def launch(
             x: Tensor,
@@ -184,16 +185,18 @@ def _refuses(call: CodedCall) -> str | None:
     return storage(call.format).refusal
 
 
-def _refuses_integers(call: CodedCall) -> str | None:
+def refuses_integers(call: CodedCall) -> str | None:
+    """Why kernels that compute in integers do not run a call, or None."""
     if not storage(call.format).integers:
         return f"the numbers of {call.format} are no small integers times a power of two"
     return _refuses(call)
 
 
-def _refuses_tiles(call: CodedCall) -> str | None:
+def refuses_tiles(call: CodedCall) -> str | None:
+    """As `refuses_integers`, of those on tiles."""
     if call.rows < AMX_ROWS:
         return f"{call.rows} rows do not fill a tile; it starts at {AMX_ROWS}"
-    return _refuses_integers(call)
+    return refuses_integers(call)
 
 
 def _refuses_vectors(call: CodedCall) -> str | None:
@@ -211,12 +214,12 @@ table.register(
         "linear_coded",
         describe,
         (
-            table.Kernel("int-linear-amx", "amx", Compiled(_C.int_amx), _refuses_tiles),
-            table.Kernel("int-linear-avx512", "avx512", Compiled(_C.int_avx512), _refuses_integers),
+            table.Kernel("int-linear-amx", "amx", Compiled(_C.int_amx), refuses_tiles),
+            table.Kernel("int-linear-avx512", "avx512", Compiled(_C.int_avx512), refuses_integers),
             table.Kernel("float-linear-avx512", "avx512", Compiled(_C.float_avx512), _refuses_vectors),
-            table.Kernel("int-linear-avx2", "avx2", Compiled(_C.int_avx2), _refuses_integers),
+            table.Kernel("int-linear-avx2", "avx2", Compiled(_C.int_avx2), refuses_integers),
             table.Kernel("float-linear-avx2", "avx2", Compiled(_C.float_avx2), _refuses_vectors),
-            table.Kernel("int-linear-generic", "generic", Compiled(_C.int_generic), _refuses_integers),
+            table.Kernel("int-linear-generic", "generic", Compiled(_C.int_generic), refuses_integers),
             table.Kernel("float-linear-generic", "generic", Compiled(_C.float_generic), _refuses),
             table.Kernel("coded-linear-torch", table.TORCH, reference.linear_coded),
         ),
@@ -227,71 +230,71 @@ _launches: dict[Hashable, Launch] = {}
 KEPT_LAUNCHES = 8192
 """Kinds of call whose checks and choice are remembered: together they cost as much as a small product."""
 
-LIBRARY.define(
-    "linear_coded(Tensor x, Tensor codes, Tensor? scale, Tensor? zero, Tensor? global_scale, Tensor? bias, str format,"
+SIGNATURE = (
+    "(Tensor x, Tensor codes, Tensor? scale, Tensor? zero, Tensor? global_scale, Tensor? bias, str format,"
     " int columns, int outputs) -> Tensor"
 )
+LIBRARY.define(f"linear_coded{SIGNATURE}")
 
 
 def _kind(tensor: Tensor | None) -> Hashable:
     return None if tensor is None else (tensor.dtype, tensor.shape)
 
 
-def _cpu(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    global_scale: Tensor | None,
-    bias: Tensor | None,
-    format: str,
-    columns: int,
-    outputs: int = 0,
-) -> Tensor:
-    key = (
-        machine.isa(),
-        x.dtype,
-        x.shape,
-        codes.dtype,
-        codes.shape,
-        None if scale is None else (scale.dtype, scale.shape),
-        _kind(zero),
-        _kind(global_scale),
-        None if bias is None else (bias.dtype, bias.shape),
-        format,
-        columns,
-        outputs,
-    )
-    launch = _launches.get(key)
-    if launch is None:
-        launch = _settle(x, codes, scale, zero, global_scale, bias, format, columns, outputs)
-        if len(_launches) >= KEPT_LAUNCHES:
-            _launches.clear()
-        _launches[key] = launch
-    return launch(x, codes, scale, zero, global_scale, bias)
+def remembering(
+    operation: str, describe: Callable[..., CodedCall], check: Callable[..., None]
+) -> Callable[..., Tensor]:
+    """What runs `operation` on the CPU: checks the arguments and chooses their kernel once for each kind of call."""
+
+    def settle(x: Tensor, codes: Tensor, scale: Tensor | None, *others: Any) -> Launch:
+        check(x, codes, scale, *others)
+        run = table.choose(operation, describe(x, codes, scale, *others)).run
+        *_, bias, format, columns, outputs = others
+        if isinstance(run, Compiled):
+            return run.settle(x, codes, scale, bias, format, outputs)
+        return lambda *tensors: run(*tensors, format, columns, outputs)
+
+    def cpu(
+        x: Tensor,
+        codes: Tensor,
+        scale: Tensor | None,
+        zero: Tensor | None,
+        global_scale: Tensor | None,
+        bias: Tensor | None,
+        format: str,
+        columns: int,
+        outputs: int = 0,
+    ) -> Tensor:
+        key = (
+            operation,
+            machine.isa(),
+            x.dtype,
+            x.shape,
+            codes.dtype,
+            codes.shape,
+            None if scale is None else (scale.dtype, scale.shape),
+            _kind(zero),
+            _kind(global_scale),
+            None if bias is None else (bias.dtype, bias.shape),
+            format,
+            columns,
+            outputs,
+        )
+        launch = _launches.get(key)
+        if launch is None:
+            launch = settle(x, codes, scale, zero, global_scale, bias, format, columns, outputs)
+            if len(_launches) >= KEPT_LAUNCHES:
+                _launches.clear()
+            _launches[key] = launch
+        return launch(x, codes, scale, zero, global_scale, bias)
+
+    return cpu
 
 
-def _settle(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    global_scale: Tensor | None,
-    bias: Tensor | None,
-    format: str,
-    columns: int,
-    outputs: int = 0,
-) -> Launch:
-    """Check the arguments and choose their kernel."""
-    check(x, codes, scale, zero, global_scale, bias, format, columns, outputs)
-    call = describe(x, codes, scale, zero, global_scale, bias, format, columns, outputs)
-    run = table.choose("linear_coded", call).run
-    if isinstance(run, Compiled):
-        return run.settle(x, codes, scale, bias, format, outputs)
-    return lambda *tensors: run(*tensors, format, columns, outputs)
+_cpu = remembering("linear_coded", describe, check)
 
 
-def _fake(
+def fake(
     x: Tensor,
     codes: Tensor,
     scale: Tensor | None,
@@ -305,7 +308,7 @@ def _fake(
     return x.new_empty((*x.shape[:-1], rows_of(codes, outputs)))
 
 
-def _needs_grad(
+def needs_grad(
     x: Tensor,
     codes: Tensor,
     scale: Tensor | None,
@@ -317,7 +320,7 @@ def _needs_grad(
     return x.requires_grad or (bias is not None and bias.requires_grad)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, *stored, bias, ctx.format, ctx.columns, ctx.outputs = inputs
     ctx.save_for_backward(*stored)
     ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
@@ -352,7 +355,7 @@ def _grad_x(grad: Tensor, tensors: tuple[Tensor | None, ...], format: str, colum
     return total
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """grad_x = grad @ W with W expanded in fp32 from the same codes; grad_bias = the sum of grad over rows."""
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -362,8 +365,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, None, grad_bias, None, None, None
 
 
-table.implement("linear_coded", check, _fake, _cpu)
-differentiate("linear_coded", _needs_grad, _setup, _backward)
+table.implement("linear_coded", check, fake, _cpu)
+differentiate("linear_coded", needs_grad, setup, backward)
 
 
 def linear_coded(

@@ -72,6 +72,11 @@ class Storage:
         """Whether vectors widen the codes to fp32."""
         return not self.format.is_asymmetric and (self.element != 0 or self.format.bits == NIBBLE)
 
+    @property
+    def takes_int8(self) -> bool:
+        """Whether compiled kernels multiply int8 x by it. A scale per column would have to multiply x first."""
+        return self.integers and not self.by_column and self.refusal is None
+
     def packs(self, shape: tuple[int, int]) -> bool:
         """Whether kernels read panels of a matrix of this format and shape, which are then the faster layout."""
         bits, group = self.format.bits, self.format.block.columns
@@ -106,6 +111,11 @@ def storage(name: str) -> Storage:
 def packs(format: Format, shape: tuple[int, int]) -> bool:
     """Whether kernels read panels of a matrix of this format, and faster than its rows."""
     return storage(str(format)).packs(shape)
+
+
+def takes_int8(format: Format) -> bool:
+    """Whether a matrix of this format is multiplied by int8 x: where its numbers are small integers times scales."""
+    return not format.is_dense and storage(str(format)).takes_int8
 
 
 def _values(element: Element) -> NDArray[np.float32]:
@@ -179,9 +189,11 @@ def settle(
     scale: Tensor | None,
     bias: Tensor | None,
     packed: bool,
+    int8: bool = False,
 ) -> _C.CodedCall:
     """What the compiled kernels are told of a call but for its tensors: `rows` x (or results) of `dtype` against
-    `outputs` by `columns` codes, by rows or `packed` in panels. Without `scale` the codes stand for their numbers. It
+    `outputs` by `columns` codes, by rows or `packed` in panels; `int8` says
+    that x is quantized first. Without `scale` the codes stand for their numbers. It
     keeps addresses of `storage`, which lives as long as the interpreter.
     """
     block, values, table = storage.format.block, storage.values, storage.table
@@ -199,6 +211,7 @@ def settle(
         zero_point=storage.zero_point,
         bits=storage.format.bits,
         packed=packed,
+        int8=int8,
         element=storage.element,
         x_type=TYPES[dtype],
         scale_type=storage.scale_type(scale),
