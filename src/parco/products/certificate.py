@@ -130,7 +130,7 @@ def _tails(a: Tensor, b: Tensor, how: Product, rows: list[int], columns: list[in
     """What underflow may add to the error of each sampled entry."""
     inner = a.shape[1]
     if isinstance(how, Activations):
-        # Half a step of its row's scale for each number, roundings of up to 127 steps, and saturation where the scale is
+        # Half a step of its row's scale for each number, roundings of up to 127 steps, saturation where the scale is
         # subnormal; on what this adds to |A| the product errs as on the rest.
         steps = (a.double().abs().amax(1) / 127 * (0.5 + 2.0**-15) + 2.0**-140).tolist()
         sizes = b.abs().sum(0, dtype=torch.float64).tolist()
