@@ -116,7 +116,8 @@ def _whole(layers: Sequence[nn.Module]) -> Spec | None:
         specs.append(layer.weight.spec)
         layouts.add(is_packed(layer.weight.tensors()[0]))
     kinds = {(type(spec), spec.format, spec.shape[1]) for spec in specs}
-    if len(kinds) != 1 or len(layouts) != 1 or len({_bias(layer) is None for layer in layers}) != 1:
+    products = {layer.weight.product for layer in layers if isinstance(layer, Linear)}
+    if max(len(kinds), len(layouts), len(products)) != 1 or len({_bias(layer) is None for layer in layers}) != 1:
         return None
     first = specs[0]
     rows = [spec.shape[0] for spec in specs]

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from parco import _C, machine
 from parco.kernels.library import TYPES
+from parco.kernels.linear import coded, int8
 from parco.kernels.linear.prepared import coded_product, dense_product
 from parco.kernels.rowwise.gate import NUMBERS
 from parco.nn import joined
 from parco.nn.linear import Linear, kind_of
+from parco.products import Activations, Product
 from parco.weights import Dense, Quantized
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -89,7 +91,7 @@ def prepare(module: Any, settings: Settings, dtype: torch.dtype, width: int) -> 
     for part in parts:
         found += [(part._modules, name, each) for name, each in part._modules.items()]
         found += [(part._parameters, name, each) for name, each in part._parameters.items()]
-        found += [(part.__dict__, name, part.__dict__.get(name)) for name in ("forward", "_packed")]
+        found += [(part.__dict__, name, part.__dict__.get(name)) for name in ("forward", "_packed", "_product")]
     owners, keys, values = zip(*found, strict=True)
     plain = not any("forward" in part.__dict__ for part in parts)
     if plain and tuple(map(kind_of, (attention, gate, *norms))) == settings.kinds:
@@ -174,10 +176,10 @@ def _products(layers: list[Any], dtype: torch.dtype) -> list[_C.Product] | None:
     """One product for all of `layers` where they lie side by side, else one each; None without a compiled kernel."""
     whole = joined.joined(layers) if len(layers) > 1 else None
     if whole is not None:
-        products = [_product(*whole, dtype)]
+        products = [_product(*whole, dtype, layers[0].weight.product)]
     else:
         products = [
-            _product(layer.weight.spec, layer.weight.tensors(), layer.bias, dtype)
+            _product(layer.weight.spec, layer.weight.tensors(), layer.bias, dtype, layer.weight.product)
             if isinstance(layer, Linear)
             else dense_product(dtype, layer.weight, layer.bias)
             for layer in layers
@@ -186,11 +188,14 @@ def _products(layers: list[Any], dtype: torch.dtype) -> list[_C.Product] | None:
     return found if len(found) == len(products) else None
 
 
-def _product(spec: Any, tensors: tuple[Tensor, ...], bias: Tensor | None, dtype: torch.dtype) -> _C.Product | None:
+def _product(
+    spec: Any, tensors: tuple[Tensor, ...], bias: Tensor | None, dtype: torch.dtype, product: Product
+) -> _C.Product | None:
     if isinstance(spec, Dense):
         return dense_product(dtype, tensors[0], bias)
     if not isinstance(spec, Quantized):
         return None
     named = dict(zip(spec.tensors(), tensors, strict=True))
     rest = (named.get("scale"), named.get("zero"), named.get("global_scale"))
-    return coded_product(dtype, tensors[0], *rest, bias, str(spec.format), spec.shape[1], spec.shape[0])
+    operation = int8 if isinstance(product, Activations) else coded
+    return coded_product(operation, dtype, tensors[0], *rest, bias, str(spec.format), spec.shape[1], spec.shape[0])

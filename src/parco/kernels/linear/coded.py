@@ -23,6 +23,8 @@ from parco.kernels.linear import reference
 from parco.kernels.linear.panels import PANEL_ROWS, is_packed
 from parco.kernels.linear.storage import Storage, check_tensors, rows_of, settle, storage
 
+NAME = "linear_coded"
+
 AMX_ROWS = 16
 """Rows of x from which tiles pay: a tile has 16."""
 
@@ -74,7 +76,7 @@ def check(
     format: str,
     columns: int,
     outputs: int = 0,
-    operation: str = "linear_coded",
+    operation: str = NAME,
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
     check_float(operation, "x", x)
@@ -291,7 +293,7 @@ def remembering(
     return cpu
 
 
-_cpu = remembering("linear_coded", describe, check)
+_cpu = remembering(NAME, describe, check)
 
 
 def fake(
@@ -365,8 +367,8 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, None, grad_bias, None, None, None
 
 
-table.implement("linear_coded", check, fake, _cpu)
-differentiate("linear_coded", needs_grad, setup, backward)
+table.implement(NAME, check, fake, _cpu)
+differentiate(NAME, needs_grad, setup, backward)
 
 
 def linear_coded(

@@ -1,5 +1,7 @@
 """Products of one row with everything but x settled, for C++ that calls several in a row (csrc/decode)."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from parco.kernels.linear.storage import rows_of, settle, storage
 
 
 def coded_product(
+    operation: ModuleType,
     dtype: torch.dtype,
     codes: Tensor,
     scale: Tensor | None,
@@ -22,17 +25,18 @@ def coded_product(
     columns: int,
     outputs: int = 0,
 ) -> _C.Product | None:
-    """`linear_coded` of one row of `dtype` by the kernel that it would choose, or None where that is no compiled one.
-    It keeps the tensors' addresses and not the tensors. Raises as `linear_coded` does.
+    """The operation of the module `coded` or `int8` on one row of `dtype` by the kernel that it would choose, or None
+    where that is no compiled one. It keeps the tensors' addresses and not the tensors. Raises as the operation does.
     """
     x = torch.empty(1, columns, dtype=dtype, device="meta")
     tensors = (codes, scale, zero, global_scale, bias)
-    coded.check(x, *tensors, format, columns, outputs)
-    call = coded.describe(x, *tensors, format, columns, outputs)
-    kernel = table.choose("linear_coded", call._replace(device=codes.device.type))
+    operation.check(x, *tensors, format, columns, outputs)
+    call = operation.describe(x, *tensors, format, columns, outputs)
+    kernel = table.choose(operation.NAME, call._replace(device=codes.device.type))
     if not isinstance(kernel.run, coded.Compiled) or storage(format).by_column or not _contiguous(*tensors):
         return None
-    settled = settle(storage(format), 1, rows_of(codes, outputs), columns, dtype, scale, bias, is_packed(codes))
+    rows, packed = rows_of(codes, outputs), is_packed(codes)
+    settled = settle(storage(format), 1, rows, columns, dtype, scale, bias, packed, kernel.run.int8)
     return _C.coded_product(kernel.name, settled, *map(_address, tensors))
 
 
