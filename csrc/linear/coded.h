@@ -62,6 +62,10 @@ struct CodedCall {
     if (packed_scales()) return (n / panel_rows * scale_stride + g) * panel_rows + n % panel_rows;
     return n / block_rows * scale_stride + g;
   }
+  // Where the packed codes of row n, and of those after it, begin.
+  const std::uint8_t* packed_codes(std::int64_t n) const {
+    return codes + (n / panel_rows * (columns * bits / 32) * panel_rows + n % panel_rows) * 4;
+  }
   // Code k of row n of packed codes.
   std::uint32_t packed_code(std::int64_t n, std::int64_t k) const {
     const std::int64_t first = n / panel_rows * (columns * bits / 32);

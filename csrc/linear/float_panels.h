@@ -51,12 +51,6 @@ class LaneScales {
   float* kept_;
 };
 
-// The codes of `lanes` outputs from n on.
-template <class V>
-const std::uint8_t* lane_codes(const CodedCall& call, std::int64_t n) {
-  return call.codes + n / panel_rows * (call.columns * call.bits / 32) * panel_rows * 4 + n % panel_rows * 4;
-}
-
 // Where the step of column k begins in them.
 template <class E>
 std::int64_t step_start(std::int64_t k) {
@@ -86,7 +80,7 @@ void panel_sums(const PanelJob<V, E>& job, const std::int64_t* first, std::int64
   const std::uint8_t* codes[strips];
   F total[strips][columns][E::halves];
   for (int s = 0; s < strips; s++) {
-    codes[s] = lane_codes<V>(call, first[s]);
+    codes[s] = call.packed_codes(first[s]);
     for (int c = 0; c < columns; c++)
       for (int h = 0; h < E::halves; h++) total[s][c][h] = V::set(0.0f);
   }
@@ -195,7 +189,7 @@ struct ExpandPanels {
     using F = typename V::F;
     constexpr int vectors = E::step / E::halves;
     for (std::int64_t o = 0; o < outputs; o += V::lanes) {
-      const std::uint8_t* codes = lane_codes<V>(call, n + o);
+      const std::uint8_t* codes = call.packed_codes(n + o);
       scales.take(n + o);
       F scale = V::set(0.0f);
       for (std::int64_t i = k, end = k; i < k + count; i += E::step) {

@@ -86,7 +86,8 @@ struct Float256 {
         r[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
       }
       for (int i = 0; i < count; i++) {
-        const F column = _mm256_permute2f128_ps(r[i % 4], r[i % 4 + 4], i < 4 ? 0x20 : 0x31);
+        const F column =
+            i < 4 ? _mm256_permute2f128_ps(r[i], r[i + 4], 0x20) : _mm256_permute2f128_ps(r[i - 4], r[i], 0x31);
         float* out = to + (start + i) * stride;
         if (kept == lanes)
           _mm256_storeu_ps(out, column);

@@ -193,7 +193,7 @@ inline void run_bytes(const CodedCall& call) {
             __m512i* strip = strips + v * strip_size / sizeof(__m512i);
             // Strips past the last repeat it.
             const std::int64_t n = std::min(output + v * Avx512::lanes, call.outputs - 1) / Avx512::lanes;
-            weights[v] = direct ? packed_codes(call, n * Avx512::lanes) : reinterpret_cast<std::uint8_t*>(strip);
+            weights[v] = direct ? call.packed_codes(n * Avx512::lanes) : reinterpret_cast<std::uint8_t*>(strip);
             if (!direct) expand_strip(job, outputs, v, strip);
           }
           multiply_bands(bands, outputs, weights, count * part / parts, count * (part + 1) / parts);

@@ -116,7 +116,7 @@ void decode_strips(const Job<V>& job, const std::int64_t* first, float* scales, 
   for (int s = 0; s < strips; s++) {
     const std::int64_t kept = s * static_cast<std::int64_t>(plan.groups) * V::lanes;
     direct ? outputs[s].take(call, first[s]) : outputs[s].gather(call, plan, first[s], scales + kept, zeros + kept);
-    codes[s] = packed_codes(call, first[s]);
+    codes[s] = call.packed_codes(first[s]);
     for (int m = 0; m < columns; m++) total[s][m] = V::set(0.0f);
     for (auto& of_row : sum[s])
       for (I& one : of_row) one = V::set(0);

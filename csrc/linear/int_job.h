@@ -21,11 +21,6 @@ struct Job {
   std::int64_t block_stride;
 };
 
-// Where the packed codes of the outputs from n on begin.
-inline const std::uint8_t* packed_codes(const CodedCall& call, std::int64_t n) {
-  return call.codes + n / panel_rows * (call.columns * call.bits / 32) * panel_rows * 4 + n % panel_rows * 4;
-}
-
 // What belongs to `lanes * vectors` outputs: scales and zeros turned so that a group's values of all lanes are
 // neighbours.
 template <class V, int vectors>
@@ -80,7 +75,7 @@ struct Outputs {
             typename V::I* to) const {
     if (!call.packed) return reader.read(rows + v * V::lanes, piece.dword, piece.dwords, to);
     const std::int64_t n = std::min(first + v * V::lanes, call.outputs - 1) / V::lanes * V::lanes;
-    reader.read_packed(packed_codes(call, n), piece.dword, piece.dwords, to);
+    reader.read_packed(call.packed_codes(n), piece.dword, piece.dwords, to);
   }
 };
 
