@@ -59,9 +59,11 @@ docs: build $(VENV)/ready-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # What `pip install .` installs, tried from a folder of its own (-S: without the editable install): extension, model, page.
+# What `make build` compiled is not compiled again.
 wheel: build
 	rm -rf dist build/installed
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	flock $(BUILD)/lock $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps \
+	  --config-settings=build-dir=$(BUILD) --wheel-dir dist .
 	$(PIP) --no-deps --target build/installed dist/parco-*.whl
 	cd build/installed && PYTHONPATH=.:$$(../../$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 	  ../../$(BIN)/python -S -c 'import parco.cli, sys; assert parco.__file__.startswith(sys.argv[1]), parco; sys.exit(parco.cli.main(["machine"]))' "$$PWD" >/dev/null
