@@ -23,7 +23,7 @@ FORMATS = ["fp8_e4m3:row", "mxfp8_e4m3", "mxfp4", "nvfp4", "int4:32", "int8:row"
 def contenders(spec: Weight, x: torch.Tensor, cold: int) -> dict[str, Callable[[], torch.Tensor]]:
     """The products of a stored matrix, of dense bf16 weights and of torch's own, each with `cold` bytes of weights."""
     turn = count()
-    dense = Dense("bf16", SHAPE)
+    dense = Dense(SHAPE, "bf16")
     stored, plain = (stored_copies(each, cold // each.nbytes + 1) for each in (spec, dense))
     return {
         "ours": lambda: spec.apply(x, *stored[next(turn) % len(stored)]),
