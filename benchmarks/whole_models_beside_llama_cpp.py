@@ -7,8 +7,8 @@ layers of a decoder, and of busy cores, medians and ranges of three rounds: int4
 and reads prompts 1.43 times (1.42 to 1.52) as fast, int8 1.06 (1.04 to 1.20) and 1.60 (1.53 to 1.63), ternary 1.03
 (0.98 to 1.15) and 1.74 (1.47 to 1.75). In bf16 it was not faster: 0.90 (0.84 to 1.07) and 0.82 (0.71 to 1.38). What
 kept a decode from more then, in CPU time of one thread: 9 to 15 ms of each step passed outside of the products, in
-Transformers' Python and small operations, which llama.cpp has in C. Prompts reach a third of the machine's 16-bit multiply-adds,
-which is what the kernels make; why no more was not looked into.
+Transformers' Python and small operations, which llama.cpp has in C. Prompts reach a third of the machine's 16-bit
+multiply-adds, which is what the kernels make; why no more was not looked into.
 
 The model has TinyLlama's shape with random weights, made once under `--work`. For each format llama.cpp is given a GGUF
 file with the very codes and scales that parco multiplies by; Transformers' own bf16 takes part too. All take turns in
