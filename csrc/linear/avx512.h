@@ -35,6 +35,19 @@ inline __m512 widen(__m512i bits, Type type) {
                             _mm512_castsi512_ps(nan));
 }
 
+// 16 scales from index `at`, times `factor`.
+inline __m512 load_scales(const void* scale, Type type, std::int64_t at, float factor) {
+  const char* from = static_cast<const char*>(scale) + at * size_of(type);
+  __m512i bits;
+  if (type == Type::fp32)
+    bits = _mm512_loadu_si512(from);
+  else if (size_of(type) == 2)
+    bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  else
+    bits = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm512_mul_ps(widen(bits, type), _mm512_set1_ps(factor));
+}
+
 // `count` (at most 16) values from index `index`; the rest are zero.
 inline __m512 load_floats(const void* from, Type type, std::int64_t index, int count) {
   const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);

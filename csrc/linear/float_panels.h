@@ -57,13 +57,6 @@ std::int64_t step_start(std::int64_t k) {
   return k / E::step * (E::step * E::bits / 8) * panel_rows;
 }
 
-// Not a part of the scale, which may be the greatest that there is.
-template <class V, class E>
-typename V::F scaled(typename V::F value) {
-  if constexpr (E::unit == 1.0f) return value;
-  return V::multiply(value, V::set(E::unit));
-}
-
 template <class V, class E>
 struct PanelJob {
   const CodedCall& call;

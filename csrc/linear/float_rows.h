@@ -69,8 +69,7 @@ void stream(const FloatJob<V, E>& job, const float* scales, std::int64_t scale_s
           for (int v = s * E::shared; v < (s + 1) * E::shared; v++)
             sum = V::fma(weight[v], V::load(x + c * job.padded + v * V::lanes), sum);
           if constexpr (grouped) {
-            if constexpr (E::unit != 1.0f) sum = V::multiply(sum, V::set(E::unit));
-            sum = V::fma(sum, scale, total[r][c]);
+            sum = V::fma(scaled<V, E>(sum), scale, total[r][c]);
           }
           total[r][c] = sum;
         }
@@ -126,9 +125,9 @@ struct ExpandRows {
           typename V::F weight[vectors];
           const std::int64_t byte = (k + i) * E::bits / 8;
           element.natural(call.codes + (n + o + r) * row_bytes + byte, row_bytes - byte, weight);
-          const typename V::F scale = V::set(scales[(o + r) * stride + ((k + i) >> shift)]), unit = V::set(E::unit);
+          const typename V::F scale = V::set(scales[(o + r) * stride + ((k + i) >> shift)]);
           for (int v = 0; v < vectors; v++)
-            V::store(found[r] + v * V::lanes, V::multiply(V::multiply(weight[v], unit), scale));
+            V::store(found[r] + v * V::lanes, V::multiply(scaled<V, E>(weight[v]), scale));
         }
         V::turn(found, Type::fp32, 16, 0, V::lanes, 0, 16, expanded<V>(panel, o, i), 2 * V::lanes, V::lanes);
       }

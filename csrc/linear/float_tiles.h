@@ -31,6 +31,13 @@ float* expanded(float* panel, std::int64_t output, std::int64_t column) {
          output / V::lanes % 2 * V::lanes;
 }
 
+// By the unit of an element, E::unit. Not a part of the scale, which may be the greatest that there is.
+template <class V, class E>
+typename V::F scaled(typename V::F value) {
+  if constexpr (E::unit == 1.0f) return value;
+  return V::multiply(value, V::set(E::unit));
+}
+
 // One tile of x against 2 * lanes outputs: sums [rows][stride].
 template <class V, int rows>
 void multiply_tile(const float* x, const float* weights, std::int64_t count, bool first, float* sums,

@@ -1,10 +1,8 @@
 // 8 floats, as the engines of fp32 products want them. Unnamed: see floats.h.
 #pragma once
-#include <immintrin.h>
-
 #include <algorithm>
 
-#include "linear/floats.h"
+#include "linear/avx2.h"
 
 namespace parco::linear {
 namespace {
@@ -52,20 +50,10 @@ struct Float256 {
   }
 
   static F load_floats(const void* from, Type type, std::int64_t index, int count) {
-    const char* bytes = static_cast<const char*>(from) + index * size_of(type);
-    if (count == lanes) {
-      if (type == Type::fp32) return _mm256_loadu_ps(reinterpret_cast<const float*>(bytes));
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-      return type == Type::fp16 ? _mm256_cvtph_ps(halves) : widen_bf16(halves);
-    }
-    alignas(32) float found[lanes] = {};
-    for (int i = 0; i < count; i++) found[i] = load_float(from, type, index + i);
-    return load(found);
+    return avx2::load_floats(from, type, index, count);
   }
   static void store_floats(void* to, Type type, std::int64_t index, int count, F value) {
-    alignas(32) float found[lanes];
-    store(found, value);
-    for (int i = 0; i < count; i++) store_float(to, type, index + i, found[i]);
+    avx2::store_floats(to, type, index, count, value);
   }
 
   // Columns [k, k + columns) of `rows` rows (at most 8) of a matrix from row `row` on, turned: `kept` lanes of each go
@@ -100,13 +88,7 @@ struct Float256 {
 
   // The scales of half a panel's rows.
   static F lane_scales(const void* scale, Type type, std::int64_t at, float factor) {
-    if (size_of(type) > 1) return multiply(load_floats(scale, type, at, lanes), set(factor));
-    alignas(32) float found[lanes];
-    for (int i = 0; i < lanes; i++) found[i] = load_float(scale, type, at + i);
-    return multiply(load(found), set(factor));
-  }
-  static F widen_bf16(__m128i halves) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    return avx2::load_scales(scale, type, at, factor);
   }
 
   // One number in every lane, or two in turn.

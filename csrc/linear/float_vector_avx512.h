@@ -91,12 +91,7 @@ struct Float512 {
 
   // The scales of a panel's rows.
   static F lane_scales(const void* scale, Type type, std::int64_t at, float factor) {
-    const char* from = static_cast<const char*>(scale) + at * size_of(type);
-    const __m512i bits = type == Type::fp32 ? _mm512_loadu_si512(from)
-                         : size_of(type) == 2
-                             ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))
-                             : _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    return multiply(avx512::widen(bits, type), set(factor));
+    return avx512::load_scales(scale, type, at, factor);
   }
 
   // One number in every lane, or two in turn.

@@ -1,6 +1,5 @@
 // The integer product for AVX2: 8 outputs to a vector, vpmaddwd and an addition for the products.
-#include <immintrin.h>
-
+#include "linear/avx2.h"
 #include "linear/int_engine.h"
 
 namespace parco::linear {
@@ -35,18 +34,10 @@ struct Avx2 {
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
 
   static F load_floats(const void* from, Type type, std::int64_t index, int count) {
-    alignas(32) float values[8] = {};
-    for (int i = 0; i < count; i++) values[i] = load_float(from, type, index + i);
-    return load(values);
+    return avx2::load_floats(from, type, index, count);
   }
   static void store_floats(void* to, Type type, std::int64_t index, int count, F value) {
-    if (type == Type::fp32 && count == 8) {
-      _mm256_storeu_ps(reinterpret_cast<float*>(static_cast<char*>(to) + 4 * index), value);
-      return;
-    }
-    alignas(32) float values[8];
-    _mm256_store_ps(values, value);
-    for (int i = 0; i < count; i++) store_float(to, type, index + i, values[i]);
+    avx2::store_floats(to, type, index, count, value);
   }
 
   template <bool nibbles>
@@ -142,20 +133,7 @@ struct Avx2 {
     return sum[0];
   }
   static F load_scales(const CodedCall& call, std::int64_t at, float factor) {
-    const char* from = static_cast<const char*>(call.scale) + at * size_of(call.scale_type);
-    F scale;
-    if (call.scale_type == Type::fp32) {
-      scale = _mm256_loadu_ps(reinterpret_cast<const float*>(from));
-    } else if (size_of(call.scale_type) == 2) {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-      scale = call.scale_type == Type::fp16 ? _mm256_cvtph_ps(halves)
-                                            : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-    } else {
-      alignas(32) float values[8];
-      for (int i = 0; i < 8; i++) values[i] = load_float(from, call.scale_type, i);
-      scale = load(values);
-    }
-    return multiply(scale, set(factor));
+    return avx2::load_scales(call.scale, call.scale_type, at, factor);
   }
   static I load_zeros(const void* from) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from)));

@@ -142,15 +142,7 @@ struct Avx512 {
     return add(_mm512_slli_epi32(sum[1], 8), sum[0]);
   }
   static F load_scales(const CodedCall& call, std::int64_t at, float factor) {
-    const char* from = static_cast<const char*>(call.scale) + at * size_of(call.scale_type);
-    I bits;
-    if (call.scale_type == Type::fp32)
-      bits = _mm512_loadu_si512(from);
-    else if (size_of(call.scale_type) == 2)
-      bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    else
-      bits = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    return multiply(avx512::widen(bits, call.scale_type), set(factor));
+    return avx512::load_scales(call.scale, call.scale_type, at, factor);
   }
   static I load_zeros(const void* from) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));

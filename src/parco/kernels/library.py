@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from parco.formats import ScaleE4M3, ScaleE8M0
+from parco.formats import Format, ScaleE4M3, ScaleE8M0
 
 LIBRARY = torch.library.Library("parco", "FRAGMENT")
 
@@ -18,6 +18,12 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 BYTE_SCALES: dict[type, int] = {ScaleE8M0: 3, ScaleE4M3: 4}
 """The numbers by which C++ knows scales of one byte (the same)."""
+
+
+def scale_type(format: Format, scale: Tensor | None) -> int:
+    """C++'s number of the type in which a format's scales are stored, 0 without any."""
+    number = BYTE_SCALES.get(type(format.scale))
+    return number if number is not None else TYPES[scale.dtype] if scale is not None else 0
 
 
 def differentiate(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from parco.report import units
+from parco.report import bars, units
 
 if TYPE_CHECKING:
     from parco.bench import ModelRow, ModelsReport
@@ -50,7 +50,6 @@ def write(report: ModelsReport, path: Path) -> None:
 
 def figure(report: ModelsReport) -> Any:
     """Bars: bytes of weights read per second for a decode, multiply-adds for a prefill; axes end at the peak."""
-    import plotly.graph_objects as graph
     from plotly.subplots import make_subplots
 
     peaks = dict(report["peaks"])
@@ -63,25 +62,9 @@ def figure(report: ModelsReport) -> Any:
     for index, (kind, (top, value, unit)) in enumerate(plots.items(), start=1):
         mine = [row for row in report["rows"] if row["kind"] == kind]
         names = [row["contender"] for row in mine]
-        drawn.add_trace(
-            graph.Bar(
-                x=[row[value] for row in mine],
-                y=names,
-                text=[f"{row['tokens_per_second']:.1f} tokens/s" for row in mine],
-                orientation="h",
-                marker={"color": ["#3d6fb6" if name.startswith("parco") else "#9a9a9a" for name in names]},
-                showlegend=False,
-            ),
-            row=index,
-            col=1,
-        )
-        title = f"{TITLES[kind].format(**report)}: {unit}; the axis ends at this machine's peak"
-        drawn.update_xaxes(range=[0, top / 1e9], title=title, row=index, col=1)
-        drawn.update_yaxes(autorange="reversed", row=index, col=1)
+        texts = [f"{row['tokens_per_second']:.1f} tokens/s" for row in mine]
+        title = f"{TITLES[kind].format(**report)}: {unit}"
+        bars.add(drawn, index, names, [row[value] for row in mine], title, top, texts)
     found = report["machine"]
-    drawn.update_layout(
-        title=f"{report['model']} on {found['cpu']}, {report['threads']} threads, {found['isa']}",
-        height=120 + 420 * len(plots),
-        template="plotly_white",
-    )
-    return drawn
+    title = f"{report['model']} on {found['cpu']}, {report['threads']} threads, {found['isa']}"
+    return bars.finish(drawn, title, len(plots))

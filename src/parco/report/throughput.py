@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from parco.report import units
+from parco.report import bars, units
 
 if TYPE_CHECKING:
     from parco.bench import Report, Row
@@ -53,7 +53,6 @@ def write(report: Report, path: Path) -> None:
 
 def figure(report: Report) -> Any:
     """The plot: bytes read per second for few rows, multiply-adds per second for many; the axis ends at the peak."""
-    import plotly.graph_objects as graph
     from plotly.subplots import make_subplots
 
     heights = list(dict.fromkeys(row["rows"] for row in report["rows"]))
@@ -67,28 +66,11 @@ def figure(report: Report) -> Any:
         values = {name: _rate(mine, name, reading) for name in names}
         elements = {row["element"] for row in mine}
         top = peaks["read_bytes_per_second"] if reading else max(peaks[element] for element in elements)
-        drawn.add_trace(
-            graph.Bar(
-                x=[values[name] for name in names],
-                y=names,
-                orientation="h",
-                marker={"color": ["#3d6fb6" if name.startswith("parco") else "#9a9a9a" for name in names]},
-                showlegend=False,
-            ),
-            row=index,
-            col=1,
-        )
         unit = "GB read per second" if reading else "10⁹ multiply-adds per second"
-        title = f"{height} row{'s' if height > 1 else ''} of x: {unit}; the axis ends at this machine's peak"
-        drawn.update_xaxes(range=[0, top / 1e9], title=title, row=index, col=1)
-        drawn.update_yaxes(autorange="reversed", row=index, col=1)
+        title = f"{height} row{'s' if height > 1 else ''} of x: {unit}"
+        bars.add(drawn, index, names, [values[name] for name in names], title, top)
     found = report["machine"]
-    drawn.update_layout(
-        title=f"{found['cpu']}, {report['threads']} threads, {found['isa']}",
-        height=120 + 420 * len(heights),
-        template="plotly_white",
-    )
-    return drawn
+    return bars.finish(drawn, f"{found['cpu']}, {report['threads']} threads, {found['isa']}", len(heights))
 
 
 def _rate(rows: list[Row], name: str, reading: bool) -> float:

@@ -138,23 +138,14 @@ def _compiled(function: Callable[..., None]) -> Callable[..., list[Tensor]]:
         x = x.contiguous()
         written = _new(x, form, straight, transposed)
         shape = (x.shape[0], x.shape[1])
-        of_rows = tuple(written[:2]) if straight else (None, written[1])
-        of_columns = tuple(written[-2:]) if transposed else (None, written[1])
+        # A side that is not written has no codes, and a scale only so that there is one.
+        by_rows = (written[0] if straight else None, written[1])
+        by_columns = (written[-2] if transposed else None, written[-1])
+        turned = (x.shape[1], x.shape[0])
         size = row_size or column_size
         function(
-            codes.prepare(form, x, shape, of_rows[0], of_rows[1], None, global_scale, rounding, seed, found),
-            codes.prepare(
-                form,
-                x,
-                (shape[1], shape[0]),
-                of_columns[0],
-                of_columns[1],
-                None,
-                transposed_scale,
-                rounding,
-                seed,
-                found,
-            ),
+            codes.prepare(form, x, shape, *by_rows, None, global_scale, rounding, seed, found),
+            codes.prepare(form, x, turned, *by_columns, None, transposed_scale, rounding, seed, found),
             row_size,
             column_size,
             _held_signs(size, sign_seed % (1 << 64)).data_ptr() if size else 0,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from parco.formats import Format, ScaleE4M3, TensorSpec, parse
 from parco.kernels.cast import codes
-from parco.kernels.cast.amax import greatest_amax
 from parco.kernels.cast.both import cast_both, fits
 from parco.kernels.cast.codes import cast_codes
 from parco.kernels.cast.decoding import decode_codes, dequantize
@@ -21,7 +20,7 @@ from parco.kernels.cast.hadamard import Hadamard
 from parco.kernels.cast.philox import random_bits
 from parco.kernels.cast.rounding import Rounding, check_rounding, to_codes
 from parco.kernels.cast.rows import cast_rows, rule
-from parco.kernels.cast.scaling import find_scales, nvfp4_global_scale, poison
+from parco.kernels.cast.scaling import find_scales, own_global_scale, poison
 from parco.kernels.cast.tiles import block_amax, row_chunks
 
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -116,7 +115,7 @@ def _cast_rows(
     """All tensors of `matrix` [N, K] in one pass, or two for NVFP4, whose first finds the global scale."""
     _check_scales(matrix, format, {} if global_scale is None else {"global_scale": global_scale})
     if isinstance(format.scale, ScaleE4M3) and global_scale is None:
-        global_scale = nvfp4_global_scale(greatest_amax(matrix, format.block.columns or matrix.shape[1]))
+        global_scale = own_global_scale(matrix, format)
     written, found = cast_rows(matrix, global_scale, str(format), rounding, seed)
     tensors = {"codes": written, "scale": found}
     return tensors if global_scale is None else {**tensors, "global_scale": global_scale}
@@ -127,7 +126,7 @@ def _cast_transformed(
 ) -> dict[str, Tensor]:
     """All tensors of `matrix` [N, K] after a transform of its rows."""
     if isinstance(format.scale, ScaleE4M3) and global_scale is None:
-        global_scale = nvfp4_global_scale(greatest_amax(hadamard(matrix), format.block.columns or matrix.shape[1]))
+        global_scale = own_global_scale(hadamard(matrix), format)
     written, found = cast_both(
         matrix,
         global_scale,

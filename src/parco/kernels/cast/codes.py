@@ -1,21 +1,21 @@
 """cast_codes: numbers into the codes of a format, under scales that are there."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from parco import _C, machine
-from parco.formats import Block, Element, Float, Format, Integer, ScaleE4M3, ScaleE8M0, Table, parse
+from parco.formats import Block, Element, Float, Format, Integer, ScaleE4M3, ScaleE8M0, Table, TensorSpec, parse
 from parco.kernels import table
 from parco.kernels.cast.packing import pack
 from parco.kernels.cast.philox import random_bits
 from parco.kernels.cast.rounding import ROUNDINGS, Rounding, check_rounding, round_integers, to_codes
 from parco.kernels.cast.scaling import greatest, scale_numbers, scale_reciprocals
 from parco.kernels.cast.tiles import row_chunks, scale_rows, spread, tile, untile
-from parco.kernels.library import BYTE_SCALES, LIBRARY, TYPES
+from parco.kernels.library import LIBRARY, TYPES, scale_type
 
 
 class CastCall(NamedTuple):
@@ -63,13 +63,15 @@ def check(
     if form.is_dense:
         raise ValueError(f"cast_codes: format {format} is dense and has no codes")
     given = {"scale": scale, "zero": zero, "global_scale": global_scale}
-    specs = form.tensors((x.shape[0], x.shape[1]))
+    check_given(given, form.tensors((x.shape[0], x.shape[1])), "cast_codes", f"format {format} of {tuple(x.shape)}")
+
+
+def check_given(given: Mapping[str, Tensor | None], specs: Mapping[str, TensorSpec], operation: str, what: str) -> None:
+    """ValueError, naming the tensor, unless each has the shape and dtype that `what` needs, or is None."""
     for name, tensor in given.items():
         found = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
         if found != specs.get(name):
-            raise ValueError(
-                f"cast_codes: {name} is {found}; format {format} of {tuple(x.shape)} needs {specs.get(name)}"
-            )
+            raise ValueError(f"{operation}: {name} is {found}; {what} needs {specs.get(name)}")
 
 
 def reference(
@@ -192,7 +194,7 @@ def prepare(
         bits=form.bits,
         largest=greatest(form.element),
         x_type=TYPES[x.dtype],
-        scale_type=BYTE_SCALES.get(type(form.scale)) or (0 if scale is None else TYPES[scale.dtype]),
+        scale_type=scale_type(form, scale),
         threads=torch.get_num_threads(),
         **_element_numbers(form.element),
     )

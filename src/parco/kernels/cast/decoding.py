@@ -10,11 +10,12 @@ from torch import Tensor
 from parco import _C, machine
 from parco.formats import E4M3, E5M2, Element, Format, Integer
 from parco.kernels import table
+from parco.kernels.cast.codes import check_given
 from parco.kernels.cast.packing import unpack
 from parco.kernels.cast.rounding import from_codes
 from parco.kernels.cast.scaling import scale_numbers
 from parco.kernels.cast.tiles import row_chunks, scale_rows, spread, tile, untile
-from parco.kernels.library import BYTE_SCALES, LIBRARY, TYPES
+from parco.kernels.library import LIBRARY, TYPES, scale_type
 
 PATTERNS: dict[Element, int] = {E4M3: 2, E5M2: 3}
 """Elements whose codes C++ converts without looking them up, besides integers (`parco::cast::Pattern`)."""
@@ -64,15 +65,9 @@ def check(
     form = Format.parse(format)
     if form.is_dense:
         raise ValueError(f"decode_codes: format {format} is dense and has no codes")
-    specs = form.tensors((codes.shape[0], columns))
     given = {"codes": codes, "scale": scale, "zero": zero, "global_scale": global_scale}
-    for name, tensor in given.items():
-        found = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
-        if found != specs.get(name):
-            raise ValueError(
-                f"decode_codes: {name} is {found}; format {format} of {codes.shape[0]}x{columns} needs "
-                f"{specs.get(name)}"
-            )
+    what = f"format {format} of {codes.shape[0]}x{columns}"
+    check_given(given, form.tensors((codes.shape[0], columns)), "decode_codes", what)
 
 
 def dequantize(form: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -151,7 +146,7 @@ def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
             offset=element.offset if isinstance(element, Integer) else 0,
             pattern=1 if isinstance(element, Integer) else PATTERNS.get(element, 0),
             y_type=TYPES[dtype],
-            scale_type=BYTE_SCALES.get(type(form.scale)) or (0 if scale is None else TYPES[scale.dtype]),
+            scale_type=scale_type(form, scale),
             threads=torch.get_num_threads(),
         )
         return numbers

@@ -29,6 +29,7 @@ from parco.formats import (
     Table,
     Unscaled,
 )
+from parco.kernels.cast.amax import greatest_amax
 from parco.kernels.cast.rounding import from_codes, to_codes
 from parco.kernels.cast.tiles import block_absmean, block_amax, block_range
 
@@ -97,6 +98,11 @@ def nvfp4_global_scale(block_amax: Tensor) -> Tensor:
     """amax / (448 * 6), fp32 [1], at least 2**-117."""
     amax = block_amax.amax() if block_amax.numel() else block_amax.new_zeros(())
     return (amax / (E4M3.max * E2M1.max)).clamp(min=GLOBAL_FLOOR).reshape(1)
+
+
+def own_global_scale(x: Tensor, format: Format) -> Tensor:
+    """NVFP4's global scale of x [N, K]: fp32 [1]."""
+    return nvfp4_global_scale(greatest_amax(x, format.block.columns or x.shape[1]))
 
 
 def poison(scale: Tensor, format: Format, has_nan: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ import torch
 from torch import Tensor
 
 from parco.formats import Format, ScaleE4M3, parse
-from parco.kernels.cast.amax import greatest_amax
 from parco.kernels.cast.both import cast_both, fits
 from parco.kernels.cast.codec import SOURCE_DTYPES, Encoded, encode, matrix_shape
 from parco.kernels.cast.hadamard import Hadamard
 from parco.kernels.cast.rounding import Rounding, check_rounding
-from parco.kernels.cast.scaling import nvfp4_global_scale
+from parco.kernels.cast.scaling import own_global_scale
 
 
 @torch.no_grad()
@@ -73,10 +72,10 @@ def _encode(
     if isinstance(format.scale, ScaleE4M3):
         own = None
         if (straight and first is None) or (second is None and hadamard is None):
-            own = nvfp4_global_scale(greatest_amax(matrix, format.block.columns or matrix.shape[1]))
+            own = own_global_scale(matrix, format)
         first = own if straight and first is None else first
         if second is None:
-            second = own if hadamard is None else nvfp4_global_scale(greatest_amax(hadamard(matrix.T), 16))
+            second = own if hadamard is None else own_global_scale(hadamard(matrix.T), format)
     written = cast_both(
         matrix,
         first,

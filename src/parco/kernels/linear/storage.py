@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parco import _C
 from parco.formats import COLUMN, E3M2, E4M3, E5M2, Element, Float, Format, Integer
-from parco.kernels.library import BYTE_SCALES, TYPES
+from parco.kernels.library import TYPES, scale_type
 from parco.kernels.linear import panels
 
 ELEMENTS = {E4M3: 1, E5M2: 2, E3M2: 3}
@@ -83,11 +83,6 @@ class Storage:
         if not (self.integers or self.widens) or self.by_column or self.refusal or bits not in PACKED_BITS:
             return False
         return panels.fills(bits, shape[1]) and (group is None or group >= shape[1] or panels.fills(bits, group))
-
-    def scale_type(self, scale: Tensor | None) -> int:
-        """C++'s number of the type in which the scales are stored."""
-        number = BYTE_SCALES.get(type(self.format.scale))
-        return number if number is not None else TYPES[scale.dtype] if scale is not None else 0
 
 
 @functools.cache
@@ -214,6 +209,6 @@ def settle(
         int8=int8,
         element=storage.element,
         x_type=TYPES[dtype],
-        scale_type=storage.scale_type(scale),
+        scale_type=scale_type(storage.format, scale),
         bias_type=0 if bias is None else TYPES[bias.dtype],
     )
