@@ -24,7 +24,7 @@ build: $(VENV)/ready
 	@flock $(BUILD)/lock sh scripts/build.sh $(BUILD) $(BIN)/python
 
 test: build $(VENV)/ready-test
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(TESTS)
 
 # The table of the embedded model's shapes, then every claim.
 bench: build $(VENV)/ready-test
@@ -42,7 +42,7 @@ lint: build $(VENV)/ready-test $(VENV)/ready-dev
 sanitize: $(VENV)/ready
 	@cmake -S . -B build/sanitize -G Ninja -DPARCO_PYTHON=OFF -DPARCO_TESTS=ON -DPARCO_SANITIZE=address,undefined >/dev/null
 	@cmake --build build/sanitize
-	ctest --test-dir build/sanitize --output-on-failure
+	ctest --test-dir build/sanitize --output-on-failure --parallel $$(nproc)
 
 # What CI samples, at length: SHAPES random products on every instruction set, and kernels from several threads at once
 # under ThreadSanitizer.

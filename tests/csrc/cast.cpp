@@ -171,6 +171,10 @@ void check_tiles(const std::vector<Kernels>& kernels, const CastCall& like, cons
       call.rows.scale = scale.data, call.rows.scale_stride = groups(like.columns);
       call.columns.scale = turned_scale.data, call.columns.scale_stride = groups(like.rows);
       kernel.tiles(call);
+      // The sign of a sum of NaNs is the compiler's choice.
+      for (const Bytes* part : {&codes, &turned})
+        for (std::size_t i = 0; like.kind == Kind::floating && like.bits == 8 && i + 1 < part->block.size(); i++)
+          if ((part->data[i] & 127) == like.nan_code) part->data[i] &= 127;
       std::string found;
       for (const Bytes* part : {&codes, &turned, &scale, &turned_scale})
         found.append(part->data, part->block.size() - 1);

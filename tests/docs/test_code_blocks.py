@@ -11,8 +11,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,22 +91,11 @@ def run(page: Path, folder: Path, model_folder: Path) -> subprocess.CompletedPro
     )
 
 
-@pytest.fixture(scope="session")
-def running(
-    request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[Path, Future[subprocess.CompletedProcess[str]]]]:
-    """Every page that this session tests, as many at once as there are cores: each takes one."""
-    calls = [getattr(item, "callspec", None) for item in request.session.items]
-    pages = [call.params["page"] for call in calls if call is not None and "page" in call.params]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {page: pool.submit(run, page, tmp_path_factory.mktemp("page"), model_folder) for page in pages}
-
-
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if runnable(page)], ids=lambda page: str(page.relative_to(ROOT))
 )
-def test_every_code_block_runs(page: Path, running: dict[Path, Future[subprocess.CompletedProcess[str]]]) -> None:
-    ran = running[page].result()
+def test_every_code_block_runs(page: Path, model_folder: Path, tmp_path: Path) -> None:
+    ran = run(page, tmp_path, model_folder)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
 
 
