@@ -1,0 +1,250 @@
+"""The three products of one linear layer under a recipe.
+
+What is multiplied are the numbers that decode(encode(operand)) gives, and they are summed in fp32. Between forward and
+backward x is kept as grad_weight's product wants it, in the recipe's format. Random bits come from seeds that are drawn
+from PyTorch's own generator of the CPU, so what a trainer saves of that is enough to resume, and nothing depends on
+threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from parco import machine
+from parco.formats import ROW, Float, ScaleAbsmax, ScaleDelayed, integer, parse
+from parco.kernels.cast import DelayedScaling, Encoded, Hadamard, decode, encode, encode_transposed
+from parco.kernels.linear import linear_coded_int8, linear_dense, takes_int8
+from parco.training.recipe import Operand, Pair, Recipe
+
+Scales = Mapping[str, DelayedScaling]
+"""The delayed scales of "x", "weight" and "grad"; their tensors are updated in place."""
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def draw_seed() -> int:
+    """A seed for Philox, from PyTorch's default generator of the CPU."""
+    return int(torch.randint(1 << 62, ()))
+
+
+def write(
+    operand: Operand,
+    x: Tensor,
+    *,
+    transposed: bool = False,
+    seed: int = 0,
+    sign_seed: int = 0,
+    scale: Tensor | None = None,
+) -> Encoded:
+    """`x` [M, R], or its transpose where `transposed` (x is [R, M]), as an operand that is summed over R.
+
+    `seed` is that of stochastic rounding, `sign_seed` the Hadamard transform's, `scale` fp32 [1, 1] a delayed scale.
+    Before a transform zeros fill R up to a multiple of its size; they add nothing to a product.
+    """
+    if operand.hadamard:
+        extra = -x.shape[0 if transposed else 1] % operand.hadamard
+        x = torch.nn.functional.pad(x, (0, 0, 0, extra) if transposed else (0, extra)) if extra else x
+    hadamard = Hadamard(operand.hadamard, sign_seed) if operand.hadamard else None
+    if operand.format.dtype is not None and operand.rounding == "nearest" and hadamard is None:
+        # As torch casts, not saturating: a gradient that overflows fp16 must become inf for the loss scaler to see.
+        values = (x.T if transposed else x).to(operand.format.dtype)
+        return Encoded(operand.format, tuple(values.shape), {"values": values})
+    rounded: Any = {"rounding": operand.rounding, "seed": seed}
+    if scale is not None:
+        return encode(x.T if transposed else x, operand.format, scale=scale, **rounded)
+    written = encode_transposed if transposed else encode
+    return written(x, operand.format, hadamard=hadamard, **rounded)
+
+
+def numbers(written: Encoded) -> Tensor:
+    """What an operand stands for: in its dtype where its format is dense, in fp32 where it is not."""
+    return written.tensors["values"] if written.format.is_dense else decode(written)
+
+
+def multiply(left: Encoded, right: Encoded, dtype: torch.dtype) -> Tensor:
+    """left [M, R] · right [P, R]ᵀ in `dtype`, summed in fp32 and rounded once."""
+    a, b = numbers(left), numbers(right)
+    if a.dtype == b.dtype == dtype and dtype in _HALVES:
+        if a.is_cuda or (dtype == torch.bfloat16 and machine.isa() == "amx"):
+            return a @ b.T
+        if b.is_contiguous():
+            return linear_dense(a.contiguous(), b)
+    return (a.to(torch.float32) @ b.to(torch.float32).T).to(dtype)
+
+
+def takes_bytes(pair: Pair) -> bool:
+    """Whether the product takes int8 per row from its left operand's own numbers in one call."""
+    byte = pair.left.format.element == integer(8) and pair.left.format.block == ROW
+    plain = isinstance(pair.left.format.scale, ScaleAbsmax) and not pair.left.format.scale.power_of_two
+    exact = byte and plain and pair.left.rounding == "nearest" and not pair.left.hadamard
+    return exact and not pair.right.format.is_dense and takes_int8(pair.right.format)
+
+
+def multiply_bytes(left: Tensor, right: Encoded, dtype: torch.dtype) -> Tensor:
+    """As `multiply`, with the rows of `left` [M, R] rounded to int8 inside the call."""
+    left = left.contiguous() if left.dtype in (dtype, torch.float32) else left.to(dtype)
+    stored = (right.tensors.get(name) for name in ("codes", "scale", "zero", "global_scale"))
+    return linear_coded_int8(left, *stored, None, str(right.format), left.shape[1]).to(dtype)  # type: ignore[arg-type]
+
+
+@torch.compiler.disable
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, scales: Scales | None = None) -> Tensor:
+    """y [..., N] = x [..., K] · weight [N, K]ᵀ + bias, forward and backward as `recipe` says.
+
+    y has the dtype of x, under autocast that of autocast; the bias is added in fp32. Gradients have the dtypes of what
+    they belong to. `scales` are needed by recipes with delayed scales. torch.compile does not trace it: a graph breaks
+    here. Raises ValueError where x does not fit, or scales are missing.
+    """
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x is {tuple(x.shape)}: its last dimension must be {weight.shape[1]}, as the weight's")
+    if recipe.delayed and scales is None:
+        raise ValueError(f"recipe {recipe} takes its scales from earlier steps: scales= are needed")
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    with torch.autocast(kind, enabled=False):
+        return _Linear.apply(x, weight, bias, recipe, scales, dtype)  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        recipe: Recipe,
+        scales: Scales | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        delayed = _Delayed(scales)
+        rows, matrix = x.detach().reshape(-1, x.shape[-1]), weight.detach()
+        sum_dtype = dtype if bias is None else torch.float32
+        right = _written(recipe.output.right, matrix, delayed.scale(recipe.output.right, "weight", matrix))
+        scale = delayed.scale(recipe.output.left, "x", rows)
+        left = None
+        if takes_bytes(recipe.output) and not recipe.grad_weight.right.reused:
+            y = multiply_bytes(rows, right, sum_dtype)
+        else:
+            left = _written(recipe.output.left, rows, scale)
+            y = multiply(left, right, sum_dtype)
+        if bias is not None:
+            y = (y + bias.detach()).to(dtype)
+
+        kept_x = kept_weight = None
+        ctx.sign_seed = 0
+        if ctx.needs_input_grad[1] and rows.shape[0]:
+            operand = recipe.grad_weight.right
+            ctx.sign_seed = draw_seed() if operand.hadamard else 0
+            scale = delayed.scale(operand, "x", rows)
+            kept_x = (
+                left if operand.reused else _written(operand, rows, scale, transposed=True, sign_seed=ctx.sign_seed)
+            )
+        if ctx.needs_input_grad[0] and recipe.grad_input.right.reused:
+            kept_weight = right
+        ctx.recipe, ctx.delayed, ctx.x_shape, ctx.x_dtype = recipe, delayed, x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.kept = [None if e is None else (e.format, e.shape, tuple(e.tensors)) for e in (kept_x, kept_weight)]
+        ctx.save_for_backward(weight, *(t for e in (kept_x, kept_weight) if e is not None for t in e.tensors.values()))
+        return y.reshape(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        (grad,) = grad_outputs
+        recipe: Recipe = ctx.recipe
+        delayed: _Delayed = ctx.delayed
+        weight, *saved = ctx.saved_tensors
+        tensors = iter(saved)
+        kept_x, kept_weight = (
+            None if each is None else Encoded(each[0], each[1], {name: next(tensors) for name in each[2]})
+            for each in ctx.kept
+        )
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            operand = recipe.grad_input.right
+            scale = delayed.scale(operand, "weight", weight)
+            right = _turned(kept_weight) if kept_weight else _written(operand, weight, scale, transposed=True)
+            scale = delayed.scale(recipe.grad_input.left, "grad", rows)
+            grad_x = _product(recipe.grad_input, rows, right, ctx.x_dtype, scale).reshape(ctx.x_shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight)
+            if kept_x is not None:
+                right = _turned(kept_x) if recipe.grad_weight.right.reused else kept_x
+                scale = delayed.scale(recipe.grad_weight.left, "grad", rows)
+                grad_weight = _product(
+                    recipe.grad_weight, rows, right, weight.dtype, scale, transposed=True, sign_seed=ctx.sign_seed
+                )
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        delayed.update()
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _written(
+    operand: Operand, x: Tensor, scale: Tensor | None, *, transposed: bool = False, sign_seed: int = 0
+) -> Encoded:
+    """`write` with a seed of its own."""
+    seed = draw_seed() if operand.rounding == "stochastic" else 0
+    return write(operand, x, transposed=transposed, seed=seed, sign_seed=sign_seed, scale=scale)
+
+
+def _product(
+    pair: Pair,
+    left: Tensor,
+    right: Encoded,
+    dtype: torch.dtype,
+    scale: Tensor | None,
+    *,
+    transposed: bool = False,
+    sign_seed: int = 0,
+) -> Tensor:
+    """The product of `left` (its transpose where `transposed`) with a right operand that is written already."""
+    if takes_bytes(pair) and not pair.right.reused:
+        return multiply_bytes(left.T if transposed else left, right, dtype)
+    return multiply(_written(pair.left, left, scale, transposed=transposed, sign_seed=sign_seed), right, dtype)
+
+
+def _turned(written: Encoded) -> Encoded:
+    """The numbers of an operand, as they are, to be summed over its other dimension."""
+    values = numbers(written).T
+    return Encoded(parse("bf16" if values.dtype == torch.bfloat16 else "fp32"), tuple(values.shape), {"values": values})
+
+
+class _Delayed:
+    """The delayed scales of one step: each role keeps its scale from forward to backward, and its history moves on when
+    the step's backward has run, once, whether or not the forward was computed twice (checkpointing).
+    """
+
+    def __init__(self, scales: Scales | None) -> None:
+        self.scales = scales
+        self.found: dict[str, tuple[Tensor, Tensor, Float]] = {}
+
+    def scale(self, operand: Operand, role: str, x: Tensor) -> Tensor | None:
+        """The scale of `operand`, which is `x` or its transpose; None where its format finds its own. The first step,
+        whose history is empty, takes its own amax.
+        """
+        element = operand.format.element
+        if not isinstance(operand.format.scale, ScaleDelayed):
+            return None
+        assert self.scales is not None and isinstance(element, Float)
+        if role not in self.found:
+            amax = x.abs().amax().to(torch.float32) if x.numel() else x.new_zeros((), dtype=torch.float32)
+            state = self.scales[role]
+            own = torch.where(amax > 0, amax / element.max, 1.0).reshape(1, 1)
+            self.found[role] = amax, torch.where(state.history.any(), state.scale, own), element
+        return self.found[role][1]
+
+    def update(self) -> None:
+        """Puts this step's amax into the histories, in place."""
+        for role, (amax, _, element) in self.found.items():
+            assert self.scales is not None
+            state = self.scales[role]
+            fresh = state.update(amax, element)
+            state.scale.copy_(fresh.scale)
+            state.history.copy_(fresh.history)

@@ -1,0 +1,221 @@
+"""The noun Recipe: how a training step computes the three products of a linear layer.
+
+    output      = x [T, K] · W [N, K]ᵀ      summed over K
+    grad_input  = g [T, N] · W [N, K]       summed over N
+    grad_weight = g [T, N]ᵀ · x [T, K]      summed over T
+
+T counts tokens. Each operand is written in a format of its own, blocks along the dimension that is summed over, and the
+products of the written numbers are summed in fp32. So x and W are each encoded twice, once for either of their
+products, always from their own numbers and never from one another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from parco.formats import Format, ScaleDelayed, parse
+from parco.kernels.cast import ROUNDINGS, Rounding
+from parco.kernels.cast.hadamard import check_size
+
+ProductName = Literal["output", "grad_input", "grad_weight"]
+PRODUCTS: tuple[ProductName, ...] = ("output", "grad_input", "grad_weight")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one operand of a product is written.
+
+    `hadamard` is the size of a random Hadamard transform along the summed dimension (0: none), which both operands of a
+    product have or neither. `reused` takes what was written for `output` as it is, instead of encoding anew along the
+    dimension that is summed over. Text: `nvfp4+stochastic+hadamard16`, `int8:row+reused`. ValueError for an unknown
+    rounding or size.
+    """
+
+    format: Format
+    rounding: Rounding = "nearest"
+    hadamard: int = 0
+    reused: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding={self.rounding!r}: is one of {', '.join(ROUNDINGS)}")
+        if self.hadamard:
+            check_size("hadamard", self.hadamard)
+        if self.reused and (self.hadamard or self.rounding != "nearest"):
+            raise ValueError(f"{self}: what is reused is neither rounded nor transformed again")
+
+    def __str__(self) -> str:
+        parts = [str(self.format)]
+        parts += [self.rounding] * (self.rounding != "nearest")
+        parts += [f"hadamard{self.hadamard}"] * bool(self.hadamard) + ["reused"] * self.reused
+        return "+".join(parts)
+
+    @classmethod
+    def parse(cls, text: str) -> Operand:
+        """The operand that `text` names. ValueError says what is wrong with it."""
+        name, *options = (part.strip() for part in text.split("+"))
+        operand = cls(parse(name))
+        for option in options:
+            transform = re.fullmatch(r"hadamard(\d+)", option)
+            if transform:
+                operand = dataclasses.replace(operand, hadamard=int(transform[1]))
+            elif option in ROUNDINGS:
+                operand = dataclasses.replace(operand, rounding=option)
+            elif option == "reused":
+                operand = dataclasses.replace(operand, reused=True)
+            else:
+                raise ValueError(
+                    f"operand {text!r}: {option!r} is none of {', '.join(ROUNDINGS)}, hadamard16, hadamard32, "
+                    "hadamard64, hadamard128, reused"
+                )
+        return operand
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The operands of one product, in the order of the formulas above. Text: `mxfp8_e4m3 @ mxfp8_e4m3`. ValueError
+    where one is transformed and the other is not, or otherwise.
+    """
+
+    left: Operand
+    right: Operand
+
+    def __post_init__(self) -> None:
+        if self.left.hadamard != self.right.hadamard:
+            raise ValueError(f"{self}: both operands have the same Hadamard transform, or neither has one")
+
+    def __str__(self) -> str:
+        return f"{self.left} @ {self.right}"
+
+    def __iter__(self) -> Iterator[Operand]:
+        return iter((self.left, self.right))
+
+    @classmethod
+    def parse(cls, text: str) -> Pair:
+        """The pair that `text` names. ValueError says what is wrong with it."""
+        parts = text.split("@")
+        if len(parts) != 2:
+            raise ValueError(f"product {text!r}: is written as two operands, `mxfp8_e4m3 @ mxfp8_e4m3`")
+        return cls(*map(Operand.parse, parts))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The operands of the three products, and which layers are left in bf16.
+
+    `ends` is the share of the repeated blocks that `prepare_` keeps in bf16: a quarter of them, rounded down, at the
+    model's beginning, the others at its end. Text: the name of a known recipe, or
+    `output=A @ B; grad_input=A @ B; grad_weight=A @ B; ends=0.16`. ValueError for an operand that is reused and was not
+    written so for `output`, and for `ends` outside 0 to 1.
+    """
+
+    output: Pair
+    grad_input: Pair
+    grad_weight: Pair
+    ends: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ends <= 1:
+            raise ValueError(f"ends={self.ends}: is a share of the blocks, 0 to 1")
+        written = {"grad_input": self.output.right, "grad_weight": self.output.left}
+        for name in PRODUCTS:
+            pair: Pair = getattr(self, name)
+            if pair.left.reused or (pair.right.reused and name == "output"):
+                raise ValueError(f"{name}={pair}: only x and W are written for `output`, which itself comes first")
+            if pair.right.reused and dataclasses.replace(pair.right, reused=False) != written[name]:
+                raise ValueError(f"{name}={pair}: `output` writes this operand as {written[name]}")
+
+    def __str__(self) -> str:
+        named = next((name for name, recipe in RECIPES.items() if recipe == self), None)
+        if named is not None:
+            return named
+        parts = [f"{name}={getattr(self, name)}" for name in PRODUCTS]
+        return "; ".join(parts + [f"ends={self.ends:g}"] * bool(self.ends))
+
+    @classmethod
+    def parse(cls, text: str | Recipe) -> Recipe:
+        """The recipe that `text` names; a Recipe is returned as it is. ValueError names the known ones."""
+        if isinstance(text, Recipe):
+            return text
+        if text in RECIPES:
+            return RECIPES[text]
+        fields = [part.partition("=") for part in text.split(";")]
+        given = {name.strip(): value.strip() for name, _, value in fields}
+        if not set(PRODUCTS) <= set(given) <= {*PRODUCTS, "ends"}:
+            raise ValueError(
+                f"unknown recipe {text!r}: known are {', '.join(RECIPES)}, and `output=A @ B; grad_input=A @ B; "
+                "grad_weight=A @ B; ends=0.16`"
+            )
+        return cls(*(Pair.parse(given[name]) for name in PRODUCTS), ends=float(given.get("ends", 0)))
+
+    def with_(
+        self,
+        *,
+        output: Pair | str | None = None,
+        grad_input: Pair | str | None = None,
+        grad_weight: Pair | str | None = None,
+        ends: float | None = None,
+    ) -> Recipe:
+        """This recipe with other products (Pairs or their texts) or ends."""
+        pairs = {"output": output, "grad_input": grad_input, "grad_weight": grad_weight}
+        changes = {name: Pair.parse(p) if isinstance(p, str) else p for name, p in pairs.items() if p is not None}
+        return dataclasses.replace(self, **changes, ends=self.ends if ends is None else ends)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every operand is written in a format of torch's own, such as bf16."""
+        return all(operand.format.is_dense for name in PRODUCTS for operand in getattr(self, name))
+
+    @property
+    def delayed(self) -> bool:
+        """Whether a scale comes from earlier steps."""
+        return any(
+            isinstance(operand.format.scale, ScaleDelayed) for name in PRODUCTS for operand in getattr(self, name)
+        )
+
+
+def _recipe(output: str, grad_input: str, grad_weight: str, ends: float = 0.0) -> Recipe:
+    return Recipe(Pair.parse(output), Pair.parse(grad_input), Pair.parse(grad_weight), ends)
+
+
+def _all(format: str) -> Recipe:
+    pair = Pair.parse(f"{format} @ {format}")
+    return Recipe(pair, pair, pair)
+
+
+def _hybrid(block: str) -> Recipe:
+    """e4m3 forward, whose numbers need precision; e5m2 for gradients, which need range (arXiv 2209.05433)."""
+    forward, backward = f"fp8_e4m3:{block}", f"fp8_e5m2:{block}"
+    return _recipe(f"{forward} @ {forward}", f"{backward} @ {forward}", f"{backward} @ {forward}")
+
+
+RECIPES: dict[str, Recipe] = {
+    "bf16": _all("bf16"),
+    "fp16": _all("fp16"),
+    "fp8-delayed": _hybrid("tensor:delayed"),
+    "fp8-current": _hybrid("tensor"),
+    "fp8-current:row": _hybrid("row"),
+    "fp8-block": _recipe(
+        "fp8_e4m3:1x128 @ fp8_e4m3:128x128", "fp8_e4m3:1x128 @ fp8_e4m3:128x128", "fp8_e4m3:1x128 @ fp8_e4m3:1x128"
+    ),
+    "mxfp8": _all("mxfp8_e4m3"),
+    "mxfp6": _recipe("mxfp6_e2m3 @ mxfp6_e2m3", "mxfp6_e3m2 @ mxfp6_e2m3", "mxfp6_e3m2 @ mxfp6_e2m3"),
+    "mxfp4": _recipe(
+        "mxfp4 @ mxfp4", "mxfp4+stochastic @ mxfp4", "mxfp4+stochastic+hadamard32 @ mxfp4+hadamard32", ends=0.16
+    ),
+    "nvfp4": _recipe(
+        "nvfp4 @ nvfp4:16x16", "nvfp4+stochastic @ nvfp4:16x16", "nvfp4+stochastic+hadamard16 @ nvfp4+hadamard16", 0.16
+    ),
+    "int8": _all("int8:row"),
+    "bitnet": _recipe("int8:row @ ternary", "bf16 @ ternary+reused", "bf16 @ int8:row+reused"),
+}
+"""Sources: NVFP4 arXiv 2509.25149; block fp8 arXiv 2412.19437; delayed scaling TransformerEngine; MX arXiv 2310.10537,
+with stochastic gradients and a transform for mxfp4 (arXiv 2502.20586); row scales of int8 arXiv 2304.13013; BitNet
+b1.58 arXiv 2402.17764.
+"""
+
+BF16, NVFP4, MXFP8, INT8 = RECIPES["bf16"], RECIPES["nvfp4"], RECIPES["mxfp8"], RECIPES["int8"]

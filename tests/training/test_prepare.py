@@ -1,0 +1,175 @@
+"""prepare_ on whole models."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from parco.nn import fuse_
+from parco.training import RECIPES, prepare_
+from parco.training.recipe import BF16, NVFP4
+
+TOKENS = torch.randint(0, 90, (4, 24), generator=torch.Generator().manual_seed(0))
+
+
+def llama(layers=4, **options):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=90, num_hidden_layers=layers, **sizes, **options))
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=90, n_embd=32, n_layer=2, n_head=2, n_positions=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        )
+    )
+
+
+def losses(model, steps=25, rate=3e-3):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    found = []
+    for _ in range(steps):
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_every_recipe_learns(make, name):
+    """As far as fp32 does in as many steps: half the way at least, with four bits."""
+    model = make()
+    plain = losses(copy.deepcopy(model))
+    prepared = prepare_(model, name)
+    assert set(prepared.recipes.values()) <= {RECIPES[name], BF16}
+    torch.manual_seed(5)
+    found = losses(model)
+    assert found[0] - found[-1] > 0.5 * (plain[0] - plain[-1])
+    assert found != plain
+
+
+def test_the_recipe_reaches_the_layers_that_it_should():
+    prepared = prepare_(llama(), "nvfp4")
+    kept = {name for name, recipe in prepared.recipes.items() if recipe == BF16}
+    assert {name.split(".")[2] for name in kept if "layers" in name} == {"3"}
+    assert "lm_head" in kept
+    assert prepared.recipes["model.layers.0.mlp.down_proj"] == NVFP4
+    assert len(prepared.recipes) == 4 * 7 + 1
+    assert "21 layers: nvfp4" in str(prepared)
+    assert prepare_(llama(), "bf16").recipes["lm_head"] == BF16
+    some = prepare_(llama(), "int8", lambda module, name: name.endswith("lm_head"))
+    assert {name: str(recipe) for name, recipe in some.recipes.items()} == {"lm_head": "int8"}
+    assert some.left["model.layers.0.self_attn.q_proj"] == "filter_fn says no"
+    again = llama()
+    prepare_(again, "fp8-delayed")
+    prepare_(again, "mxfp8")
+    assert set(again.state_dict()) == set(llama().state_dict())
+
+
+def test_experts_and_routers_stay():
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=2,
+        )
+    )  # fmt: skip
+    prepared = prepare_(model, "mxfp8")
+    assert not [name for name in prepared.recipes if "expert" in name or "gate" in name]
+    assert "experts in one tensor are not converted" in prepared.left.values()
+
+
+def test_names_parameters_ties_and_classes_stay():
+    model = llama(tie_word_embeddings=True)
+    before, kinds = dict(model.named_parameters()), {name: type(m).__name__ for name, m in model.named_modules()}
+    prepare_(model, "bf16")
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert kinds == {name: type(m).__name__ for name, m in model.named_modules()}
+    assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_follow_the_same_recipe(copied):
+    model = llama(2)
+    prepare_(model, "fp8-delayed")
+    losses(model, 2)
+    twin = copied(model)
+    assert losses(twin, 3) == losses(model, 3)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4", "fp8-delayed"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_nothing(name, reentrant):
+    found = []
+    for checkpointing in (False, True):
+        model = llama()
+        prepare_(model, RECIPES[name])
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            torch.manual_seed(9)
+            model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def test_a_fused_model_trains_the_same_way():
+    """Fused norms and gates round otherwise; the products are the recipe's."""
+    models = [llama(2), llama(2)]
+    fuse_(models[1])
+    found = []
+    for model in models:
+        prepare_(model, RECIPES["mxfp8"])
+        fuse_(model)
+        found.append(losses(model, 5))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_under_autocast_the_output_has_its_dtype():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8))
+    prepare_(model, "mxfp8")
+    x = torch.randn(4, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert (x.grad.dtype, model[0].weight.grad.dtype) == (torch.float32, torch.float32)
+
+
+def test_it_runs_under_compile():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+    prepare_(model, "mxfp8")
+    x = torch.randn(4, 16)
+    plain = model(x)
+    plain.sum().backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager")
+    found = compiled(x)
+    found.sum().backward()
+    assert torch.allclose(plain, found, atol=1e-6)
+    assert all(torch.allclose(a, p.grad, atol=1e-5) for a, p in zip(wanted, model.parameters(), strict=True))
+
+
+def test_what_cannot_be_prepared_is_said():
+    with pytest.raises(ValueError, match="unknown recipe 'fp3'"):
+        prepare_(torch.nn.Linear(4, 4), "fp3")
+    with pytest.raises(ValueError, match="no linear layer that takes part"):
+        prepare_(torch.nn.LayerNorm(4), "bf16")
+    with pytest.raises(TypeError, match="must be a torch"):
+        prepare_("model", "bf16")

@@ -1,0 +1,196 @@
+"""Every product of every recipe is what its definition says, forward and backward."""
+
+import copy
+
+import pytest
+import torch
+
+from parco.formats import Float, ScaleDelayed
+from parco.kernels.cast import Hadamard, decode, encode
+from parco.training import RECIPES, Operand, Recipe, linear, prepare_
+from parco.training.prepare import ROLES
+
+SHAPES = [(96, 64, 48), (33, 50, 17), (1, 16, 16), (130, 257, 40)]
+
+
+def oracle(operand: Operand, x: torch.Tensor, seed: int, sign_seed: int) -> torch.Tensor:
+    """The operand's numbers in fp64, of x [M, R] with R summed over."""
+    if operand.hadamard:
+        x = torch.nn.functional.pad(x, (0, -x.shape[1] % operand.hadamard))
+        x = Hadamard(operand.hadamard, sign_seed)(x)
+    given = {}
+    if isinstance(operand.format.scale, ScaleDelayed):
+        assert isinstance(operand.format.element, Float)
+        given["scale"] = (x.abs().amax().float() / operand.format.element.max).reshape(1, 1)
+    return decode(encode(x.contiguous(), operand.format, rounding=operand.rounding, seed=seed, **given)).double()
+
+
+def expected(recipe: Recipe, x, weight, grad, seed):
+    """y, grad_x and grad_weight in fp64 with |left| |right| of each, from the definition alone."""
+    torch.manual_seed(seed)
+    drawn = lambda: int(torch.randint(1 << 62, ()))  # noqa: E731
+    sign_seed = drawn() if recipe.grad_weight.right.hadamard else 0
+    forward_x = oracle(recipe.output.left, x, 0, 0)
+    forward_weight = oracle(recipe.output.right, weight, 0, 0)
+    results = [(forward_x, forward_weight)]
+    left = recipe.grad_input.left
+    grad_rows = oracle(left, grad, drawn() if left.rounding == "stochastic" else 0, 0)
+    turned = forward_weight.T if recipe.grad_input.right.reused else oracle(recipe.grad_input.right, weight.T, 0, 0)
+    results.append((grad_rows, turned))
+    left = recipe.grad_weight.left
+    grad_columns = oracle(left, grad.T, drawn() if left.rounding == "stochastic" else 0, sign_seed)
+    turned = forward_x.T if recipe.grad_weight.right.reused else oracle(recipe.grad_weight.right, x.T, 0, sign_seed)
+    results.append((grad_columns, turned))
+    return [(a @ b.T, a.abs() @ b.abs().T) for a, b in results]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_product_is_its_definition(name, shape, dtype):
+    recipe, (tokens, columns, outputs) = RECIPES[name], shape
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *size: torch.randn(size, generator=generator)  # noqa: E731
+    x = (draw(tokens, columns) * torch.exp(draw(tokens, 1))).to(dtype).requires_grad_()
+    weight, grad = (draw(outputs, columns) / columns**0.5).to(dtype), draw(tokens, outputs).to(dtype) * 1e-3
+    layer = torch.nn.Linear(columns, outputs, bias=False, dtype=dtype)
+    layer.weight.data.copy_(weight)
+    prepare_(layer_in := torch.nn.Sequential(layer), recipe.with_(ends=0))
+    torch.manual_seed(11)
+    y = layer_in(x)
+    y.backward(grad)
+    wanted = expected(recipe, x.detach(), weight, grad, 11)
+    for found, (value, size) in zip((y, x.grad, layer.weight.grad), wanted, strict=True):
+        assert found.dtype == dtype
+        # Any order of an fp32 sum is within terms * 2^-24 of |a||b|; one rounding to the dtype comes on top.
+        terms = 2 * (size.shape[0] + 512) * 2.0**-24
+        assert ((found.double() - value).abs() <= terms * size + torch.finfo(dtype).eps * value.abs() + 1e-37).all()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_leading_dimensions_bias_and_no_tokens(name):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(24, 40, requires_grad=True), torch.randn(24, requires_grad=True)
+    recipe = RECIPES[name] if not RECIPES[name].delayed else RECIPES["fp8-current"]
+    x = torch.randn(2, 3, 40)
+    y = linear(x, weight, bias, recipe)
+    assert torch.equal(y, linear(x.reshape(6, 40), weight, None, recipe).reshape(2, 3, 24) + bias)
+    empty = linear(x[:, :0], weight, bias, recipe)
+    assert empty.shape == (2, 0, 24)
+    (y.sum() + empty.sum()).backward()
+    assert torch.allclose(bias.grad, torch.full((24,), 6.0))
+    assert weight.grad.abs().sum() > 0
+
+
+def test_a_product_that_is_not_asked_for_is_not_computed(monkeypatch):
+    from parco.training import products
+
+    weight = torch.randn(16, 32)
+    calls = []
+    before = products._product
+    monkeypatch.setattr(products, "_product", lambda pair, *a, **k: calls.append(pair) or before(pair, *a, **k))
+    x = torch.randn(8, 32, requires_grad=True)
+    linear(x, weight, None, RECIPES["nvfp4"]).sum().backward()
+    assert calls == [RECIPES["nvfp4"].grad_input]
+
+
+def kept_bytes(layer: torch.nn.Module, x: torch.Tensor) -> int:
+    """Bytes that the forward of `layer` keeps for its backward, besides parameters."""
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    parameters = {p.data_ptr() for p in layer.parameters()}
+    return sum(t.nbytes for t in kept if t.data_ptr() not in parameters)
+
+
+def test_activations_are_kept_in_the_recipes_format():
+    share = {"bf16": 1, "fp8-current": 0.51, "mxfp8": 0.52, "nvfp4": 0.29, "int8": 0.51}
+    for name, most in share.items():
+        layer = torch.nn.Linear(256, 128)
+        prepare_(torch.nn.Sequential(layer), RECIPES[name].with_(ends=0))
+        kept = kept_bytes(layer, torch.randn(512, 256, requires_grad=True))
+        assert 0 < kept <= most * 2 * 512 * 256
+
+
+def test_an_fp16_gradient_that_overflows_becomes_infinite():
+    weight = torch.ones(16, 16, requires_grad=True)
+    x = torch.ones(4, 16, requires_grad=True)
+    linear(x, weight, None, RECIPES["fp16"]).backward(torch.full((4, 16), 1e30))
+    assert torch.isinf(x.grad).all()
+    assert torch.isinf(weight.grad).all()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_nan_reaches_what_it_belongs_to(name):
+    layer = torch.nn.Linear(32, 16)
+    prepare_(torch.nn.Sequential(layer), RECIPES[name].with_(ends=0))
+    layer(torch.randn(64, 32)).sum().backward()  # a delayed scale is known from here on
+    x = torch.randn(64, 32)
+    x[3, 5] = torch.nan
+    assert torch.isnan(layer(x)[3]).all()
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_a_gradient_is_unbiased(name):
+    """Over many draws the mean of grad_x is the product with the unrounded gradient."""
+    recipe = RECIPES[name]
+    torch.manual_seed(1)
+    weight, grad = torch.randn(32, 16), torch.randn(4, 32)
+    x = torch.randn(4, 16, requires_grad=True)
+    draws = torch.stack([torch.autograd.grad(linear(x, weight, None, recipe), x, grad)[0] for _ in range(400)]).double()
+    exact = grad.double() @ oracle(recipe.grad_input.right, weight.T, 0, 0).T
+    error = draws.std(0) / 400**0.5
+    assert (draws.std(0) > 0).all()
+    assert ((draws.mean(0) - exact).abs() <= 5 * error + 1e-6).all()
+
+
+def test_results_do_not_depend_on_threads():
+    weight, x, grad = torch.randn(64, 96), torch.randn(200, 96), torch.randn(200, 64)
+    found = []
+    for threads in (1, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            torch.manual_seed(4)
+            w = weight.clone().requires_grad_()
+            y = linear(x, w, None, RECIPES["int8"])
+            y.backward(grad)
+            found.append((y.detach(), w.grad))
+        finally:
+            torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+def test_delayed_scales_come_from_the_steps_before():
+    layer = torch.nn.Linear(32, 16, bias=False)
+    prepare_(torch.nn.Sequential(layer), "fp8-delayed")
+    x = torch.randn(64, 32)
+    layer(x).sum().backward()
+    assert layer.x_scale.item() == pytest.approx(x.abs().max().item() / 448)
+    assert layer.weight_scale.item() == pytest.approx(layer.weight.abs().max().item() / 448)
+    assert layer.grad_scale.item() == pytest.approx(1 / 57344)
+    # Four times as large, under the scale of before: what exceeds it saturates.
+    big = layer(4 * x)
+    limit = 448 * layer.x_scale
+    weight = decode(encode(layer.weight, "fp8_e4m3:tensor:delayed", scale=layer.weight_scale))
+    clamped = decode(encode((4 * x).clamp(-limit, limit), "fp8_e4m3:tensor:delayed", scale=layer.x_scale))
+    assert torch.allclose(big, clamped @ weight.T, rtol=1e-5, atol=1e-5)
+    big.sum().backward()
+    assert layer.x_scale.item() == pytest.approx(4 * x.abs().max().item() / 448)
+    assert set(layer.state_dict()) == {
+        "weight",
+        *(f"{role}_{part}" for role in ("x", "weight", "grad") for part in ("scale", "history")),
+    }
+    twin = copy.deepcopy(layer)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x), layer(x))
+    assert set(ROLES) == {"output", "grad_input", "grad_weight"}
+
+
+def test_scales_that_are_missing_and_x_that_does_not_fit():
+    weight = torch.randn(16, 32)
+    with pytest.raises(ValueError, match="scales= are needed"):
+        linear(torch.randn(4, 32), weight, None, RECIPES["fp8-delayed"])
+    with pytest.raises(ValueError, match="its last dimension must be 32"):
+        linear(torch.randn(4, 31), weight, None, RECIPES["bf16"])
