@@ -8,8 +8,8 @@ threads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -92,7 +92,15 @@ def multiply_bytes(left: Tensor, right: Encoded, dtype: torch.dtype) -> Tensor:
     return linear_coded_int8(left, *stored, None, str(right.format), left.shape[1]).to(dtype)  # type: ignore[arg-type]
 
 
-@torch.compiler.disable
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _untraced(function: F) -> F:
+    """`function` behind a break of torch.compile's graph, with its own type."""
+    return cast(F, torch.compiler.disable(function))
+
+
+@_untraced
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, scales: Scales | None = None) -> Tensor:
     """y [..., N] = x [..., K] · weight [N, K]ᵀ + bias, forward and backward as `recipe` says.
 
