@@ -2,10 +2,11 @@
 //
 // A 16-bit word is high * 256 + low with both bytes signed, and a block's sum is that of the high bytes times 256 plus
 // that of the low ones; the codes are used unsigned (tdpbsud). A tile of x holds 16 rows by up to 64 bytes of k; a
-// panel of the weights is expanded to bytes, 32 outputs to a row. T supplies the tile instructions: the processor's, or
-// the same written in C++. Of int8 there is one byte, and a second tile of x holds 16 more rows instead.
+// panel of the weights is expanded to bytes, 32 outputs to a row. T supplies the tile instructions (tiles.h). Of int8
+// there is one byte, and a second tile of x holds 16 more rows instead.
 #pragma once
 #include "linear/int_avx512.h"
+#include "linear/tiles.h"
 
 namespace parco::linear {
 namespace {
@@ -35,12 +36,6 @@ struct TileJob {
   float* x_scale;             // [slab rounded up to 32][blocks]; of int8 the first alone, the row's
   std::int32_t* x_sum[2];     // the same
   std::int64_t first, rows;
-};
-
-struct alignas(64) TileConfig {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {};
-  std::uint8_t rows[16] = {};
 };
 
 // Tiles 0 to 3: sums of (high, low) x (left, right outputs). 4, 5: high and low bytes of x, or int8 of 16 rows and of
