@@ -96,9 +96,13 @@ void bind_linear(nb::module_& module) {
   define<float_generic>(module, "float_generic");
   define<float_avx2>(module, "float_avx2");
   define<float_avx512>(module, "float_avx512");
+  define<float_amx>(module, "float_amx");
+  define<float_amx_emulated>(module, "float_amx_emulated");
   define_layout<pack_codes>(module, "pack_codes", "Codes by rows as panels; csrc/linear/coded.h.");
   define_layout<unpack_codes>(module, "unpack_codes", "Panels as codes by rows.");
   define_dense<dense_generic>(module, "linear_dense_generic");
   define_dense<dense_avx2>(module, "linear_dense_avx2");
   define_dense<dense_avx512>(module, "linear_dense_avx512");
+  define_dense<dense_amx>(module, "linear_dense_amx");
+  define_dense<dense_amx_emulated>(module, "linear_dense_amx_emulated");
 }

@@ -22,5 +22,8 @@ struct DenseCall {
 void dense_generic(const DenseCall& call);
 void dense_avx2(const DenseCall& call);
 void dense_avx512(const DenseCall& call);
+// x and weights are bf16. The second has the tile instructions written out in C++: for tests on machines without them.
+void dense_amx(const DenseCall& call);
+void dense_amx_emulated(const DenseCall& call);
 
 }  // namespace parco::linear

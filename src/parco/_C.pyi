@@ -129,6 +129,16 @@ def float_avx512(settled: CodedCall, x: int, codes: int, scale: int, zero: int, 
     y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
     """
 
+def float_amx(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
+    """
+    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
+    """
+
+def float_amx_emulated(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
+    """
+    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
+    """
+
 def pack_codes(source: int, target: int, outputs: int, columns: int, bits: int, threads: int) -> None:
     """Codes by rows as panels; csrc/linear/coded.h."""
 
@@ -146,6 +156,16 @@ def linear_dense_avx2(x: int, weight: int, bias: int, y: int, rows: int, outputs
     """
 
 def linear_dense_avx512(x: int, weight: int, bias: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, threads: int) -> None:
+    """
+    y = x @ weight.T + bias; addresses, 0 for an absent bias. The machine must have the instruction set.
+    """
+
+def linear_dense_amx(x: int, weight: int, bias: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, threads: int) -> None:
+    """
+    y = x @ weight.T + bias; addresses, 0 for an absent bias. The machine must have the instruction set.
+    """
+
+def linear_dense_amx_emulated(x: int, weight: int, bias: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, threads: int) -> None:
     """
     y = x @ weight.T + bias; addresses, 0 for an absent bias. The machine must have the instruction set.
     """

@@ -373,6 +373,10 @@ int main(int argc, char** argv) {
   std::vector<Kernel> vectors = real;
   if (parco::features().avx2) vectors.push_back({"float avx2", float_avx2});
   if (parco::features().avx512) vectors.push_back({"float avx512", float_avx512});
+  // Of bf16 x and panels; here every number times its scale is one of bf16.
+  std::vector<Kernel> tiles = vectors;
+  if (parco::features().avx512) tiles.push_back({"float amx emulated", float_amx_emulated});
+  if (parco::features().amx) tiles.push_back({"float amx", float_amx});
 
   const Type types[] = {Type::fp32, Type::bf16, Type::fp16},
              scales[] = {Type::fp32, Type::bf16, Type::fp16, Type::e8m0, Type::e4m3};
@@ -393,8 +397,11 @@ int main(int argc, char** argv) {
     for (bool int8 : {false, true})
       if (in_integers) check(integer, integer, codes, shape, x_type, scales[checks % 5], asymmetric, true, int8);
     if (!in_integers || checks % 3 == 0)
-      check(power && !in_integers ? vectors : real, in_integers ? real : vectors, codes, shape, x_type,
-            scales[checks % 5], asymmetric, false);
+      check(power && !in_integers ? vectors : real,
+            in_integers            ? real
+            : x_type == Type::bf16 ? tiles
+                                   : vectors,
+            codes, shape, x_type, scales[checks % 5], asymmetric, false);
     checks++;
   };
   if (argc > 1) {

@@ -34,8 +34,30 @@ int main() {
   std::vector<void (*)(const CodedCall&)> kernels{int_generic, float_generic};
   if (parco::features().avx2) kernels.insert(kernels.end(), {int_avx2, float_avx2});
   if (parco::features().avx512) kernels.insert(kernels.end(), {int_avx512, float_avx512, int_amx_emulated});
+  // bf16 x, and panels: any codes are some.
+  std::vector<std::uint16_t> halves(rows * columns);
+  for (std::size_t i = 0; i < halves.size(); i++) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x[i], 4);
+    halves[i] = static_cast<std::uint16_t>(bits >> 16);
+  }
+  constexpr std::int64_t all_panels = (outputs + 15) / 16 * 16;
+  codes.resize(all_panels * columns, 56), scale.resize(all_panels * 10, 0.5f);
+  call.codes = codes.data(), call.scale = scale.data();
+  const auto tiles = [&](std::vector<float>& found) {
+    std::vector<std::uint16_t> y(rows * outputs);
+    CodedCall own = call;
+    own.x = halves.data(), own.x_type = Type::bf16, own.packed = true, own.rows = rows, own.y = y.data();
+    float_amx_emulated(own);
+    found.insert(found.end(), y.begin(), y.end());
+    dense_amx_emulated(
+        {halves.data(), halves.data(), nullptr, y.data(), rows, rows, columns, 1, Type::bf16, Type::bf16, Type::bf16});
+    found.insert(found.end(), y.begin(), y.end());
+  };
+
   const auto all = [&] {
     std::vector<float> found;
+    if (parco::features().avx512) tiles(found);
     for (const auto kernel : kernels) {
       for (std::int64_t height : {std::int64_t{1}, std::int64_t{5}, rows}) {
         std::vector<float> y(height * outputs);

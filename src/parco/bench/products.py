@@ -100,7 +100,7 @@ def _element(kernel: str) -> str:
         return "int16" if kernel.endswith("avx2") else "int8"
     if kernel.startswith("int-linear"):
         return "int8" if kernel.endswith("amx") else "int16"
-    return "bf16" if kernel.endswith("native") else "fp32"
+    return "bf16" if kernel.endswith(("native", "amx")) else "fp32"
 
 
 def run(

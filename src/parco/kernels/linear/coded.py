@@ -6,7 +6,8 @@ the products of words and codes are summed exactly in int32, and the blocks are 
 every instruction set, batch size and thread count gives the same bits. x loses at most 2⁻¹⁵ of its block's largest
 magnitude (bf16, fp16: nearly all values are kept exactly) or 2⁻²⁹ (fp32, which takes two words).
 
-The other elements (fp8, fp6_e3m2, NF4) are widened to fp32 in registers or in the cache, and summed in fp32.
+The other elements (fp8, fp6_e3m2, NF4) are widened to fp32 in registers or in the cache, and summed in fp32. On AMX
+tiles they become bf16 instead, and so do fp4 and fp6_e2m3 under scales that are small floats themselves.
 """
 
 import math
@@ -201,6 +202,19 @@ def refuses_tiles(call: CodedCall) -> str | None:
     return refuses_integers(call)
 
 
+def _refuses_bf16_tiles(call: CodedCall) -> str | None:
+    stored = storage(call.format)
+    if call.dtype != torch.bfloat16:
+        return f"its tiles multiply bfloat16; x is {call.dtype}"
+    if call.rows < AMX_ROWS:
+        return f"{call.rows} rows do not fill a tile; it starts at {AMX_ROWS}"
+    if stored.integers and not stored.is_bf16:
+        return f"{call.format} is computed in integers"
+    if not stored.integers and not stored.widens:
+        return f"it does not widen the codes of {call.format}"
+    return _refuses(call) or (None if call.packed else "it reads codes in panels; these are by rows")
+
+
 def _refuses_vectors(call: CodedCall) -> str | None:
     stored = storage(call.format)
     group = stored.format.block.columns
@@ -216,6 +230,7 @@ table.register(
         "linear_coded",
         describe,
         (
+            table.Kernel("float-linear-amx", "amx", Compiled(_C.float_amx), _refuses_bf16_tiles),
             table.Kernel("int-linear-amx", "amx", Compiled(_C.int_amx), refuses_tiles),
             table.Kernel("int-linear-avx512", "avx512", Compiled(_C.int_avx512), refuses_integers),
             table.Kernel("float-linear-avx512", "avx512", Compiled(_C.float_avx512), _refuses_vectors),

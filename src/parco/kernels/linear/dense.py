@@ -2,7 +2,8 @@
 
 With few rows the weights' bytes are the cost: the compiled kernel reads each once, widens it in registers and sums in
 fp32. With more, weights of 16 bits are widened a block at a time in the cache, which spares the memory a widened copy.
-With very many it is torch's product: in x's dtype where that is fast, or in fp32 on operands widened before.
+With very many it is torch's product: in x's dtype where that is fast, or in fp32 on operands widened before. AMX tiles
+multiply bf16 by bf16 as they are.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,9 @@ row, measured.
 
 MIXED_ROWS = 8
 """The same where dtypes differ, so that torch would have to widen the weights first."""
+
+AMX_ROWS = 16
+"""Rows of x from which AMX tiles pay: a tile has 16."""
 
 TILED_ROWS = 48
 """Rows of x from which widening bf16 weights in the cache is faster than torch's bf16 product where the processor has
@@ -123,6 +127,14 @@ def _refuses(call: DenseCall) -> str | None:
     return None
 
 
+def _refuses_tiles(call: DenseCall) -> str | None:
+    if not call.dtype == call.weight_dtype == torch.bfloat16:
+        return f"its tiles multiply bfloat16; these are {call.dtype} and {call.weight_dtype}"
+    if call.rows < AMX_ROWS:
+        return f"{call.rows} rows do not fill a tile; it starts at {AMX_ROWS}"
+    return "one of the sizes is 0" if min(call.outputs, call.columns) == 0 else None
+
+
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
@@ -144,6 +156,7 @@ table.register(
         "linear_dense",
         describe,
         (
+            table.Kernel("dense-linear-amx", "amx", _compiled(_C.linear_dense_amx), _refuses_tiles),
             table.Kernel("dense-linear-avx512", "avx512", _compiled(_C.linear_dense_avx512), _refuses),
             table.Kernel("dense-linear-avx2", "avx2", _compiled(_C.linear_dense_avx2), _refuses),
             table.Kernel("dense-linear-generic", "generic", _compiled(_C.linear_dense_generic), _refuses_streams),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parco import _C
-from parco.formats import COLUMN, E3M2, E4M3, E5M2, Element, Float, Format, Integer
+from parco.formats import COLUMN, E3M2, E4M3, E5M2, Element, Float, Format, Integer, ScaleE4M3, ScaleE8M0
 from parco.kernels.library import TYPES, scale_type
 from parco.kernels.linear import panels
 
@@ -71,6 +71,13 @@ class Storage:
     def widens(self) -> bool:
         """Whether vectors widen the codes to fp32."""
         return not self.format.is_asymmetric and (self.element != 0 or self.format.bits == NIBBLE)
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether numbers times their block's scale are bf16 numbers: those of at most 4 significant bits times a power
+        of two or an e4m3 scale.
+        """
+        return self.table is not None and isinstance(self.format.scale, ScaleE8M0 | ScaleE4M3)
 
     @property
     def takes_int8(self) -> bool:
