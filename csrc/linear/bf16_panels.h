@@ -1,6 +1,6 @@
-// The product of bf16 x with codes in panels (coded.h) on AMX tiles; see bf16_tiles.h. What stands at the same place of
-// the 16 rows of a panel is read at once, so that pairs of columns come out as a tile takes them. The weights of the
-// next pass are expanded between the steps of this one.
+// The product of bf16 x with codes on AMX tiles; see bf16_tiles.h. What stands at the same place of the 16 rows of a
+// panel (coded.h) is read at once, so that pairs of columns come out as a tile takes them; codes by rows become such
+// panels on the way. The weights of the next pass are expanded between the steps of this one.
 //
 // A scale of groups is a factor of the weight, which is rounded once to bf16: exact for e8m0 scales, and for e4m3 ones
 // of fp4. The scale of a row, or of all, multiplies the sum.
@@ -8,6 +8,7 @@
 #include "linear/bf16_tiles.h"
 #include "linear/coded.h"
 #include "linear/floats.h"
+#include "linear/panels.h"
 
 namespace parco::linear {
 namespace {
@@ -171,22 +172,45 @@ struct PanelSide {
   }
 
  private:
+  static constexpr std::int64_t dwords = step_columns * E::bits / 32;
+
   // Columns [k, k + 32) of 16 outputs from n on, zero past the last column and panel.
   template <bool scaled>
   void expand(std::int64_t n, std::int64_t k, __m512i* to) const {
-    const std::int64_t last = n < call.outputs ? std::min(k + step_columns, call.columns) : k;
-    const std::uint8_t* at = call.packed_codes(n) + k * E::bits / 8 * panel_rows;
-    for (std::int64_t i = last - k; i < step_columns; i += 2) _mm512_store_si512(to + i / 2, _mm512_setzero_si512());
-    __m512 scale = _mm512_setzero_ps();
-    for (std::int64_t end = k; k < last; k += E::step, to += E::step / 2, at += E::step * E::bits / 8 * panel_rows) {
-      if (scaled && k >= end) {
-        scale = lane_scales(call, n, k / call.group, 1.0f);
-        end = (k / call.group + 1) * call.group;
-      }
-      for (int i = 0; i < E::step * E::bits / 32; i++) __builtin_prefetch(at + i * 64 + codes_ahead);
-      element.pairs(at,
-                    [&](int i, auto pair) { _mm512_store_si512(to + i, scaled ? pair.scaled(scale) : pair.plain()); });
+    const std::int64_t columns = n < call.outputs ? std::min(step_columns, call.columns - k) : 0;
+    alignas(64) std::uint8_t turned[dwords * panel_rows * 4];
+    __m512 scale[2];  // groups are whole 16s of columns
+    const std::uint8_t* at = turned;
+    if (columns > 0 && call.packed) at = call.packed_codes(n) + k * E::bits / 8 * panel_rows;
+    if (columns > 0 && !call.packed) turn(n, k, turned);
+    if (columns > 0 && scaled) {
+      const std::int64_t group = k / call.group, next = columns > 16 ? (k + 16) / call.group : group;
+      scale[0] = lane_scales(call, n, group, 1.0f);
+      scale[1] = next == group ? scale[0] : lane_scales(call, n, next, 1.0f);
     }
+    for (std::int64_t i = 0; i < columns; i += E::step, at += E::step * E::bits / 8 * panel_rows) {
+      for (int d = 0; call.packed && d < E::step * E::bits / 32; d++) __builtin_prefetch(at + d * 64 + codes_ahead);
+      element.pairs(at, [&](int j, auto pair) {
+        _mm512_store_si512(to + i / 2 + j, scaled ? pair.scaled(scale[(i / 2 + j) / 8]) : pair.plain());
+      });
+    }
+    if (columns % 2)
+      _mm512_store_si512(to + columns / 2, _mm512_andnot_si512(odd_halves(), _mm512_load_si512(to + columns / 2)));
+    for (std::int64_t i = (columns + 1) / 2; i < tile_rows; i++) _mm512_store_si512(to + i, _mm512_setzero_si512());
+  }
+
+  // Codes by rows as a panel has them; rows past the last one repeat it.
+  void turn(std::int64_t n, std::int64_t k, std::uint8_t* panel) const {
+    constexpr std::int64_t bytes = dwords * 4;
+    const std::int64_t row_bytes = (call.columns * E::bits + 7) / 8, from = k * E::bits / 8;
+    std::uint8_t rows[panel_rows * bytes] = {};
+    for (std::int64_t r = 0; r < panel_rows; r++)
+      std::memcpy(rows + r * bytes, call.codes + std::min(n + r, call.outputs - 1) * row_bytes + from,
+                  static_cast<std::size_t>(std::min(bytes, row_bytes - from)));
+    if (E::bits == 6) return pack_codes(rows, panel, panel_rows, step_columns, E::bits, 1);
+    for (std::int64_t d = 0; d < dwords; d++)
+      for (std::int64_t r = 0; r < panel_rows; r++)
+        std::memcpy(panel + (d * panel_rows + r) * 4, rows + r * bytes + d * 4, 4);
   }
 };
 
@@ -199,7 +223,7 @@ void run_bf16_panels(const CodedCall& call) {
   constexpr std::int64_t slab_rows = 512;
   const std::int64_t slab = std::min(call.rows, slab_rows), slab_tiles = over(slab, tile_rows);
   const std::int64_t steps = over(call.columns, step_columns), tiles = over(call.outputs, tile_rows);
-  const std::int64_t pairs = over(tiles, 2), work = call.outputs * (call.columns * E::bits / 8) * call.rows / 4;
+  const std::int64_t pairs = over(tiles, 2), work = call.outputs * call.columns * E::bits / 8 * call.rows / 4;
   const int wanted = static_cast<int>(std::clamp<std::int64_t>(work / worth_a_thread, 1, call.threads));
   // Threads share out the outputs and, where those are too few for all, the rows of x.
   const std::int64_t across = std::min<std::int64_t>(pairs, wanted);

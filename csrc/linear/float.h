@@ -16,8 +16,9 @@ void float_generic(const CodedCall& call);
 // whole dwords or, where codes lie in planes, of whole runs.
 void float_avx2(const CodedCall& call);
 void float_avx512(const CodedCall& call);
-// x is bf16; codes are packed, of 4 or 6 bits or floats of 8. Weights are rounded once to bf16 (bf16_panels.h). The
-// second has the tile instructions written out in C++: for tests on machines without them.
+// x is bf16, codes are of 4 or 6 bits or floats of 8, and groups have a multiple of 16 columns, or all of them. Weights
+// are rounded once to bf16 (bf16_panels.h). The second has the tile instructions written out in C++: for tests on
+// machines without them.
 void float_amx(const CodedCall& call);
 void float_amx_emulated(const CodedCall& call);
 

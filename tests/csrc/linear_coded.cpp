@@ -373,8 +373,8 @@ int main(int argc, char** argv) {
   std::vector<Kernel> vectors = real;
   if (parco::features().avx2) vectors.push_back({"float avx2", float_avx2});
   if (parco::features().avx512) vectors.push_back({"float avx512", float_avx512});
-  // Of bf16 x and panels; here every number times its scale is one of bf16.
-  std::vector<Kernel> tiles = vectors;
+  // Of bf16 x; here every number times its scale is one of bf16.
+  std::vector<Kernel> tiles;
   if (parco::features().avx512) tiles.push_back({"float amx emulated", float_amx_emulated});
   if (parco::features().amx) tiles.push_back({"float amx", float_amx});
 
@@ -394,14 +394,14 @@ int main(int argc, char** argv) {
   const auto try_both = [&](const Codes& codes, bool in_integers, Shape shape, Type x_type) {
     const bool asymmetric = checks % 2 && in_integers && codes.table.empty();
     const bool power = shape.group >= shape.columns || !(shape.group & (shape.group - 1));
+    std::vector<Kernel> of_rows = power && !in_integers ? vectors : real, of_panels = in_integers ? real : vectors;
+    if (!in_integers && x_type == Type::bf16)
+      for (std::vector<Kernel>* kernels : {&of_rows, &of_panels})
+        kernels->insert(kernels->end(), tiles.begin(), tiles.end());
     for (bool int8 : {false, true})
       if (in_integers) check(integer, integer, codes, shape, x_type, scales[checks % 5], asymmetric, true, int8);
     if (!in_integers || checks % 3 == 0)
-      check(power && !in_integers ? vectors : real,
-            in_integers            ? real
-            : x_type == Type::bf16 ? tiles
-                                   : vectors,
-            codes, shape, x_type, scales[checks % 5], asymmetric, false);
+      check(of_rows, of_panels, codes, shape, x_type, scales[checks % 5], asymmetric, false);
     checks++;
   };
   if (argc > 1) {

@@ -171,7 +171,7 @@ def test_every_kernel_is_within_its_bound_and_those_in_integers_give_the_same_bi
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("format", ["int4:32", "int8:row", "int3:64", "mxfp4", "ternary"])
+@pytest.mark.parametrize("format", ["int4:32", "int8:row", "int3:64", "fp4_e2m1:32", "ternary"])
 def test_in_integers_a_row_depends_neither_on_the_rows_beside_it_nor_on_the_threads(
     format: str, dtype: torch.dtype
 ) -> None:

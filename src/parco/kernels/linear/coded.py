@@ -212,7 +212,7 @@ def _refuses_bf16_tiles(call: CodedCall) -> str | None:
         return f"{call.format} is computed in integers"
     if not stored.integers and not stored.widens:
         return f"it does not widen the codes of {call.format}"
-    return _refuses(call) or (None if call.packed else "it reads codes in panels; these are by rows")
+    return "the scale of a column multiplies x in fp32" if stored.by_column else _refuses(call)
 
 
 def _refuses_vectors(call: CodedCall) -> str | None:
