@@ -44,19 +44,23 @@ inline void turn_pair(const DenseCall& call, std::int64_t m, std::int64_t last_r
 
 // 192 rows of x (768 KB of 2,048 columns) stay in the L2 cache; fewer rows leave room for more columns.
 constexpr std::int64_t most_pairs = 6, pair_steps = 384, fewest_steps = 72, most_steps = 144;
+constexpr std::int64_t pairs_of_a_thread = 16, slab_rows = 1024;
 // Bands of weights that pass over all rows of x before the next ones do: their sums are kept between two blocks of k.
 constexpr std::int64_t bands_at_once = 44;
 
 template <class T>
 void run_bf16_dense(const DenseCall& call) {
-  constexpr std::int64_t slab_rows = 1024;
-  const std::int64_t slab = std::min(call.rows, slab_rows), slab_pairs = over(slab, 2 * tile_rows);
+  const std::int64_t slab_pairs = over(over(call.rows, over(call.rows, slab_rows)), 2 * tile_rows);
+  const std::int64_t slab = slab_pairs * 2 * tile_rows;
   const std::int64_t steps = over(call.columns, step_columns), tiles = over(call.outputs, tile_rows);
   const std::int64_t work = call.outputs * call.columns * 2 * call.rows / 4;
   const int wanted = static_cast<int>(std::clamp<std::int64_t>(work / worth_a_thread, 1, call.threads));
-  // Threads share out the outputs and, where those are too few for all, the rows of x.
-  const std::int64_t across = std::clamp<std::int64_t>(tiles / (2 * band_tiles), 1, wanted);
-  const std::int64_t down = std::clamp<std::int64_t>(wanted / across, 1, slab_pairs);
+  // Threads share out the rows of x while each has many, so that it turns to others less often; then the outputs, and
+  // the rows again where those are too few for all.
+  std::int64_t down = std::clamp<std::int64_t>(slab_pairs / pairs_of_a_thread, 1, wanted);
+  while (wanted % down) down--;
+  const std::int64_t across = std::clamp<std::int64_t>(tiles / (2 * band_tiles), 1, wanted / down);
+  down = std::clamp<std::int64_t>(wanted / across, 1, slab_pairs);
   const int threads = static_cast<int>(across * down);
 
   const std::int64_t own_pairs = over(slab_pairs, down), chunk = over(own_pairs, over(own_pairs, most_pairs));

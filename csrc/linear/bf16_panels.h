@@ -217,11 +217,13 @@ struct PanelSide {
 // Where all of x stays in the L2 cache, 32 outputs by 2,048 columns are expanded at a time; else 192 outputs by 1,024
 // columns, 384 KB and as much for the next, because every chunk of them reads x again.
 constexpr std::int64_t kept_x = 768 * 1024, block_steps = 64, streamed_steps = 32, streamed_pairs = 6;
+// Rows of x for which the weights are expanded once.
+constexpr std::int64_t expansion_rows = 512;
 
 template <class T, class E>
 void run_bf16_panels(const CodedCall& call) {
-  constexpr std::int64_t slab_rows = 512;
-  const std::int64_t slab = std::min(call.rows, slab_rows), slab_tiles = over(slab, tile_rows);
+  const std::int64_t slab_tiles = over(over(call.rows, over(call.rows, expansion_rows)), tile_rows);
+  const std::int64_t slab = slab_tiles * tile_rows;
   const std::int64_t steps = over(call.columns, step_columns), tiles = over(call.outputs, tile_rows);
   const std::int64_t pairs = over(tiles, 2), work = call.outputs * call.columns * E::bits / 8 * call.rows / 4;
   const int wanted = static_cast<int>(std::clamp<std::int64_t>(work / worth_a_thread, 1, call.threads));

@@ -12,7 +12,7 @@ from torch import Tensor
 from parco import _C, machine
 from parco.kernels import table
 from parco.kernels.linear.coded import CodedCall, Compiled
-from parco.kernels.linear.dense import DenseCall, _compiled
+from parco.kernels.linear.dense import DenseCall, compiled
 from parco.kernels.linear.storage import storage
 from parco.weights import Dense, Quantized
 
@@ -35,9 +35,9 @@ def coded_kernels() -> Iterator[tuple[str, Compiled]]:
 
 def dense_kernels() -> Iterator[tuple[str, Callable[..., Tensor]]]:
     if "avx512" in machine.detect().isas:
-        yield "emulated", _compiled(_C.linear_dense_amx_emulated)
+        yield "emulated", compiled(_C.linear_dense_amx_emulated)
     if "amx" in machine.detect().isas:
-        yield "amx", _compiled(_C.linear_dense_amx)
+        yield "amx", compiled(_C.linear_dense_amx)
 
 
 def panels(format: str, outputs: int, columns: int) -> tuple[Stored, Stored]:

@@ -78,7 +78,9 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"linear_dense: bias has the shape {tuple(bias.shape)}; [{weight.shape[0]}] is needed")
 
 
-def _compiled(kernel: Callable[..., None]) -> Callable[..., Tensor]:
+def compiled(kernel: Callable[..., None]) -> Callable[..., Tensor]:
+    """A compiled kernel as a function of the operation's arguments."""
+
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         outputs, columns = weight.shape
@@ -156,10 +158,10 @@ table.register(
         "linear_dense",
         describe,
         (
-            table.Kernel("dense-linear-amx", "amx", _compiled(_C.linear_dense_amx), _refuses_tiles),
-            table.Kernel("dense-linear-avx512", "avx512", _compiled(_C.linear_dense_avx512), _refuses),
-            table.Kernel("dense-linear-avx2", "avx2", _compiled(_C.linear_dense_avx2), _refuses),
-            table.Kernel("dense-linear-generic", "generic", _compiled(_C.linear_dense_generic), _refuses_streams),
+            table.Kernel("dense-linear-amx", "amx", compiled(_C.linear_dense_amx), _refuses_tiles),
+            table.Kernel("dense-linear-avx512", "avx512", compiled(_C.linear_dense_avx512), _refuses),
+            table.Kernel("dense-linear-avx2", "avx2", compiled(_C.linear_dense_avx2), _refuses),
+            table.Kernel("dense-linear-generic", "generic", compiled(_C.linear_dense_generic), _refuses_streams),
             table.Kernel("dense-linear-torch-native", table.TORCH, _native, _refuses_native),
             table.Kernel("dense-linear-torch-widened", table.TORCH, reference.linear_dense),
         ),
