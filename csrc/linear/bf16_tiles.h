@@ -247,7 +247,7 @@ class Share {
     tails_ = memory + Between<T, Side>::memory;
     edge_ = tails_ + band_tiles * tile_size;
     sums_ = edge_ + edge_size(cut);
-    std::memset(edge_, 0, edge_size(cut));
+    if (left.rows % tile_rows) std::memset(edge_, 0, edge_size(cut));
   }
   static std::size_t memory(std::int64_t left_tiles, const Cut& cut) {
     const std::int64_t kept = cut.blocks > 1 ? over(left_tiles, band_tiles) * over(cut.chunk, 2) : 0;
@@ -279,7 +279,7 @@ class Share {
   }
 
  private:
-  // Rows apart by more than a power of two.
+  // The last rows, apart by more than a power of two; those that are not there are zero.
   static std::size_t edge_size(const Cut& cut) {
     return static_cast<std::size_t>((cut.longest() + 1) * 64 * tile_rows);
   }

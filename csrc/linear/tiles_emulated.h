@@ -10,12 +10,12 @@
 namespace parco::linear {
 namespace {
 
-struct Tiles8 {
+struct Registers {
   TileConfig config;
   std::uint8_t bytes[8][16][64];
 };
 
-thread_local Tiles8 held;
+thread_local Registers held;
 
 struct Emulation {
   static void configure(const TileConfig& config) {
