@@ -8,32 +8,18 @@ from typing import Any
 import pytest
 import torch
 from tests.nn import models
+from tests.nn.conftest import Calls
 from tests.nn.test_fuse import apart
 from transformers import DynamicCache
 
 import parco
-from parco import _C, nn
+from parco import nn
 from parco.nn import decode, fuse_
 from parco.nn.prepared import groups
 
 WHOLE = ["llama", "llama tied", "llama odd", "mistral", "qwen2 tied", "qwen3", "gemma"]
+WHOLE += ["gpt2", "gpt-neox", "phi", "phi3", "gemma2", "gemma3"]
 TOKENS = models.tokens(1, 12)
-
-
-class Calls(list[int]):
-    """How many layers each compiled call computed."""
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    found, run = Calls(), _C.run_layers
-
-    def counted(layers: list[Any], *arguments: Any) -> None:
-        found.append(len(layers))
-        run(layers, *arguments)
-
-    monkeypatch.setattr(_C, "run_layers", counted)
-    return found
 
 
 def steps(made: Any, count: int = 5, cache: Any = None, start: int = 4) -> list[torch.Tensor]:
@@ -67,8 +53,9 @@ def test_every_architecture_decodes_the_same_in_one_call_a_token(name: str, stor
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_in_few_bits_it_is_no_further_from_the_truth(dtype: torch.dtype, calls: Calls) -> None:
-    made = models.model("qwen2 tied", dtype)
+@pytest.mark.parametrize("name", ["qwen2 tied", "gpt2", "gpt-neox", "gemma2"])
+def test_in_few_bits_it_is_no_further_from_the_truth(name: str, dtype: torch.dtype, calls: Calls) -> None:
+    made = models.model(name, dtype)
     truth = steps(copy.deepcopy(made).float())
     before = sum(apart(a, b) for a, b in zip(steps(made), truth, strict=True))
     fuse_(made)

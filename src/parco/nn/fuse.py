@@ -22,6 +22,7 @@ from parco.kernels.library import TYPES, transformed
 from parco.kernels.linear import linear_dense
 from parco.kernels.rowwise import ACTIVATIONS, rms_norm
 from parco.nn import decode, joined, proofs
+from parco.nn.parts import gated_names, is_conv1d, is_rms_norm, rows
 from parco.nn.prepared import groups
 from parco.nn.proofs import ROTARY, Unlike
 
@@ -120,10 +121,16 @@ def _class_of(original: type[nn.Module], kind: Kind) -> type[nn.Module]:
         original.__setstate__(self, state)  # pyright: ignore
         _join_parts(self)
 
+    def save(self: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        original._save_to_state_dict(self, destination, prefix, keep_vars)  # pyright: ignore
+        if not keep_vars:
+            destination[prefix + "weight"] = destination[prefix + "weight"].contiguous()  # what files take
+
     return type(
         original.__name__,
         (_Fused, original),
         {
+            **({"_save_to_state_dict": save} if kind == "dense" else {}),
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             "__reduce_ex__": reduce,
@@ -154,12 +161,13 @@ def _guarded(run: Callable[[Any, Tensor], Tensor], original: type[nn.Module]) ->
 
 
 def _looks_like(module: nn.Module) -> Kind | None:
-    names = dict(module.named_children())
     if type(module) is nn.Linear:
         return "dense" if module.weight.is_cpu and module.weight.dtype in proofs.HALVES else None
-    if "RMSNorm" in type(module).__name__:
+    if is_conv1d(module):
+        return "dense" if module.weight.is_cpu and module.weight.dtype in TYPES else None
+    if is_rms_norm(module):
         return "norm"
-    if "down_proj" in names and ("gate_up_proj" in names or {"gate_proj", "up_proj"} <= set(names)):
+    if gated_names(module) is not None:
         return "gate"
     if ROTARY in proofs.named_by(type(module)):
         return "rotation"
@@ -192,9 +200,18 @@ def _dense_forward(module: Any, x: Tensor) -> Tensor:
     weight: Tensor = module.weight
     plain = type(weight) is nn.Parameter and weight.is_cpu and x.dtype == weight.dtype in proofs.HALVES
     trains = torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in module.parameters()))
-    if not plain or trains or torch.is_autocast_enabled("cpu"):
+    if not plain or trains or torch.is_autocast_enabled("cpu") or not rows(module).is_contiguous():
         return module._original.forward(module, x)
-    return linear_dense(x, weight, module.bias)
+    return linear_dense(x, rows(module), module.bias)
+
+
+def _dense(module: Any) -> None:
+    """A linear layer whose matrix lies by rows; a Conv1D's is laid out so, under the same shape."""
+    proofs.dense(module)
+    if is_conv1d(module):
+        if type(module.weight) is not nn.Parameter or module.weight.is_shared():
+            raise Unlike("its weight is shared or no plain parameter")
+        module.weight.data = module.weight.detach().t().contiguous().t()
 
 
 def _activation_forward(module: Any, x: Tensor) -> Tensor:
@@ -206,7 +223,7 @@ _CHECKS: dict[str, Callable[[nn.Module], Any]] = {
     "gate": proofs.gate,
     "rotation": proofs.rotation,
     "activation": proofs.activation,
-    "dense": proofs.dense,
+    "dense": _dense,
 }
 _FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "norm": _norm_forward,
