@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import parco
 from parco import nn
-from parco.nn import decode, fuse_
+from parco.nn import fuse_, proofs
 from parco.nn.prepared import groups
 
 WHOLE = ["llama", "llama tied", "llama odd", "mistral", "qwen2 tied", "qwen3", "gemma"]
@@ -288,7 +288,7 @@ def test_copies_pickles_and_saving(tmp_path: Any, calls: Calls) -> None:
         calls.clear()
         assert all(map(torch.equal, steps(twin), expected))
         assert 2 in calls
-        assert decode.STATE not in copy.copy(twin.model.layers[0]).__dict__
+        assert proofs.STATE not in copy.copy(twin.model.layers[0]).__dict__
     assert all(torch.equal(made.state_dict()[name], value) for name, value in state.items())
     made.save_pretrained(tmp_path / "saved")
     loaded = models.t.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -390,7 +390,7 @@ def test_every_instruction_set(monkeypatch: pytest.MonkeyPatch, calls: Calls) ->
             calls.clear()
             agree(steps(made), expected)
             assert calls
-            assert {layer.__dict__[decode.STATE].prepared.isa for layer in made.model.layers} == {isa}
+            assert {layer.__dict__[proofs.STATE].prepared.isa for layer in made.model.layers} == {isa}
     finally:
         monkeypatch.delenv("PARCO_ISA")
         forget_choices()

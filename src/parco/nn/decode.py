@@ -19,21 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
 
 from parco import _C
 from parco.kernels.library import undispatched
 from parco.nn import proofs
+from parco.nn.linear import kind_of
 from parco.nn.parts import HEAD_NORMS, OUT, PROJECTIONS, SOFTCAP, TOGETHER, Parts, is_rms_norm, parts
 from parco.nn.prepared import Prepared, Settings, Wiring, kinds, prepare
 from parco.nn.proofs import Unlike
 from parco.nn.room import Room, appendable, room_for_one, written
 
-STATE = "_parco_state"
-"""The attribute of a layer that holds its State, which copies do not take along."""
-
 _LAYER_NAMES = {"use_parallel_residual", "crossattention", "ln_cross_attn", "hasattr", "ValueError"}
-_ATTENTION_NAMES = {
+ATTENTION_NAMES = {
     *PROJECTIONS,
     *TOGETHER,
     *OUT,
@@ -67,11 +64,6 @@ def _unwrapped(kind: type) -> Any:
     return inner if ours else forward
 
 
-def _hooked_everywhere() -> bool:
-    """Whether PyTorch calls hooks of every module."""
-    return bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)  # pyright: ignore
-
-
 def looks_like_layer(module: nn.Module) -> bool:
     """Whether this is a layer of known parts, whose forwards name nothing else."""
     found = parts(module)
@@ -81,16 +73,16 @@ def looks_like_layer(module: nn.Module) -> bool:
     named = {*forward.__code__.co_names, *forward.__code__.co_freevars} - dict(module.named_children()).keys()
     plain = not (module._parameters or module._buffers or attention._parameters or attention._buffers)  # pyright: ignore
     replaced = hasattr(forward, "__wrapped__") or "forward" in module.__dict__ or "forward" in attention.__dict__
-    return plain and not replaced and named <= _LAYER_NAMES and proofs.named_by(type(attention)) <= _ATTENTION_NAMES
+    return plain and not replaced and named <= _LAYER_NAMES and proofs.named_by(kind_of(attention)) <= ATTENTION_NAMES
 
 
 _PARALLEL = {1: (True,), 2: (False, True), 4: (False,)}
 """By the number of a layer's norms, whether attention and feed-forward block may both read x."""
 
 
-def _settings(module: Any, found: Parts, proven: Mapping[nn.Module, Any]) -> Iterator[Settings]:
+def _settings(found: Parts, proven: Mapping[nn.Module, Any]) -> Iterator[Settings]:
     """Every way in which these parts may make a layer. Raises Unlike where one of them is not proven."""
-    named = proofs.named_by(type(found.attention))
+    named = proofs.named_by(kind_of(found.attention))
     turns = proofs.ROTARY in named
     gated = (found.feed_forward,) if found.is_gated else ()
     layer_norms = {each: proofs.layer_norm(each) for each in (*found.norms, *found.of_heads) if not is_rms_norm(each)}
@@ -106,6 +98,7 @@ def _settings(module: Any, found: Parts, proven: Mapping[nn.Module, Any]) -> Ite
         part = float(rotation.get("partial_rotary_factor") or 1.0)
         turning = found.attention.__dict__.get("rotary_ndims", int(found.width * part))
         turning += turning % 2  # as frequencies for pairs are made
+    activation = proven[found.feed_forward] if gated else proofs.plain(found.feed_forward)
     heads, key_heads = found.heads
     mixed = len(found.qkv) == 1 and heads == key_heads and not found.of_heads
     for parallel in _PARALLEL[len(found.norms)]:
@@ -114,7 +107,7 @@ def _settings(module: Any, found: Parts, proven: Mapping[nn.Module, Any]) -> Ite
                 norms=tuple(proven[norm] for norm in found.norms),
                 of_heads=tuple(proven[norm] for norm in found.of_heads),
                 wiring=Wiring(parallel, interleaved),
-                activation=proven[found.feed_forward] if gated else proofs.plain(found.feed_forward),
+                activation=activation,
                 turning=turning,
                 softcap=(dict(found.flags)[SOFTCAP] or 0.0) if SOFTCAP in named else 0.0,
                 kinds=kinds(found),
@@ -134,10 +127,10 @@ def layer(module: nn.Module, proven: Mapping[nn.Module, Any]) -> Settings:
     with proofs.distinct((*found.norms, *found.of_heads)):
         inputs = [proofs.random(1, 1, weight.shape[0], like=weight) * magnitude for magnitude in proofs.MAGNITUDES]
         expected = None
-        for settings in _settings(module, found, proven):
-            module.__dict__.pop(STATE, None)  # prepared for other settings
+        for settings in _settings(found, proven):
+            module.__dict__.pop(proofs.STATE, None)  # prepared for other settings
             if prepare(module, settings, weight.dtype).call is None:
-                raise Unlike("no compiled kernel reads its matrices")
+                raise Unlike("no compiled kernel takes its matrices or norms")
             if expected is None:
                 expected = [
                     _probed(found, x, settings.turning, lambda x, named: type(module).forward(module, x, **named))
@@ -184,7 +177,9 @@ def _probed(found: Parts, x: Tensor, turning: int, run: Callable[..., Any]) -> t
 
 def _cache_name(attention: Any) -> str:
     """What attention calls the cache."""
-    return "layer_past" if "layer_past" in inspect.signature(attention.forward).parameters else "past_key_values"
+    return (
+        "layer_past" if "layer_past" in inspect.signature(kind_of(attention).forward).parameters else "past_key_values"
+    )
 
 
 def layer_forward(original: type[nn.Module]) -> Callable[..., Any]:
@@ -274,7 +269,7 @@ def decoded(module: Any, settings: Settings, x: Tensor, named: dict[str, Any]) -
             return token.take() if _hides_nothing(mask, token.rooms[done][1]) else None
     if x.shape[:-1] != (1, 1) or not x.is_contiguous() or not undispatched(x, *(angles or ())):
         return None
-    if torch.is_autocast_enabled("cpu") or _hooked_everywhere():
+    if torch.is_autocast_enabled("cpu") or proofs.hooked_everywhere():
         return None
     ready: list[_C.DecoderLayer] = []
     rooms: list[tuple[Any, Room]] = []
@@ -342,9 +337,9 @@ def _expected(module: Any) -> list[Any]:
 
 
 def _state(module: Any) -> State:
-    state = module.__dict__.get(STATE)
+    state = module.__dict__.get(proofs.STATE)
     if state is None:
-        state = module.__dict__[STATE] = State()
+        state = module.__dict__[proofs.STATE] = State()
     return state
 
 

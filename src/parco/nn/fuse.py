@@ -22,9 +22,10 @@ from parco.kernels.library import TYPES, transformed
 from parco.kernels.linear import linear_dense
 from parco.kernels.rowwise import ACTIVATIONS, rms_norm
 from parco.nn import decode, joined, proofs
-from parco.nn.parts import gated_names, is_conv1d, is_rms_norm, rows
+from parco.nn.parts import PROJECTIONS, gated_names, is_conv1d, is_rms_norm, rows
 from parco.nn.prepared import groups
 from parco.nn.proofs import ROTARY, Unlike
+from parco.nn.together import keeps_its_input, standing_in
 
 Kind = Literal["norm", "gate", "rotation", "activation", "dense", "layer"]
 
@@ -114,7 +115,7 @@ def _class_of(original: type[nn.Module], kind: Kind) -> type[nn.Module]:
         forward = _guarded(_FORWARDS[kind], original)
 
     def reduce(self: Any, protocol: int) -> Any:
-        state = {name: value for name, value in self.__dict__.items() if name != decode.STATE}
+        state = {name: value for name, value in self.__dict__.items() if name != proofs.STATE}
         return _revived, (original, kind), state
 
     def restore(self: Any, state: dict[str, Any]) -> None:
@@ -188,12 +189,23 @@ def _gate_forward(module: Any, x: Tensor) -> Tensor:
 
 
 def _rotated(original: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of `original`, the same code, with `rotate` under the name of its rotary embedding."""
+    """The forward of `original`, the same code, with `rotate` under the name of its rotary embedding, and where it is
+    plain enough with one product for q, k and v.
+    """
     forward: Any = original.forward
     known = {**forward.__globals__, ROTARY: proofs.rotary(forward.__globals__[ROTARY])}
     made = types.FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__)
     made.__kwdefaults__ = forward.__kwdefaults__
-    return made
+    named = proofs.named_by(original)
+    if not set(PROJECTIONS) <= named <= decode.ATTENTION_NAMES or not keeps_its_input(made):
+        return made
+
+    def together(self: Any, *inputs: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return made(self, *inputs, **named)
+        return made(standing_in(self, inputs[0] if inputs else named.get("hidden_states")), *inputs, **named)
+
+    return together
 
 
 def _dense_forward(module: Any, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from parco.kernels.linear.prepared import coded_product, dense_product
 from parco.kernels.rowwise.gate import NUMBERS
 from parco.nn import joined
 from parco.nn.linear import Linear, kind_of
-from parco.nn.parts import FLAGS, Parts, parts, rows, shape
+from parco.nn.parts import FLAGS, PROJECTIONS, Parts, parts, rows, shape
 from parco.nn.proofs import Centered, Rms, activation_of
 from parco.products import Activations, Product
 from parco.weights import Dense, Quantized
@@ -90,6 +90,8 @@ def groups(module: Any, kind: str) -> Iterator[list[nn.Module]]:
     """The layers in a fused module of this kind that multiply one input."""
     if kind == "layer" and (found := parts(module)) is not None:
         yield list(found.qkv)
+    elif kind == "rotation" and set(PROJECTIONS) <= module._modules.keys():
+        yield [module._modules[name] for name in PROJECTIONS]
     elif kind == "gate" and "gate_proj" in module._modules:
         yield [module.gate_proj, module.up_proj]
 

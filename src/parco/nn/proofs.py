@@ -13,12 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 from parco.kernels.library import TYPES, transformed
 from parco.kernels.rowwise import ACTIVATIONS, gated, rms_norm, rotate
 from parco.nn.parts import gated_names, is_linear, matrices, shape
 
 ROTARY = "apply_rotary_pos_emb"
+
+STATE = "_parco_state"
+"""The attribute of a fused module that holds what it has found out, which copies do not take along."""
 
 HALVES = (torch.bfloat16, torch.float16)
 """Dtypes whose products PyTorch's own layers round, or sum, as the processor likes."""
@@ -43,6 +47,11 @@ class Centered(NamedTuple):
     """How a layer norm is computed."""
 
     epsilon: float
+
+
+def hooked_everywhere() -> bool:
+    """Whether PyTorch calls hooks of every module."""
+    return bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)  # pyright: ignore
 
 
 class Unlike(Exception):
