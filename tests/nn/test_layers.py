@@ -141,6 +141,33 @@ def test_a_changed_flag_or_activation_is_the_modules() -> None:
     agree(steps(fused), steps(plain))
 
 
+class Conv1D(torch.nn.Module):
+    """Another one of that name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nf, self.weight, self.bias = 5, torch.nn.Parameter(torch.randn(5, 5)), torch.nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        return x @ self.weight.t() + self.bias
+
+
+def test_another_conv1d_is_left() -> None:
+    fusion = fuse_(torch.nn.Sequential(Conv1D()))
+    assert not fusion.fused
+    assert "something else than a linear layer" in fusion.left["0"]
+
+
+def test_a_padded_sequence_takes_no_room() -> None:
+    fused = models.model("llama")
+    fuse_(fused)
+    mask = torch.tensor([[0, 1, 1, 1, 1]])
+    with torch.inference_mode():
+        out = fused(TOKENS[:, :4], attention_mask=mask[:, :4], use_cache=True)
+        out = fused(TOKENS[:, 4:5], attention_mask=mask, past_key_values=out.past_key_values)
+    assert not any("_parco_room" in layer.__dict__ for layer in out.past_key_values.layers)
+
+
 def test_a_dropout_alone_that_trains_drops(calls: Calls) -> None:
     fused = models.model("gpt2")
     fuse_(fused)

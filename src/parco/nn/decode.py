@@ -177,9 +177,8 @@ def _probed(found: Parts, x: Tensor, turning: int, run: Callable[..., Any]) -> t
 
 def _cache_name(attention: Any) -> str:
     """What attention calls the cache."""
-    return (
-        "layer_past" if "layer_past" in inspect.signature(kind_of(attention).forward).parameters else "past_key_values"
-    )
+    named = inspect.signature(kind_of(attention).forward).parameters
+    return "layer_past" if "layer_past" in named else "past_key_values"
 
 
 def layer_forward(original: type[nn.Module]) -> Callable[..., Any]:
@@ -266,10 +265,10 @@ def decoded(module: Any, settings: Settings, x: Tensor, named: dict[str, Any]) -
             if token.angles is angles:
                 _state(token.layers[-1]).following = weakref.ref(module)
         elif token.leads_to(module, done, cache, angles) and x._version == token.version and token.is_ahead:
-            return token.take() if _hides_nothing(mask, token.rooms[done][1]) else None
+            return token.take() if _hides_nothing(mask) and _fits(mask, token.rooms[done][1]) else None
     if x.shape[:-1] != (1, 1) or not x.is_contiguous() or not undispatched(x, *(angles or ())):
         return None
-    if torch.is_autocast_enabled("cpu") or proofs.hooked_everywhere():
+    if torch.is_autocast_enabled("cpu") or proofs.hooked_everywhere() or not _hides_nothing(mask):
         return None
     ready: list[_C.DecoderLayer] = []
     rooms: list[tuple[Any, Room]] = []
@@ -280,20 +279,25 @@ def decoded(module: Any, settings: Settings, x: Tensor, named: dict[str, Any]) -
             break
         ready.append(found[0])
         rooms.append(found[1:])
-    if not ready or not _hides_nothing(mask, rooms[0][1]):
+    if not ready or not _fits(mask, rooms[0][1]):
         return None
     token = Token(layers[: len(ready)], _run(ready, rooms, x, angles), rooms, cache, angles)
     _state(module).token = token
     return token.take()
 
 
-def _hides_nothing(mask: Any, room: Room) -> bool:
-    """Whether the next token sees all tokens of the cache and itself."""
+def _hides_nothing(mask: Any) -> bool:
+    """Whether one token sees all that the mask is for."""
     if mask is None:
         return True
-    if not isinstance(mask, Tensor) or mask.shape != (1, 1, 1, room.known + 1):
+    if not isinstance(mask, Tensor) or mask.shape[:-1] != (1, 1, 1):
         return False
     return bool(mask.all()) if mask.dtype == torch.bool else not mask.any()
+
+
+def _fits(mask: Tensor | None, room: Room) -> bool:
+    """Whether the mask is for the tokens of the cache and the next one."""
+    return mask is None or mask.shape[-1] == room.known + 1
 
 
 def _run(ready: list[_C.DecoderLayer], rooms: list[tuple[Any, Room]], x: Tensor, angles: Any) -> list[Tensor]:

@@ -59,8 +59,9 @@ def _is_fused(module: Any) -> bool:
 @torch.no_grad()
 def fuse_(model: nn.Module) -> Fusion:
     """Fuse RMS norms, gated feed-forward blocks, rotary embeddings and GELUs written out in Python, in place; and
-    decoder layers made of these, which then decode in one call. Linear layers that stayed PyTorch's own, in bf16 or
-    fp16 on a CPU, are multiplied by `linear_dense` where no gradients are asked for.
+    decoder layers made of these and of layer norms, which then decode in one call. Linear layers that stayed PyTorch's
+    own, in bf16 or fp16 on a CPU, are multiplied by `linear_dense` where no gradients are asked for; the matrices of
+    Transformers' Conv1D are put into memory by rows for it.
 
     Fused results differ from unfused ones by roundings: what was rounded after every step is computed in fp32 and
     rounded once. Gradients flow as before. Stored matrices that read the same input (q, k and v; gate and up) are put

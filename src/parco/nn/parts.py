@@ -21,7 +21,7 @@ HEAD_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 GATED = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
 SOFTCAP = "attn_logit_softcapping"
 FLAGS = {
-    *("scaling", "head_dim", "head_size", "layer_idx", "rotary_ndims", SOFTCAP, "split_size"),
+    *("scaling", "head_dim", "head_size", "rotary_ndims", SOFTCAP, "split_size"),
     *("qk_layernorm", "use_parallel_residual", "num_key_value_heads"),
 }
 """Attributes of a layer and of its attention that tell what they compute."""

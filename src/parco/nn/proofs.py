@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules import module as module_hooks
 
 from parco.kernels.library import TYPES, transformed
 from parco.kernels.rowwise import ACTIVATIONS, gated, rms_norm, rotate
-from parco.nn.parts import gated_names, is_linear, matrices, shape
+from parco.nn.parts import gated_names, is_conv1d, is_linear, matrices, shape
 
 ROTARY = "apply_rotary_pos_emb"
 
@@ -80,10 +81,14 @@ def require(module: nn.Module, allowed: set[str], parameters: set[str]) -> None:
         raise Unlike(f"{kind} has other parameters than {', '.join(sorted(parameters)) or 'those of its parts'}")
 
 
-def dense(module: nn.Module) -> None:
-    """Of PyTorch's own linear layer nothing has to be shown but that it is one."""
+def dense(module: Any) -> None:
+    """Of PyTorch's own linear layer nothing has to be shown but that it is one; a Conv1D must multiply as one."""
     if "forward" in module.__dict__:
-        raise Unlike("the forward of this Linear has been replaced")
+        raise Unlike(f"the forward of this {type(module).__name__} has been replaced")
+    if is_conv1d(module):
+        x = random(3, module.weight.shape[0], like=module.weight)
+        if not alike(module, lambda x: functional.linear(x, module.weight.t(), module.bias), x) < ROUNDINGS:
+            raise Unlike("Conv1D computes something else than a linear layer")
 
 
 ROUNDINGS = 2.0
