@@ -1,35 +1,48 @@
 """Claim: `parco.fuse_` makes a model decode faster through Transformers; fused, a 1.1 B model decodes at three quarters
 or more of what its bytes and a plain read of as many allow.
 
-The same weights, int4, the head's too where it has its own, twice: as Transformers runs them, and fused. Steps of
-decoding (batch 1), tokens of `generate` and prompts of 512 tokens (or as many as the model takes), and a plain read of
-the bytes that a token takes, in turn; lower quartiles.
+The same weights, in bf16 as PyTorch holds them or in int4, the head's too where it has its own, twice: as Transformers
+runs them, and fused. Steps of decoding (batch 1), tokens of `generate` and prompts of 512 tokens (or as many as the
+model takes), and a plain read of the bytes that a token takes, in turn; lower quartiles, and the median and quartiles
+of how many times faster a round's steps are.
 
-    python benchmarks/fused_models_decode_faster.py [--threads N] [--rounds R] [--only NAME]
+    python benchmarks/fused_models_decode_faster.py [--threads N] [--rounds R] [--only NAME] [--stored bf16|int4:32]
 """
 
 import argparse
 import copy
 import time
 from collections.abc import Callable
+from statistics import quantiles
 
 import torch
 from interleaved import save
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import parco
-from parco import hub, nn
+from parco import hub
 from parco.fitting.measure import decode_seconds, lower_quartile, prefill_seconds
+from parco.nn.parts import is_linear
 
-LLAMA = {"vocab_size": 32000, "max_position_embeddings": 2048}
+COMMON = {"vocab_size": 32000, "max_position_embeddings": 2048}
+SMALL = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+GEMMA = {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "intermediate_size": 2048}
 SHAPES = {
-    "Llama 106M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "Llama 1.1B": {
-        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
+    "Llama 106M": ("llama", {**SMALL, "intermediate_size": 2048}),
+    "Llama 1.1B": (
+        "llama",
+        {
+            "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "NeoX 134M": ("gpt_neox", {**SMALL, "intermediate_size": 3072}),
+    "Phi 134M": ("phi", {**SMALL, "intermediate_size": 3072}),
+    "Gemma 2 116M": ("gemma2", GEMMA),
+    "Gemma 3 116M": ("gemma3_text", GEMMA),
 }  # fmt: skip
 TOKENS = 16
+STORED = ("bf16", "int4:32")
 
 
 def made(config: AutoConfig) -> torch.nn.Module:
@@ -39,8 +52,8 @@ def made(config: AutoConfig) -> torch.nn.Module:
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "embedded 10M": lambda: hub.load(hub.embedded_path()).model,
     **{
-        name: lambda shape=shape: made(AutoConfig.for_model("llama", **LLAMA, **shape))
-        for name, shape in SHAPES.items()
+        name: lambda kind=kind, shape=shape: made(AutoConfig.for_model(kind, **COMMON, **shape))
+        for name, (kind, shape) in SHAPES.items()
     },
     "GPT-2 124M": lambda: made(AutoConfig.for_model("gpt2", n_positions=2048)),
 }
@@ -48,8 +61,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 
 def bytes_of_a_token(model: torch.nn.Module) -> int:
     """Bytes of the matrices that every token is multiplied by."""
-    kinds = (nn.Linear, torch.nn.Linear)
-    return sum(module.weight.nbytes for module in model.modules() if isinstance(module, kinds))
+    return sum(module.weight.nbytes for module in model.modules() if is_linear(module))
 
 
 def generate_seconds(model: torch.nn.Module) -> float:
@@ -63,10 +75,13 @@ def generate_seconds(model: torch.nn.Module) -> float:
     return (seconds[1] - seconds[0]) / TOKENS
 
 
-def measure(model: torch.nn.Module, rounds: int) -> dict[str, object]:
-    parco.convert_(model, "int4:32")
-    if not model.config.tie_word_embeddings:
-        parco.convert_(model, "int4:32", lambda module, name: name == "lm_head")
+def measure(model: torch.nn.Module, stored: str, rounds: int) -> dict[str, object]:
+    if stored == "bf16":
+        model.bfloat16()
+    else:
+        parco.convert_(model, stored)
+        if not model.config.tie_word_embeddings:
+            parco.convert_(model, stored, lambda module, name: name == "lm_head")
     fused = copy.deepcopy(model)
     parco.fuse_(fused)
     prompt = min(512, model.config.max_position_embeddings)
@@ -94,6 +109,11 @@ def measure(model: torch.nn.Module, rounds: int) -> dict[str, object]:
     row |= {f"{name}_ms": seconds * 1e3 for name, seconds in found.items()}
     for what in ("decode", "generate", "prefill"):
         row[f"{what}_times"] = found[f"plain_{what}"] / found[f"fused_{what}"]
+        of_rounds = [a / b for a, b in zip(seen[f"plain_{what}"], seen[f"fused_{what}"], strict=True)]
+        for name, value in zip(("low", "median", "high"), quantiles(of_rounds, n=4, method="inclusive"), strict=True):
+            row[f"{what}_times_{name}"] = value
+    for kind in ("plain", "fused"):
+        row[f"{kind}_tokens_per_second"] = 1 / found[f"{kind}_decode"]
     for what in ("plain_decode", "plain_generate", "fused_decode", "fused_generate"):
         row[f"{what}_of_a_read"] = found["read"] / found[what]
     return row
@@ -104,10 +124,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", choices=list(MODELS))
+    parser.add_argument("--stored", choices=STORED)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     names = [options.only] if options.only else list(MODELS)
-    save(__file__, [{"model": name} | measure(MODELS[name](), options.rounds) for name in names])
+    formats = [options.stored] if options.stored else STORED
+    rows = [
+        {"model": name, "stored": stored} | measure(MODELS[name](), stored, options.rounds)
+        for name in names
+        for stored in formats
+    ]
+    save(__file__, rows)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,24 @@ using parco::linear::address;
 
 namespace {
 
-Scaling scaling(std::uintptr_t weight, float epsilon, float offset, bool rounded) {
-  return {address<const void>(weight), epsilon, offset, rounded};
+Scaling scaling(std::uintptr_t weight, std::uintptr_t bias, float epsilon, float offset, bool rounded, bool centered) {
+  return {address<const void>(weight), address<const void>(bias), epsilon, offset, rounded, centered};
 }
 
 Layer make(const std::string& isa, std::int64_t columns, std::int64_t heads, std::int64_t key_heads, std::int64_t head,
-           std::int64_t turning, std::int64_t inner, float scale, int type, int activation, const Scaling& before,
-           const Scaling& between, const std::vector<Scaling>& of_heads) {
+           std::int64_t turning, std::int64_t inner, float scale, float softcap, int type, int activation, bool gated,
+           bool parallel, bool interleaved, const Scaling& before, const std::vector<Scaling>& between,
+           const std::vector<Scaling>& after, const std::vector<Scaling>& of_heads) {
+  if (between.size() > 1 || after.size() % 2 || after.size() > 2 || of_heads.size() % 2 || of_heads.size() > 2)
+    throw std::invalid_argument("DecoderLayer: at most one norm between, none or two after and of heads");
   Layer layer{};
   layer.columns = columns, layer.heads = heads, layer.key_heads = key_heads;
-  layer.head = head, layer.turning = turning, layer.inner = inner, layer.scale = scale;
+  layer.head = head, layer.turning = turning, layer.inner = inner, layer.scale = scale, layer.softcap = softcap;
   layer.type = static_cast<Type>(type);
   layer.activation = static_cast<parco::rowwise::Activation>(activation);
+  layer.gated = gated, layer.parallel = parallel, layer.interleaved = interleaved;
   layer.rowwise = rowwise_of(isa);
-  layer.before = before, layer.between = between, layer.of_heads = of_heads;
+  layer.before = before, layer.between = between, layer.after = after, layer.of_heads = of_heads;
   return layer;
 }
 
@@ -85,8 +89,9 @@ void run_layers(const std::vector<const Layer*>& layers, std::uintptr_t x, std::
 }  // namespace
 
 void bind_decode(nb::module_& module) {
-  nb::class_<Scaling>(module, "Scaling", "An RMS norm's weight and numbers; csrc/decode/layer.h.")
-      .def(nb::new_(&scaling), nb::arg("weight"), nb::arg("epsilon"), nb::arg("offset"), nb::arg("rounded"));
+  nb::class_<Scaling>(module, "Scaling", "A norm's weight, bias and numbers; csrc/decode/layer.h.")
+      .def(nb::new_(&scaling), nb::arg("weight"), nb::arg("bias"), nb::arg("epsilon"), nb::arg("offset"),
+           nb::arg("rounded"), nb::arg("centered"));
   nb::class_<Product>(module, "Product", "A product of one row and its kernel; csrc/decode/layer.h.");
   module.def("coded_product", &coded, nb::arg("kernel"), nb::arg("settled"), nb::arg("codes"), nb::arg("scale"),
              nb::arg("zero"), nb::arg("factor"), nb::arg("bias"), "With codes, by the kernel of that name.");
@@ -95,8 +100,9 @@ void bind_decode(nb::module_& module) {
              "With a dense matrix, by the kernel of that name.");
   nb::class_<Layer>(module, "DecoderLayer", "A decoder's layer for one token; csrc/decode/layer.h.")
       .def(nb::new_(&make), nb::kw_only(), nb::arg("isa"), nb::arg("columns"), nb::arg("heads"), nb::arg("key_heads"),
-           nb::arg("head"), nb::arg("turning"), nb::arg("inner"), nb::arg("scale"), nb::arg("type"),
-           nb::arg("activation"), nb::arg("before"), nb::arg("between"), nb::arg("of_heads"))
+           nb::arg("head"), nb::arg("turning"), nb::arg("inner"), nb::arg("scale"), nb::arg("softcap"), nb::arg("type"),
+           nb::arg("activation"), nb::arg("gated"), nb::arg("parallel"), nb::arg("interleaved"), nb::arg("before"),
+           nb::arg("between"), nb::arg("after"), nb::arg("of_heads"))
       .def(
           "multiply",
           [](Layer& layer, int place, const Product& product) {

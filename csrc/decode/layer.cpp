@@ -46,15 +46,17 @@ void multiply(const std::vector<Product>& products, const void* x, char* y, std:
 
 void normalize(const Layer& layer, const Scaling& how, const void* x, void* y, std::int64_t rows,
                std::int64_t columns) {
-  layer.rowwise.norm({x, how.weight, y, rows, columns, how.epsilon, how.offset, how.rounded, layer.type, 1});
+  layer.rowwise.norm(
+      {x, how.weight, y, rows, columns, how.epsilon, how.offset, how.rounded, layer.type, 1, how.centered, how.bias});
 }
 
 // The heads' queries and keys turned, keys and values behind the known ones, and what the heads have looked up.
 void attention(const Layer& layer, const Token& token, char* qkv, char* turned, char* found) {
   const std::size_t size = static_cast<std::size_t>(linear::size_of(layer.type));
-  const std::int64_t width = layer.head, queries = layer.heads * width, keys = layer.key_heads * width;
-  char* const k = qkv + static_cast<std::size_t>(queries) * size;
-  const char* const v = k + static_cast<std::size_t>(keys) * size;
+  const std::int64_t width = layer.head, apart = layer.interleaved ? 3 * width : width;
+  const std::int64_t first_key = layer.interleaved ? width : layer.heads * width;
+  char* const k = qkv + static_cast<std::size_t>(first_key) * size;
+  const char* const v = k + static_cast<std::size_t>(layer.interleaved ? width : layer.key_heads * width) * size;
   if (!layer.of_heads.empty()) {
     normalize(layer, layer.of_heads[0], qkv, qkv, layer.heads, width);
     normalize(layer, layer.of_heads[1], k, k, layer.key_heads, width);
@@ -63,7 +65,7 @@ void attention(const Layer& layer, const Token& token, char* qkv, char* turned, 
     return static_cast<char*>(of) + static_cast<std::size_t>(head * stride + token.known * width) * size;
   };
   const auto heads = [&](const void* x, void* y, std::int64_t count, std::int64_t stride) {
-    return rowwise::Heads{x, y, count, {0, width, 0}, {0, stride, 0}};
+    return rowwise::Heads{x, y, count, {0, apart, 0}, {0, stride, 0}};
   };
   layer.rowwise.rotate({{heads(qkv, turned, layer.heads, width),
                          heads(k, place(token.keys, token.key_stride, 0), layer.key_heads, token.key_stride)},
@@ -78,7 +80,7 @@ void attention(const Layer& layer, const Token& token, char* qkv, char* turned, 
                         1});
   const std::size_t head_bytes = static_cast<std::size_t>(width) * size;
   for (std::int64_t h = 0; h < layer.key_heads; h++)
-    std::memcpy(place(token.values, token.value_stride, h), v + static_cast<std::size_t>(h) * head_bytes, head_bytes);
+    std::memcpy(place(token.values, token.value_stride, h), v + static_cast<std::size_t>(h * apart) * size, head_bytes);
   layer.rowwise.attend({turned,
                         token.keys,
                         token.values,
@@ -93,7 +95,8 @@ void attention(const Layer& layer, const Token& token, char* qkv, char* turned, 
                         {0, token.value_stride, width},
                         layer.scale,
                         layer.type,
-                        token.threads});
+                        token.threads,
+                        layer.softcap});
 }
 
 }  // namespace
@@ -109,18 +112,26 @@ void run(const Layer& layer, const Token& token) {
   char *const gate = buffers.take(2 * layer.inner), *const gated = buffers.take(layer.inner);
   const int threads = token.threads;
 
+  const auto add = [&](const void* a, const void* b, void* y) {
+    layer.rowwise.add({a, b, y, layer.columns, layer.type});
+  };
+
   normalize(layer, layer.before, token.x, normed, 1, layer.columns);
   multiply(layer.qkv, normed, qkv, size, threads);
   attention(layer, token, qkv, turned, found);
-  multiply(layer.out, found, part, size, threads);
-  layer.rowwise.add({token.x, part, h, layer.columns, layer.type});
+  multiply(layer.out, found, h, size, threads);
+  if (!layer.after.empty()) normalize(layer, layer.after[0], h, h, 1, layer.columns);
+  if (!layer.parallel) add(token.x, h, h);
 
-  normalize(layer, layer.between, h, normed, 1, layer.columns);
+  if (!layer.between.empty())
+    normalize(layer, layer.between[0], layer.parallel ? token.x : h, normed, 1, layer.columns);
   multiply(layer.gate_up, normed, gate, size, threads);
-  const char* const up = gate + static_cast<std::size_t>(layer.inner) * size;
+  const char* const up = layer.gated ? gate + static_cast<std::size_t>(layer.inner) * size : nullptr;
   layer.rowwise.gate({gate, up, gated, layer.inner, layer.activation, layer.type, threads});
   multiply(layer.down, gated, part, size, threads);
-  layer.rowwise.add({h, part, token.y, layer.columns, layer.type});
+  if (!layer.after.empty()) normalize(layer, layer.after[1], part, part, 1, layer.columns);
+  if (layer.parallel) add(h, part, part);
+  add(layer.parallel ? token.x : h, part, token.y);
 }
 
 bool choose(const std::string& name, Product& product) {

@@ -1,10 +1,12 @@
-// A decoder's layer for one token: what Llama's family does between two residual streams, in one call.
+// A decoder's layer for one token: what lies between two residual streams, in one call.
 //
 //   h = x + out(attention(rotate(q), keys, values)), with q, k, v of norm(x)
 //   y = h + down(activation(gate) * up), with gate, up of norm(h)
 //
-// k, turned, and v are first written behind the keys and values of the tokens before. Intermediate results are rounded
-// to the type of x, as they are where each step is an operation of its own; the kernels are the same.
+// Without gate it is down(activation(up)). What is added to x and h may be normalized first, and of a parallel layer
+// gate and up are of norm(x), the same one or another. k, turned, and v are first written behind the keys and values of
+// the tokens before. Intermediate results are rounded to the type of x, as they are where each step is an operation of
+// its own; the kernels are the same.
 #pragma once
 #include <string>
 #include <vector>
@@ -26,11 +28,11 @@ struct Product {
   std::int64_t outputs;
 };
 
-// What a row of `columns` numbers is divided by, and multiplied with.
+// How a row is normalized, as rowwise::Norm.
 struct Scaling {
-  const void* weight;
+  const void *weight, *bias;
   float epsilon, offset;
-  bool rounded;
+  bool rounded, centered;
 };
 
 // The operations of csrc/rowwise for one instruction set.
@@ -44,13 +46,18 @@ struct Rowwise {
 
 struct Layer {
   std::int64_t columns, heads, key_heads, head, turning, inner;  // numbers in x, a head, those that turn, gate
-  float scale;                                                   // of scores
+  float scale, softcap;                                          // of scores
   Type type;
   rowwise::Activation activation;
+  bool gated;
+  bool parallel;     // gate and up read x, not h
+  bool interleaved;  // the results of qkv: those of a head, then those of the next one
   Rowwise rowwise;
   // Products of one input: their results lie one after the other.
   std::vector<Product> qkv, out, gate_up, down;
-  Scaling before, between;
+  Scaling before;
+  std::vector<Scaling> between;   // one, or none where gate and up read what q, k, v do
+  std::vector<Scaling> after;     // of what is added to x, and to h, or none
   std::vector<Scaling> of_heads;  // of queries and of keys, or none
 };
 

@@ -39,6 +39,15 @@ void score(const Attention& call, std::int64_t q, std::int64_t key, float* score
   for (; t < call.count; t++) products(t, std::integral_constant<int, 1>{});
 }
 
+// Scores as softcap * tanh(score / softcap).
+template <class V>
+void cap(std::int64_t count, float softcap, float* scores) {
+  each_vector<V>(count, [&](std::int64_t t, int some) {
+    const typename V::F part = V::divide(V::template load<Type::fp32>(scores, t, some), V::set(softcap));
+    V::template store<Type::fp32>(scores, t, some, V::multiply(hyperbolic_tangent<V>(part), V::set(softcap)));
+  });
+}
+
 // Scores as exp(score - the largest); returns 1 / their sum.
 template <class V>
 float soften(std::int64_t count, float* scores) {
@@ -66,6 +75,7 @@ void attend_heads(const Attention& call, std::int64_t b, std::int64_t head, floa
   const std::int64_t value = b * call.value_stride[0] + shared * call.value_stride[1];
   score<V, type, queries>(call, b * call.q_stride[0] + head * call.q_stride[1],
                           b * call.key_stride[0] + shared * call.key_stride[1], scores);
+  if (call.softcap != 0) cap<V>(queries * call.count, call.softcap, scores);
   float scale[queries];
   for (int i = 0; i < queries; i++) scale[i] = soften<V>(call.count, scores + i * call.count);
   constexpr int parts = heads_together / queries;  // sums of every so many tokens, for there to be work meanwhile

@@ -1,5 +1,5 @@
-// rms_norm, gated and rotate of parco._C. Tensors come in as addresses; what they must be is checked by
-// parco.kernels.rowwise.
+// rms_norm, layer_norm, gated, rotate and attend of parco._C. Tensors come in as addresses; what they must be is
+// checked by parco.kernels.rowwise.
 #include <nanobind/stl/array.h>
 
 #include "linear/coded_bind.h"
@@ -32,6 +32,22 @@ void define_norm(nb::module_& module, const char* name) {
       nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("rows"), nb::arg("columns"), nb::arg("epsilon"),
       nb::arg("offset"), nb::arg("rounded"), nb::arg("type"), nb::arg("threads"),
       "y = x / sqrt(mean(x * x) + epsilon) * (weight + offset), by rows; csrc/rowwise/rowwise.h.");
+}
+
+template <void (*kernel)(const Norm&)>
+void define_layer_norm(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t y, std::int64_t rows,
+         std::int64_t columns, float epsilon, int type, int threads) {
+        run(kernel,
+            Norm{address<const void>(x), address<const void>(weight), address<void>(y), rows, columns, epsilon, 0.0f,
+                 false, static_cast<Type>(type), threads, true, address<const void>(bias)},
+            rows * columns);
+      },
+      nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("y"), nb::arg("rows"), nb::arg("columns"),
+      nb::arg("epsilon"), nb::arg("type"), nb::arg("threads"),
+      "y = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, by rows; csrc/rowwise/rowwise.h.");
 }
 
 template <void (*kernel)(const Gate&)>
@@ -94,7 +110,8 @@ void define_attention(nb::module_& module, const char* name) {
       name,
       [](std::uintptr_t q, const Strides& q_stride, std::uintptr_t keys, const Strides& key_stride,
          std::uintptr_t values, const Strides& value_stride, std::uintptr_t y, std::int64_t batch, std::int64_t heads,
-         std::int64_t key_heads, std::int64_t count, std::int64_t columns, float scale, int type, int threads) {
+         std::int64_t key_heads, std::int64_t count, std::int64_t columns, float scale, float softcap, int type,
+         int threads) {
         run(kernel,
             Attention{address<const void>(q),
                       address<const void>(keys),
@@ -110,12 +127,13 @@ void define_attention(nb::module_& module, const char* name) {
                       {value_stride[0], value_stride[1], value_stride[2]},
                       scale,
                       static_cast<Type>(type),
-                      threads},
+                      threads,
+                      softcap},
             batch * heads * count * columns);
       },
       nb::arg("q"), nb::arg("q_stride"), nb::arg("keys"), nb::arg("key_stride"), nb::arg("values"),
       nb::arg("value_stride"), nb::arg("y"), nb::arg("batch"), nb::arg("heads"), nb::arg("key_heads"), nb::arg("count"),
-      nb::arg("columns"), nb::arg("scale"), nb::arg("type"), nb::arg("threads"),
+      nb::arg("columns"), nb::arg("scale"), nb::arg("softcap"), nb::arg("type"), nb::arg("threads"),
       "One query for every head against keys [batch, key_heads, count, columns]; csrc/rowwise/rowwise.h.");
 }
 
@@ -125,6 +143,9 @@ void bind_rowwise(nb::module_& module) {
   define_norm<norm_generic>(module, "rms_norm_generic");
   define_norm<norm_avx2>(module, "rms_norm_avx2");
   define_norm<norm_avx512>(module, "rms_norm_avx512");
+  define_layer_norm<norm_generic>(module, "layer_norm_generic");
+  define_layer_norm<norm_avx2>(module, "layer_norm_avx2");
+  define_layer_norm<norm_avx512>(module, "layer_norm_avx512");
   define_gate<gate_generic>(module, "gated_generic");
   define_gate<gate_avx2>(module, "gated_avx2");
   define_gate<gate_avx512>(module, "gated_avx512");

@@ -7,8 +7,8 @@ namespace parco::rowwise {
 
 using linear::Type;
 
-// y = x / sqrt(mean(x^2) + epsilon) * (weight + offset). With `rounded` the quotient is rounded to the type before it
-// is multiplied.
+// y = x / sqrt(mean(x^2) + epsilon) * (weight + offset) + bias, where `centered` of x less its mean. With `rounded` the
+// quotient is rounded to the type before it is multiplied.
 struct Norm {
   const void *x, *weight;  // [rows, columns], [columns]
   void* y;
@@ -17,11 +17,13 @@ struct Norm {
   bool rounded;
   Type type;
   int threads;
+  bool centered = false;
+  const void* bias = nullptr;  // [columns], or none
 };
 
 enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu_squared = 4 };
 
-// y = activation(gate) * up, `count` numbers.
+// y = activation(gate) * up, `count` numbers; without `up` the activation alone.
 struct Gate {
   const void *gate, *up;
   void* y;
@@ -46,8 +48,9 @@ struct Rotation {
   int threads;
 };
 
-// One query for every head: y = softmax(scale * q . keys) . values. As many heads of queries in a row share a head of
-// keys and values as there are more of them. Strides are in numbers; the numbers of a head are neighbours.
+// One query for every head: y = softmax(scale * q . keys) . values, of scores s as softcap * tanh(s / softcap) where
+// that is not 0. As many heads of queries in a row share a head of keys and values as there are more of them. Strides
+// are in numbers; the numbers of a head are neighbours.
 struct Attention {
   const void *q, *keys, *values;  // [batch, heads, columns], [batch, key_heads, count, columns] twice
   void* y;                        // [batch, heads, columns], contiguous
@@ -56,6 +59,7 @@ struct Attention {
   float scale;
   Type type;
   int threads;
+  float softcap = 0;
 };
 
 // y = a + b, `count` numbers.

@@ -1,8 +1,8 @@
 // The operations of rowwise.h for vector instruction sets. Included by one translation unit per instruction set; V is
 // its vector type. Everything is unnamed (see linear/floats.h).
 //
-// exp is Cephes' expf, and the error function is Norbert Juffa's: polynomials of fp32, within 2 units in the last
-// place.
+// exp and tanh are Cephes' expf and tanhf, and the error function is Norbert Juffa's: polynomials of fp32, within 2
+// units in the last place.
 #pragma once
 #include <algorithm>
 
@@ -30,20 +30,27 @@ void norm_rows(const Norm& call, std::int64_t first, std::int64_t last) {
   using F = typename V::F;
   for (std::int64_t m = first; m < last; m++) {
     const std::int64_t row = m * call.columns;
-    F squares[4] = {V::set(0.0f), V::set(0.0f), V::set(0.0f), V::set(0.0f)};
-    each_vector<V>(call.columns, [&](std::int64_t k, int count) {
+    float means[V::lanes] = {};
+    // The row less its mean; behind its end there are zeros.
+    const auto load = [&](std::int64_t k, int count) {
       const F value = V::template load<type>(call.x, row + k, count);
-      F& sum = squares[k / V::lanes % 4];
-      sum = V::fma(value, value, sum);
-    });
-    const float sum = V::total(V::add(V::add(squares[0], squares[1]), V::add(squares[2], squares[3])));
-    const F scale = V::set(1.0f / __builtin_sqrtf(sum / static_cast<float>(call.columns) + call.epsilon));
+      return call.centered ? V::subtract(value, V::template load<Type::fp32>(means, 0, count)) : value;
+    };
+    const auto mean_of = [&](const auto& add) {
+      F sums[4] = {V::set(0.0f), V::set(0.0f), V::set(0.0f), V::set(0.0f)};
+      each_vector<V>(call.columns, [&](std::int64_t k, int count) { add(sums[k / V::lanes % 4], load(k, count)); });
+      return V::total(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3]))) / static_cast<float>(call.columns);
+    };
+    if (call.centered) std::fill_n(means, V::lanes, mean_of([](F& sum, F value) { sum = V::add(sum, value); }));
+    const float square = mean_of([](F& sum, F value) { sum = V::fma(value, value, sum); });
+    const F scale = V::set(1.0f / __builtin_sqrtf(square + call.epsilon));
     const F offset = V::set(call.offset);
     each_vector<V>(call.columns, [&](std::int64_t k, int count) {
-      F value = V::multiply(V::template load<type>(call.x, row + k, count), scale);
+      F value = V::multiply(load(k, count), scale);
       if (call.rounded) value = V::template rounded<type>(value);
-      const F weight = V::add(V::template load<type>(call.weight, k, count), offset);
-      V::template store<type>(call.y, row + k, count, V::multiply(value, weight));
+      value = V::multiply(value, V::add(V::template load<type>(call.weight, k, count), offset));
+      if (call.bias) value = V::add(value, V::template load<type>(call.bias, k, count));
+      V::template store<type>(call.y, row + k, count, value);
     });
   }
 }
@@ -60,6 +67,21 @@ typename V::F exponential(typename V::F x) {
     p = V::fma(p, rest, V::set(c));
   p = V::fma(p, V::multiply(rest, rest), V::add(rest, V::set(1.0f)));
   return V::multiply(p, V::power_of_two(whole));
+}
+
+// Cephes' tanhf.
+template <class V>
+typename V::F hyperbolic_tangent(typename V::F x) {
+  using F = typename V::F;
+  const F square = V::multiply(x, x), one = V::set(1.0f), two = V::set(2.0f);
+  F near = V::set(-5.70498872745e-3f);
+  for (const float c : {2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f, -3.33332819422e-1f})
+    near = V::fma(near, square, V::set(c));
+  near = V::fma(V::multiply(near, square), x, x);
+  const F magnitude = V::abs(x);
+  F far = V::subtract(one, V::divide(two, V::add(exponential<V>(V::multiply(magnitude, two)), one)));
+  far = V::where_greater(x, V::set(0.0f), far, V::multiply(far, V::set(-1.0f)));
+  return V::where_greater(magnitude, V::set(0.625f), far, near);
 }
 
 // 1 + erf(x), without cancellation where x is far below 0.
@@ -100,9 +122,9 @@ typename V::F activate(typename V::F x) {
 template <class V, Type type, Activation activation>
 void gate_part(const Gate& call, std::int64_t first, std::int64_t last) {
   each_vector<V>(last - first, [&](std::int64_t k, int count) {
-    const typename V::F gate = V::template load<type>(call.gate, first + k, count);
-    const typename V::F up = V::template load<type>(call.up, first + k, count);
-    V::template store<type>(call.y, first + k, count, V::multiply(activate<V, activation>(gate), up));
+    typename V::F value = activate<V, activation>(V::template load<type>(call.gate, first + k, count));
+    if (call.up) value = V::multiply(value, V::template load<type>(call.up, first + k, count));
+    V::template store<type>(call.y, first + k, count, value);
   });
 }
 

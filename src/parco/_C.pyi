@@ -53,9 +53,9 @@ def decode_avx512(*, codes: int, values: int, scale: int, zero: int, factor: int
     """Codes into numbers; csrc/cast/decode.h."""
 
 class Scaling:
-    """An RMS norm's weight and numbers; csrc/decode/layer.h."""
+    """A norm's weight, bias and numbers; csrc/decode/layer.h."""
 
-    def __init__(self, weight: int, epsilon: float, offset: float, rounded: bool) -> None: ...
+    def __init__(self, weight: int, bias: int, epsilon: float, offset: float, rounded: bool, centered: bool) -> None: ...
 
 class Product:
     """A product of one row and its kernel; csrc/decode/layer.h."""
@@ -69,7 +69,7 @@ def dense_product(kernel: str, weight: int, bias: int, outputs: int, columns: in
 class DecoderLayer:
     """A decoder's layer for one token; csrc/decode/layer.h."""
 
-    def __init__(self, *, isa: str, columns: int, heads: int, key_heads: int, head: int, turning: int, inner: int, scale: float, type: int, activation: int, before: Scaling, between: Scaling, of_heads: Sequence[Scaling]) -> None: ...
+    def __init__(self, *, isa: str, columns: int, heads: int, key_heads: int, head: int, turning: int, inner: int, scale: float, softcap: float, type: int, activation: int, gated: bool, parallel: bool, interleaved: bool, before: Scaling, between: Sequence[Scaling], after: Sequence[Scaling], of_heads: Sequence[Scaling]) -> None: ...
 
     def multiply(self, place: int, product: Product) -> None:
         """Adds a product: 0 q, k, v, 1 out, 2 gate, up, 3 down."""
@@ -250,6 +250,21 @@ def rms_norm_avx512(x: int, weight: int, y: int, rows: int, columns: int, epsilo
     y = x / sqrt(mean(x * x) + epsilon) * (weight + offset), by rows; csrc/rowwise/rowwise.h.
     """
 
+def layer_norm_generic(x: int, weight: int, bias: int, y: int, rows: int, columns: int, epsilon: float, type: int, threads: int) -> None:
+    """
+    y = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, by rows; csrc/rowwise/rowwise.h.
+    """
+
+def layer_norm_avx2(x: int, weight: int, bias: int, y: int, rows: int, columns: int, epsilon: float, type: int, threads: int) -> None:
+    """
+    y = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, by rows; csrc/rowwise/rowwise.h.
+    """
+
+def layer_norm_avx512(x: int, weight: int, bias: int, y: int, rows: int, columns: int, epsilon: float, type: int, threads: int) -> None:
+    """
+    y = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, by rows; csrc/rowwise/rowwise.h.
+    """
+
 def gated_generic(gate: int, up: int, y: int, count: int, activation: int, type: int, threads: int) -> None:
     """y = activation(gate) * up."""
 
@@ -274,17 +289,17 @@ def rotate_avx512(q: int, q_stride: Sequence[int], q_heads: int, turned_q: int, 
     Queries and keys [batch, heads, tokens, columns + rest], of any strides but the last, turned; the results lie as [batch, tokens, heads, ...].
     """
 
-def attend_generic(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, type: int, threads: int) -> None:
+def attend_generic(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, softcap: float, type: int, threads: int) -> None:
     """
     One query for every head against keys [batch, key_heads, count, columns]; csrc/rowwise/rowwise.h.
     """
 
-def attend_avx2(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, type: int, threads: int) -> None:
+def attend_avx2(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, softcap: float, type: int, threads: int) -> None:
     """
     One query for every head against keys [batch, key_heads, count, columns]; csrc/rowwise/rowwise.h.
     """
 
-def attend_avx512(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, type: int, threads: int) -> None:
+def attend_avx512(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, softcap: float, type: int, threads: int) -> None:
     """
     One query for every head against keys [batch, key_heads, count, columns]; csrc/rowwise/rowwise.h.
     """

@@ -40,13 +40,16 @@ Numbers times(const Values& matrix, const Numbers& x) {
   return y;
 }
 
-Numbers normalized(const Values& weight, const Numbers& x) {
-  double sum = 0;
-  for (double value : x) sum += value * value;
-  Numbers y(x);
+// An RMS norm, or a layer norm with its weights as its bias too.
+Numbers normalized(const Values& weight, Numbers x, bool centered) {
+  const double count = static_cast<double>(x.size());
+  double mean = 0, sum = 0;
+  if (centered)
+    for (double value : x) mean += value / count;
+  for (double& value : x) value -= mean, sum += value * value;
   for (std::size_t k = 0; k < x.size(); k++)
-    y[k] *= weight.get(k) / std::sqrt(sum / static_cast<double>(x.size()) + 1e-3);
-  return y;
+    x[k] = x[k] * weight.get(k) / std::sqrt(sum / count + 1e-3) + (centered ? weight.get(k) : 0);
+  return x;
 }
 
 Product product(const std::string& isa, Values& matrix, std::int64_t columns) {
@@ -58,15 +61,25 @@ Product product(const std::string& isa, Values& matrix, std::int64_t columns) {
   return made;
 }
 
-void layers(const std::string& isa, bool joined) {
-  const std::size_t columns = 37, heads = 6, shared = 3, head = 10, inner = 21, known = 5, room = 7;
-  Values before(columns), between(columns), x(columns), y(columns), cos(head), sin(head);
+struct Kind {
+  bool joined, interleaved, gated, centered, parallel;
+  int norms;
+};
+
+void layers(const std::string& isa, const Kind& kind) {
+  const std::size_t columns = 37, heads = 6, shared = kind.interleaved ? 6 : 3, head = 10, inner = 21, known = 5;
+  const std::size_t room = 7;
+  Values before(columns), between(columns), after[] = {Values(columns), Values(columns)};
+  Values x(columns), y(columns), cos(head), sin(head);
   Values q(heads * head * columns), k(shared * head * columns), v(shared * head * columns);
   Values all(q.count + k.count + v.count), out(columns * heads * head);
   Values gate(inner * columns), up(inner * columns), down(columns * inner);
   std::size_t at = 0;
-  for (const Values* each : {&q, &k, &v})
-    for (std::size_t i = 0; i < each->count; i++) all.set(at++, static_cast<float>(each->get(i)));
+  const std::size_t parts = kind.interleaved ? heads : 1;
+  for (std::size_t part = 0; part < parts; part++)
+    for (const Values* each : {&q, &k, &v})
+      for (std::size_t i = part * each->count / parts; i < (part + 1) * each->count / parts; i++)
+        all.set(at++, static_cast<float>(each->get(i)));
   Values keys(shared * room * head), values(shared * room * head);
   const Values old_keys = keys, old_values = values;
 
@@ -74,19 +87,27 @@ void layers(const std::string& isa, bool joined) {
   layer.columns = columns, layer.heads = heads, layer.key_heads = shared, layer.head = layer.turning = head;
   layer.inner = inner, layer.scale = 0.3f, layer.type = Type::fp32;
   layer.activation = parco::rowwise::Activation::relu, layer.rowwise = rowwise_of(isa);
-  layer.before = {before.data(), 1e-3f, 0, false}, layer.between = {between.data(), 1e-3f, 0, false};
-  if (joined)
+  const auto scaling = [&](Values& weight) {
+    return Scaling{weight.data(), kind.centered ? weight.data() : nullptr, 1e-3f, 0, false, kind.centered};
+  };
+  layer.gated = kind.gated, layer.parallel = kind.parallel, layer.interleaved = kind.interleaved;
+  layer.before = scaling(before);
+  if (kind.norms > 1) layer.between = {scaling(between)};
+  if (kind.norms > 2) layer.after = {scaling(after[0]), scaling(after[1])};
+  if (kind.joined)
     layer.qkv = {product(isa, all, columns)};
   else
     layer.qkv = {product(isa, q, columns), product(isa, k, columns), product(isa, v, columns)};
   layer.out = {product(isa, out, heads * head)}, layer.down = {product(isa, down, inner)};
-  layer.gate_up = {product(isa, gate, columns), product(isa, up, columns)};
+  layer.gate_up = {product(isa, gate, columns)};
+  if (kind.gated) layer.gate_up.push_back(product(isa, up, columns));
   run(layer,
       {x.data(), cos.data(), sin.data(), y.data(), keys.data(), values.data(), known, room * head, room * head, 2});
 
   Numbers h(columns), found(heads * head);
   for (std::size_t i = 0; i < columns; i++) h[i] = x.get(i);
-  const Numbers normed = normalized(before, h), q1 = times(q, normed), k1 = times(k, normed), v1 = times(v, normed);
+  const Numbers normed = normalized(before, h, kind.centered), q1 = times(q, normed), k1 = times(k, normed),
+                v1 = times(v, normed);
   const auto turned = [&](const Numbers& of, std::size_t first, std::size_t i) {
     const double other = i < head / 2 ? -of[first + i + head / 2] : of[first + i - head / 2];
     return of[first + i] * cos.get(i) + other * sin.get(i);
@@ -107,12 +128,16 @@ void layers(const std::string& isa, bool joined) {
       for (std::size_t i = 0; i < head; i++)
         found[n * head + i] += power[t] / sum * (t < known ? cached(old_values, of, t, i) : v1[of * head + i]);
   }
-  const Numbers attended = times(out, found);
+  const Numbers first = h;
+  Numbers attended = times(out, found);
+  if (kind.norms > 2) attended = normalized(after[0], attended, kind.centered);
   for (std::size_t i = 0; i < columns; i++) h[i] += attended[i];
-  const Numbers second = normalized(between, h), gates = times(gate, second), ups = times(up, second);
+  const Numbers second = kind.norms > 1 ? normalized(between, kind.parallel ? first : h, kind.centered) : normed;
+  const Numbers gates = times(gate, second), ups = times(up, second);
   Numbers gated(inner);
-  for (std::size_t i = 0; i < inner; i++) gated[i] = gates[i] > 0 ? gates[i] * ups[i] : 0;
-  const Numbers last = times(down, gated);
+  for (std::size_t i = 0; i < inner; i++) gated[i] = gates[i] > 0 ? gates[i] * (kind.gated ? ups[i] : 1) : 0;
+  Numbers last = times(down, gated);
+  if (kind.norms > 2) last = normalized(after[1], last, kind.centered);
 
   const auto expect = [&](const char* what, double mine, double wanted) {
     checks++;
@@ -133,10 +158,15 @@ void layers(const std::string& isa, bool joined) {
 }  // namespace
 
 int main() {
-  for (const bool joined : {false, true}) {
-    layers("generic", joined);
-    if (parco::features().avx2) layers("avx2", joined);
-    if (parco::features().avx512) layers("avx512", joined);
+  const Kind kinds[] = {{false, false, true, false, false, 2},
+                        {true, false, true, false, false, 4},
+                        {true, true, false, true, true, 2},
+                        {false, false, false, true, true, 1},
+                        {true, false, false, true, false, 2}};
+  for (const Kind& kind : kinds) {
+    layers("generic", kind);
+    if (parco::features().avx2) layers("avx2", kind);
+    if (parco::features().avx512) layers("avx512", kind);
   }
   std::printf("%d checks, %d differences\n", checks, failures);
   return failures != 0;

@@ -68,6 +68,22 @@ void norms(const char* name, void (*kernel)(const Norm&), Type type) {
             x.exact[m * columns + k] / std::sqrt(sum / static_cast<double>(columns) + 1e-3) * (weight.exact[k] + 1);
     }
     expect(name, y, wanted, type, 1e-5);
+
+    Values bias(columns, type);
+    for (const bool biased : {false, true}) {
+      kernel({x.data(), weight.data(), y.data(), rows, columns, 1e-3f, 0.0f, false, type, 2, true,
+              biased ? bias.data() : nullptr});
+      for (std::int64_t m = 0; m < rows; m++) {
+        const double* row = x.exact.data() + m * columns;
+        double mean = 0, square = 0;
+        for (std::int64_t k = 0; k < columns; k++) mean += row[k] / static_cast<double>(columns);
+        for (std::int64_t k = 0; k < columns; k++) square += (row[k] - mean) * (row[k] - mean);
+        const double scale = 1 / std::sqrt(square / static_cast<double>(columns) + 1e-3);
+        for (std::int64_t k = 0; k < columns; k++)
+          wanted[m * columns + k] = (row[k] - mean) * scale * weight.exact[k] + (biased ? bias.exact[k] : 0);
+      }
+      expect(name, y, wanted, type, 1e-5);
+    }
   }
 }
 
@@ -90,8 +106,12 @@ void gates(const char* name, void (*kernel)(const Gate&), Type type) {
   for (int activation = 0; activation < 5; activation++) {
     for (std::int64_t count : {1, 15, 64, 1001, 70001}) {
       Values gate(count, type), up(count, type), y(count, type);
-      kernel({gate.data(), up.data(), y.data(), count, static_cast<Activation>(activation), type, 3});
       std::vector<double> wanted(count);
+      kernel({gate.data(), nullptr, y.data(), count, static_cast<Activation>(activation), type, 3});
+      for (std::int64_t i = 0; i < count; i++)
+        wanted[i] = activated(static_cast<Activation>(activation), gate.exact[i]);
+      expect(name, y, wanted, type, 1e-5);
+      kernel({gate.data(), up.data(), y.data(), count, static_cast<Activation>(activation), type, 3});
       for (std::int64_t i = 0; i < count; i++)
         wanted[i] = activated(static_cast<Activation>(activation), gate.exact[i]) * up.exact[i];
       expect(name, y, wanted, type, 1e-5);

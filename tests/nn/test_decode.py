@@ -8,32 +8,18 @@ from typing import Any
 import pytest
 import torch
 from tests.nn import models
+from tests.nn.conftest import Calls
 from tests.nn.test_fuse import apart
 from transformers import DynamicCache
 
 import parco
-from parco import _C, nn
-from parco.nn import decode, fuse_
+from parco import nn
+from parco.nn import fuse_, proofs
 from parco.nn.prepared import groups
 
 WHOLE = ["llama", "llama tied", "llama odd", "mistral", "qwen2 tied", "qwen3", "gemma"]
+WHOLE += ["gpt2", "gpt-neox", "phi", "phi3", "gemma2", "gemma3"]
 TOKENS = models.tokens(1, 12)
-
-
-class Calls(list[int]):
-    """How many layers each compiled call computed."""
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    found, run = Calls(), _C.run_layers
-
-    def counted(layers: list[Any], *arguments: Any) -> None:
-        found.append(len(layers))
-        run(layers, *arguments)
-
-    monkeypatch.setattr(_C, "run_layers", counted)
-    return found
 
 
 def steps(made: Any, count: int = 5, cache: Any = None, start: int = 4) -> list[torch.Tensor]:
@@ -67,8 +53,9 @@ def test_every_architecture_decodes_the_same_in_one_call_a_token(name: str, stor
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_in_few_bits_it_is_no_further_from_the_truth(dtype: torch.dtype, calls: Calls) -> None:
-    made = models.model("qwen2 tied", dtype)
+@pytest.mark.parametrize("name", ["qwen2 tied", "gpt2", "gpt-neox", "gemma2"])
+def test_in_few_bits_it_is_no_further_from_the_truth(name: str, dtype: torch.dtype, calls: Calls) -> None:
+    made = models.model(name, dtype)
     truth = steps(copy.deepcopy(made).float())
     before = sum(apart(a, b) for a, b in zip(steps(made), truth, strict=True))
     fuse_(made)
@@ -301,7 +288,7 @@ def test_copies_pickles_and_saving(tmp_path: Any, calls: Calls) -> None:
         calls.clear()
         assert all(map(torch.equal, steps(twin), expected))
         assert 2 in calls
-        assert decode.STATE not in copy.copy(twin.model.layers[0]).__dict__
+        assert proofs.STATE not in copy.copy(twin.model.layers[0]).__dict__
     assert all(torch.equal(made.state_dict()[name], value) for name, value in state.items())
     made.save_pretrained(tmp_path / "saved")
     loaded = models.t.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -403,7 +390,7 @@ def test_every_instruction_set(monkeypatch: pytest.MonkeyPatch, calls: Calls) ->
             calls.clear()
             agree(steps(made), expected)
             assert calls
-            assert {layer.__dict__[decode.STATE].prepared.isa for layer in made.model.layers} == {isa}
+            assert {layer.__dict__[proofs.STATE].prepared.isa for layer in made.model.layers} == {isa}
     finally:
         monkeypatch.delenv("PARCO_ISA")
         forget_choices()

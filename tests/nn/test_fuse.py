@@ -18,13 +18,13 @@ FUSED = {
     "mistral": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
     "qwen2 tied": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
     "qwen3": {"norm": 9, "gate": 2, "rotation": 2, "layer": 2},
-    "gpt2": {"activation": 2},
-    "gpt-neox": {"rotation": 2},
+    "gpt2": {"dense": 8, "activation": 2, "layer": 2},
+    "gpt-neox": {"rotation": 2, "layer": 2},
     "gemma": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
-    "gemma2": {"norm": 9, "gate": 2, "rotation": 2},
-    "gemma3": {"norm": 13, "gate": 2, "rotation": 2},
-    "phi": {"rotation": 2, "activation": 2},
-    "phi3": {"norm": 5, "gate": 2, "rotation": 2},
+    "gemma2": {"norm": 9, "gate": 2, "rotation": 2, "layer": 2},
+    "gemma3": {"norm": 13, "gate": 2, "rotation": 2, "layer": 2},
+    "phi": {"rotation": 2, "activation": 2, "layer": 2},
+    "phi3": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
     "mixtral": {"norm": 5, "rotation": 2},
     "qwen2-moe": {"norm": 5, "gate": 2, "rotation": 2, "layer": 1},
     "opt": {},
@@ -48,7 +48,7 @@ def test_every_architecture_computes_the_same(name: str) -> None:
     assert not again.fused
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-neox", "phi"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt-neox", "phi"])
 def test_in_bf16_it_is_no_further_from_the_truth(name: str) -> None:
     made = models.model(name, torch.bfloat16)
     truth = models.logits(copy.deepcopy(made).float())

@@ -1,4 +1,4 @@
-"""A decoder's layer of Llama's kind, for one token in one call of compiled code (csrc/decode).
+"""A decoder's layer, for one token in one call of compiled code (csrc/decode).
 
 In a model of a few billion bytes the interpreter's own code and data leave the cache between two products, and each of
 a layer's twenty operations pays for bringing them back. Where a layer is what the proofs say, its weights are of kinds
@@ -12,38 +12,48 @@ hands out its own result when it is asked, and computes anew when it is asked fo
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
 
 from parco import _C
 from parco.kernels.library import undispatched
 from parco.nn import proofs
 from parco.nn.linear import kind_of
-from parco.nn.prepared import NORMS, PROJECTIONS, Prepared, Settings, prepare
+from parco.nn.parts import HEAD_NORMS, OUT, PROJECTIONS, SOFTCAP, TOGETHER, Parts, is_rms_norm, parts
+from parco.nn.prepared import Prepared, Settings, Wiring, kinds, prepare
 from parco.nn.proofs import Unlike
 from parco.nn.room import Room, appendable, room_for_one, written
 
-STATE = "_parco_state"
-"""The attribute of a layer that holds its State, which copies do not take along."""
-
-_LAYER_NAMES = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-_ATTENTION_NAMES = {
-    *("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "head_dim", "layer_idx", "scaling", "config"),
-    *("shape", "view", "transpose", "reshape", "contiguous", "update", "training", "attention_dropout"),
+_LAYER_NAMES = {"use_parallel_residual", "crossattention", "ln_cross_attn", "hasattr", "ValueError"}
+ATTENTION_NAMES = {
+    *PROJECTIONS,
+    *TOGETHER,
+    *OUT,
+    *(name for pair in HEAD_NORMS for name in pair),
+    *("head_dim", "head_size", "layer_idx", "scaling", "config", "rotary_ndims", "split_size", "qk_layernorm"),
+    *("num_attention_heads", "num_key_value_heads", SOFTCAP),
+    *("shape", "view", "transpose", "reshape", "contiguous", "chunk", "split", "torch", "cat"),
     *("ALL_ATTENTION_FUNCTIONS", "get_interface", "_attn_implementation", "eager_attention_forward"),
-    *("getattr", "sliding_window", proofs.ROTARY),
+    *("reorder_and_upcast_attn", "_upcast_and_reordered_attn"),
+    *("training", "attention_dropout", "attn_dropout", "resid_dropout", "p"),
+    *("update", "EncoderDecoderCache", "is_updated", "cross_attention_cache", "self_attention_cache", "q_attn"),
+    *("layers", "keys", "values", "get", "getattr", "hasattr", "isinstance", "ValueError"),
+    *("sliding_window", proofs.ROTARY),
 }
-"""What the forwards of a layer and of its attention may name. `sliding_window` only tells how long the cache is."""
+"""What the forwards of a layer, besides its children, and of its attention may name. `sliding_window` only tells how
+long the cache is; other states than the sequence's own are asked of no layer that is computed here.
+"""
 
 _ARGUMENTS = {
     *("attention_mask", "position_embeddings", "position_ids", "past_key_values", "use_cache", "cache_position"),
+    "layer_past",
 }
-"""What a model hands to its layers while it decodes."""
+"""What a model hands to its layers while it decodes, besides None."""
 
 
 def _unwrapped(kind: type) -> Any:
@@ -54,55 +64,86 @@ def _unwrapped(kind: type) -> Any:
     return inner if ours else forward
 
 
-def _hooked_everywhere() -> bool:
-    """Whether PyTorch calls hooks of every module."""
-    return bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)  # pyright: ignore
-
-
 def looks_like_layer(module: nn.Module) -> bool:
-    """Whether this is a layer whose parts have the names of Llama's, and whose forwards name nothing else."""
-    children = dict(module.named_children())
-    if set(children) != _LAYER_NAMES or "forward" in module.__dict__:
+    """Whether this is a layer of known parts, whose forwards name nothing else."""
+    found = parts(module)
+    if found is None or len(found.norms) not in _PARALLEL:
         return False
-    attention = children["self_attn"]
-    if not {"gate_proj", "up_proj", "down_proj"} <= set(dict(children["mlp"].named_children())):
-        return False
-    inner = {name for name, _ in attention.named_children()}
-    if inner - set(NORMS) != {*PROJECTIONS, "o_proj"} or len(inner & set(NORMS)) == 1:
-        return False
-    forward = _unwrapped(type(module))
-    named = {*forward.__code__.co_names, *forward.__code__.co_freevars}
+    forward, attention = _unwrapped(type(module)), found.attention
+    named = {*forward.__code__.co_names, *forward.__code__.co_freevars} - dict(module.named_children()).keys()
     plain = not (module._parameters or module._buffers or attention._parameters or attention._buffers)  # pyright: ignore
-    wrapped = hasattr(forward, "__wrapped__") or "forward" in attention.__dict__
-    return plain and not wrapped and named <= _LAYER_NAMES and proofs.named_by(type(attention)) <= _ATTENTION_NAMES
+    replaced = hasattr(forward, "__wrapped__") or "forward" in module.__dict__ or "forward" in attention.__dict__
+    return plain and not replaced and named <= _LAYER_NAMES and proofs.named_by(kind_of(attention)) <= ATTENTION_NAMES
+
+
+_PARALLEL = {1: (True,), 2: (False, True), 4: (False,)}
+"""By the number of a layer's norms, whether attention and feed-forward block may both read x."""
+
+
+def _settings(found: Parts, proven: Mapping[nn.Module, Any]) -> Iterator[Settings]:
+    """Every way in which these parts may make a layer. Raises Unlike where one of them is not proven."""
+    named = proofs.named_by(kind_of(found.attention))
+    turns = proofs.ROTARY in named
+    gated = (found.feed_forward,) if found.is_gated else ()
+    layer_norms = {each: proofs.layer_norm(each) for each in (*found.norms, *found.of_heads) if not is_rms_norm(each)}
+    proven = {**proven, **layer_norms}
+    for part in (*found.norms, *found.of_heads, *gated, *((found.attention,) if turns else ())):
+        if part not in proven:
+            raise Unlike(f"its {type(part).__name__} is not fused")
+    if any(dropout.training for dropout in found.dropouts):
+        raise Unlike("it is being trained, with dropout")
+    turning = 0
+    if turns:
+        rotation: Any = getattr(found.attention.config, "rope_parameters", None) or {}
+        part = float(rotation.get("partial_rotary_factor") or 1.0)
+        turning = found.attention.__dict__.get("rotary_ndims", int(found.width * part))
+        turning += turning % 2  # as frequencies for pairs are made
+    activation = proven[found.feed_forward] if gated else proofs.plain(found.feed_forward)
+    heads, key_heads = found.heads
+    mixed = len(found.qkv) == 1 and heads == key_heads and not found.of_heads
+    for parallel in _PARALLEL[len(found.norms)]:
+        for interleaved in (False, True) if mixed else (False,):
+            yield Settings(
+                norms=tuple(proven[norm] for norm in found.norms),
+                of_heads=tuple(proven[norm] for norm in found.of_heads),
+                wiring=Wiring(parallel, interleaved),
+                activation=activation,
+                turning=turning,
+                softcap=(dict(found.flags)[SOFTCAP] or 0.0) if SOFTCAP in named else 0.0,
+                kinds=kinds(found),
+                flags=found.flags,
+            )
 
 
 def layer(module: nn.Module, proven: Mapping[nn.Module, Any]) -> Settings:
     """The settings of a layer that computes what the compiled one does, from those `proven` of its parts. Raises
     Unlike.
     """
-    parts: Any = module
-    attention = parts.self_attn
-    norms = [parts.input_layernorm, parts.post_attention_layernorm]
-    norms += [getattr(attention, name) for name in NORMS if name in attention._modules]
-    inside = (attention, parts.mlp, *norms)
-    for part in inside:
-        if part not in proven:
-            raise Unlike(f"its {type(part).__name__} is not fused")
-    numbers = [proven[norm] for norm in norms]
-    kinds = tuple(map(kind_of, inside))
-    found = Settings(numbers[0], numbers[1], tuple(numbers[2:]), proven[parts.mlp], kinds)
-    weight = norms[0].weight
-    if prepare(module, found, weight.dtype, attention.head_dim).call is None:
-        return found  # of matrices that no compiled kernel reads now; perhaps later
-    for magnitude in proofs.MAGNITUDES:
-        x = proofs.random(1, 1, weight.shape[0], like=weight) * magnitude
-        expected = _probed(module, x, lambda x, named: type(module).forward(module, x, **named))
-        ours = _probed(module, x, lambda x, named: decoded(module, found, x, named))
-        for mine, theirs in zip(ours, expected, strict=True):
-            if not proofs.apart(mine, theirs) < LAYER_ROUNDINGS:
-                raise Unlike(f"{type(module).__name__} computes something else than its parts in Llama's order")
-    return found
+    found = parts(module)
+    assert found is not None
+    weight = found.norms[0].weight
+    if not found.fit():
+        raise Unlike("its matrices have other shapes than those of attention and of a feed-forward block")
+    with proofs.distinct((*found.norms, *found.of_heads)):
+        inputs = [proofs.random(1, 1, weight.shape[0], like=weight) * magnitude for magnitude in proofs.MAGNITUDES]
+        expected = None
+        for settings in _settings(found, proven):
+            module.__dict__.pop(proofs.STATE, None)  # prepared for other settings
+            if prepare(module, settings, weight.dtype).call is None:
+                raise Unlike("no compiled kernel takes its matrices or norms")
+            if expected is None:
+                expected = [
+                    _probed(found, x, settings.turning, lambda x, named: type(module).forward(module, x, **named))
+                    for x in inputs
+                ]
+            ours = (
+                _probed(found, x, settings.turning, lambda x, named, s=settings: decoded(module, s, x, named))
+                for x in inputs
+            )
+            pairs = (pair for probes in zip(ours, expected, strict=True) for pair in zip(*probes, strict=True))
+            if all(proofs.apart(mine, theirs) < LAYER_ROUNDINGS for mine, theirs in pairs):
+                return settings
+    raise Unlike(f"{type(module).__name__} computes something else than its parts in any known order")
 
 
 LAYER_ROUNDINGS = 8.0
@@ -111,34 +152,44 @@ other, and where x is small nothing hides them. Seen: up to 6 in fp32, 2 in bf16
 """
 
 
-def _probed(module: Any, x: Tensor, run: Callable[..., Any]) -> tuple[Tensor, Tensor, Tensor]:
+def _probed(found: Parts, x: Tensor, turning: int, run: Callable[..., Any]) -> tuple[Tensor, Tensor, Tensor]:
     """What `run(x, arguments)` gives after a few tokens, and the last token's key and value."""
     from transformers.cache_utils import DynamicCache
 
-    attention = module.self_attn
-    width = attention.head_dim
-    heads = attention.k_proj.out_features // width
     cache = DynamicCache()
-    index = attention.layer_idx
-    keys, values = (proofs.random(1, heads, 5, width, like=x, seed=seed) for seed in (1, 2))
+    index = found.attention.layer_idx
+    keys, values = (proofs.random(1, found.heads[1], 5, found.width, like=x, seed=seed) for seed in (1, 2))
     cache.update(keys, values, index)
-    half = proofs.random(1, 1, width // 2, like=x, seed=3).float()
-    angles = tuple(torch.cat((f(half), f(half)), dim=-1).to(x.dtype) for f in (torch.cos, torch.sin))
+    named: dict[str, Any] = {"attention_mask": None, "use_cache": True}
+    named[_cache_name(found.attention)] = cache
+    if turning:
+        half = proofs.random(1, 1, turning // 2, like=x, seed=3).float()
+        angles = tuple(torch.cat((f(half), f(half)), dim=-1).to(x.dtype) for f in (torch.cos, torch.sin))
+        named["position_embeddings"] = angles
     with torch.inference_mode():
-        y = run(x, {"attention_mask": None, "past_key_values": cache, "use_cache": True, "position_embeddings": angles})
+        y = run(x, named)
     if not isinstance(y, Tensor):
-        raise Unlike(f"{type(module).__name__} returns something else")
+        raise Unlike("it returns something else than a tensor")
     last = cache.layers[index]
     assert last.keys is not None and last.values is not None
     return y, last.keys[:, :, 5:], last.values[:, :, 5:]
 
 
+def _cache_name(attention: Any) -> str:
+    """What attention calls the cache."""
+    named = inspect.signature(kind_of(attention).forward).parameters
+    return "layer_past" if "layer_past" in named else "past_key_values"
+
+
 def layer_forward(original: type[nn.Module]) -> Callable[..., Any]:
     """A forward that decodes in one call where it can, and is the original's elsewhere."""
+    names = tuple(inspect.signature(_unwrapped(original)).parameters)[2:]
 
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
-        if len(inputs) == 1 and not torch.compiler.is_compiling():
-            y = decoded(self, self._fusion, inputs[0], named)
+        if inputs and not torch.compiler.is_compiling():
+            x, *others = inputs
+            asked = {**dict(zip(names, others, strict=False)), **named} if others else named
+            y = decoded(self, self._fusion, x, asked)
             if y is not None:
                 return y
         return original.forward(self, *inputs, **named)
@@ -192,7 +243,7 @@ class Token:
         self.results[self.done] = self.rooms[self.done] = None  # pyright: ignore
         self.done += 1
         if self.done == len(self.layers):
-            self.cache = self.angles = None
+            self.cache = None
         y._parco_token = self, self.done  # pyright: ignore[reportAttributeAccessIssue]
         return y
 
@@ -200,19 +251,24 @@ class Token:
 def decoded(module: Any, settings: Settings, x: Tensor, named: dict[str, Any]) -> Tensor | None:
     """The layer's result for one token, with its key and value appended; None where it takes the modules."""
     cache, angles = named.get("past_key_values"), named.get("position_embeddings")
-    if cache is None or angles is None or named.get("attention_mask") is not None or not named.keys() <= _ARGUMENTS:
+    if cache is None:
+        cache = named.get("layer_past")
+    if cache is None or (angles is None) != (settings.turning == 0):
         return None
+    if not named.keys() <= _ARGUMENTS and any(named[name] is not None for name in named.keys() - _ARGUMENTS):
+        return None
+    mask = named.get("attention_mask")
     before: tuple[Token, int] | None = getattr(x, "_parco_token", None)
     if before is not None:
         token, done = before
         if done == len(token.layers):
-            _state(token.layers[-1]).following = weakref.ref(module)
+            if token.angles is angles:
+                _state(token.layers[-1]).following = weakref.ref(module)
         elif token.leads_to(module, done, cache, angles) and x._version == token.version and token.is_ahead:
-            return token.take()
-    cos, sin = angles
-    if x.shape[:-1] != (1, 1) or not x.is_contiguous() or not undispatched(x, cos, sin):
+            return token.take() if _hides_nothing(mask) and _fits(mask, token.rooms[done][1]) else None
+    if x.shape[:-1] != (1, 1) or not x.is_contiguous() or not undispatched(x, *(angles or ())):
         return None
-    if torch.is_autocast_enabled("cpu") or _hooked_everywhere():
+    if torch.is_autocast_enabled("cpu") or proofs.hooked_everywhere() or not _hides_nothing(mask):
         return None
     ready: list[_C.DecoderLayer] = []
     rooms: list[tuple[Any, Room]] = []
@@ -223,30 +279,44 @@ def decoded(module: Any, settings: Settings, x: Tensor, named: dict[str, Any]) -
             break
         ready.append(found[0])
         rooms.append(found[1:])
-    if not ready:
+    if not ready or not _fits(mask, rooms[0][1]):
         return None
-    token = Token(layers[: len(ready)], _run(ready, rooms, x, cos, sin), rooms, cache, angles)
+    token = Token(layers[: len(ready)], _run(ready, rooms, x, angles), rooms, cache, angles)
     _state(module).token = token
     return token.take()
 
 
-def _run(
-    ready: list[_C.DecoderLayer], rooms: list[tuple[Any, Room]], x: Tensor, cos: Tensor, sin: Tensor
-) -> list[Tensor]:
+def _hides_nothing(mask: Any) -> bool:
+    """Whether one token sees all that the mask is for."""
+    if mask is None:
+        return True
+    if not isinstance(mask, Tensor) or mask.shape[:-1] != (1, 1, 1):
+        return False
+    return bool(mask.all()) if mask.dtype == torch.bool else not mask.any()
+
+
+def _fits(mask: Tensor | None, room: Room) -> bool:
+    """Whether the mask is for the tokens of the cache and the next one."""
+    return mask is None or mask.shape[-1] == room.known + 1
+
+
+def _run(ready: list[_C.DecoderLayer], rooms: list[tuple[Any, Room]], x: Tensor, angles: Any) -> list[Tensor]:
     """The results of the layers, one after the other, in one call."""
     with torch.inference_mode(False):  # whose tensors count their changes
         y = torch.empty((len(ready), *x.shape), dtype=x.dtype)
         results = list(y.unbind())
     held = [room for _, room in rooms]
+    cos, sin = (angle.data_ptr() for angle in angles) if angles else (0, 0)
+    keys, values = zip(*(room.addresses for room in held), strict=True)
     _C.run_layers(
         ready,
         x.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
+        cos,
+        sin,
         y.data_ptr(),
-        [room.keys.data_ptr() for room in held],
-        [room.values.data_ptr() for room in held],
-        [room.used for room in held],
+        keys,
+        values,
+        [room.known for room in held],
         [room.keys.stride(1) for room in held],
         [room.values.stride(1) for room in held],
         torch.get_num_threads(),
@@ -271,9 +341,9 @@ def _expected(module: Any) -> list[Any]:
 
 
 def _state(module: Any) -> State:
-    state = module.__dict__.get(STATE)
+    state = module.__dict__.get(proofs.STATE)
     if state is None:
-        state = module.__dict__[STATE] = State()
+        state = module.__dict__[proofs.STATE] = State()
     return state
 
 
@@ -281,18 +351,20 @@ def _ready(
     module: Any, settings: Settings, x: Tensor, angles: Any, cache: Any
 ) -> tuple[_C.DecoderLayer, Any, Room] | None:
     """(the call, the cache's layer, its room) where this layer can decode x now, else None."""
-    attention = module._modules["self_attn"]
-    width = attention.head_dim
-    if module.training or attention.training or attention.config._attn_implementation not in ("sdpa", "eager"):
-        return None
     state = _state(module)
     ready = state.prepared
     if ready is None or not ready.holds or ready.dtype != x.dtype:
-        ready = state.prepared = prepare(module, settings, x.dtype, width)
+        ready = state.prepared = prepare(module, settings, x.dtype)
     if ready.call is None or any(ready.hooks) or x.shape[-1] != ready.columns:
         return None
-    for angle in angles:
-        if angle.shape != (1, 1, width) or angle.dtype != x.dtype or not angle.is_contiguous():
+    attention = ready.attention
+    if module.training or attention.training or any(dropout.training for dropout in ready.dropouts):
+        return None
+    implementation = attention.config._attn_implementation
+    if implementation != "eager" and (implementation != "sdpa" or settings.softcap):
+        return None
+    for angle in angles or ():
+        if angle.shape != (1, 1, settings.turning) or angle.dtype != x.dtype or not angle.is_contiguous():
             return None
-    layer = appendable(cache, attention.layer_idx, ready.key_heads, width, x.dtype)
+    layer = appendable(cache, attention.layer_idx, ready.key_heads, ready.width, x.dtype)
     return None if layer is None else (ready.call, layer, room_for_one(layer))

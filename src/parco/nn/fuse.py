@@ -22,8 +22,10 @@ from parco.kernels.library import TYPES, transformed
 from parco.kernels.linear import linear_dense
 from parco.kernels.rowwise import ACTIVATIONS, rms_norm
 from parco.nn import decode, joined, proofs
+from parco.nn.parts import PROJECTIONS, gated_names, is_conv1d, is_rms_norm, rows
 from parco.nn.prepared import groups
 from parco.nn.proofs import ROTARY, Unlike
+from parco.nn.together import keeps_its_input, standing_in
 
 Kind = Literal["norm", "gate", "rotation", "activation", "dense", "layer"]
 
@@ -57,8 +59,9 @@ def _is_fused(module: Any) -> bool:
 @torch.no_grad()
 def fuse_(model: nn.Module) -> Fusion:
     """Fuse RMS norms, gated feed-forward blocks, rotary embeddings and GELUs written out in Python, in place; and
-    decoder layers made of these, which then decode in one call. Linear layers that stayed PyTorch's own, in bf16 or
-    fp16 on a CPU, are multiplied by `linear_dense` where no gradients are asked for.
+    decoder layers made of these and of layer norms, which then decode in one call. Linear layers that stayed PyTorch's
+    own, in bf16 or fp16 on a CPU, are multiplied by `linear_dense` where no gradients are asked for; the matrices of
+    Transformers' Conv1D are put into memory by rows for it.
 
     Fused results differ from unfused ones by roundings: what was rounded after every step is computed in fp32 and
     rounded once. Gradients flow as before. Stored matrices that read the same input (q, k and v; gate and up) are put
@@ -113,17 +116,23 @@ def _class_of(original: type[nn.Module], kind: Kind) -> type[nn.Module]:
         forward = _guarded(_FORWARDS[kind], original)
 
     def reduce(self: Any, protocol: int) -> Any:
-        state = {name: value for name, value in self.__dict__.items() if name != decode.STATE}
+        state = {name: value for name, value in self.__dict__.items() if name != proofs.STATE}
         return _revived, (original, kind), state
 
     def restore(self: Any, state: dict[str, Any]) -> None:
         original.__setstate__(self, state)  # pyright: ignore
         _join_parts(self)
 
+    def save(self: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        original._save_to_state_dict(self, destination, prefix, keep_vars)  # pyright: ignore
+        if not keep_vars:
+            destination[prefix + "weight"] = destination[prefix + "weight"].contiguous()  # what files take
+
     return type(
         original.__name__,
         (_Fused, original),
         {
+            **({"_save_to_state_dict": save} if kind == "dense" else {}),
             "__module__": original.__module__,
             "__qualname__": original.__qualname__,
             "__reduce_ex__": reduce,
@@ -154,12 +163,13 @@ def _guarded(run: Callable[[Any, Tensor], Tensor], original: type[nn.Module]) ->
 
 
 def _looks_like(module: nn.Module) -> Kind | None:
-    names = dict(module.named_children())
     if type(module) is nn.Linear:
         return "dense" if module.weight.is_cpu and module.weight.dtype in proofs.HALVES else None
-    if "RMSNorm" in type(module).__name__:
+    if is_conv1d(module):
+        return "dense" if module.weight.is_cpu and module.weight.dtype in TYPES else None
+    if is_rms_norm(module):
         return "norm"
-    if "down_proj" in names and ("gate_up_proj" in names or {"gate_proj", "up_proj"} <= set(names)):
+    if gated_names(module) is not None:
         return "gate"
     if ROTARY in proofs.named_by(type(module)):
         return "rotation"
@@ -180,21 +190,41 @@ def _gate_forward(module: Any, x: Tensor) -> Tensor:
 
 
 def _rotated(original: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of `original`, the same code, with `rotate` under the name of its rotary embedding."""
+    """The forward of `original`, the same code, with `rotate` under the name of its rotary embedding, and where it is
+    plain enough with one product for q, k and v.
+    """
     forward: Any = original.forward
     known = {**forward.__globals__, ROTARY: proofs.rotary(forward.__globals__[ROTARY])}
     made = types.FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__)
     made.__kwdefaults__ = forward.__kwdefaults__
-    return made
+    named = proofs.named_by(original)
+    if not set(PROJECTIONS) <= named <= decode.ATTENTION_NAMES or not keeps_its_input(made):
+        return made
+
+    def together(self: Any, *inputs: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return made(self, *inputs, **named)
+        return made(standing_in(self, inputs[0] if inputs else named.get("hidden_states")), *inputs, **named)
+
+    return together
 
 
 def _dense_forward(module: Any, x: Tensor) -> Tensor:
     weight: Tensor = module.weight
     plain = type(weight) is nn.Parameter and weight.is_cpu and x.dtype == weight.dtype in proofs.HALVES
     trains = torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in module.parameters()))
-    if not plain or trains or torch.is_autocast_enabled("cpu"):
+    if not plain or trains or torch.is_autocast_enabled("cpu") or not rows(module).is_contiguous():
         return module._original.forward(module, x)
-    return linear_dense(x, weight, module.bias)
+    return linear_dense(x, rows(module), module.bias)
+
+
+def _dense(module: Any) -> None:
+    """A linear layer whose matrix lies by rows; a Conv1D's is laid out so, under the same shape."""
+    proofs.dense(module)
+    if is_conv1d(module):
+        if type(module.weight) is not nn.Parameter or module.weight.is_shared():
+            raise Unlike("its weight is shared or no plain parameter")
+        module.weight.data = module.weight.detach().t().contiguous().t()
 
 
 def _activation_forward(module: Any, x: Tensor) -> Tensor:
@@ -206,7 +236,7 @@ _CHECKS: dict[str, Callable[[nn.Module], Any]] = {
     "gate": proofs.gate,
     "rotation": proofs.rotation,
     "activation": proofs.activation,
-    "dense": proofs.dense,
+    "dense": _dense,
 }
 _FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "norm": _norm_forward,

@@ -5,7 +5,7 @@ are still right.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,25 +19,38 @@ from parco.kernels.linear.prepared import coded_product, dense_product
 from parco.kernels.rowwise.gate import NUMBERS
 from parco.nn import joined
 from parco.nn.linear import Linear, kind_of
+from parco.nn.parts import FLAGS, PROJECTIONS, Parts, parts, rows, shape
+from parco.nn.proofs import Centered, Rms, activation_of
 from parco.products import Activations, Product
 from parco.weights import Dense, Quantized
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-NORMS = ("q_norm", "k_norm")
-"""Children of attention: what is multiplied, and what queries and keys are normalized by, where they are."""
+
+@dataclass(frozen=True)
+class Wiring:
+    """In which order the parts of a layer are applied: whether the feed-forward block reads x as attention does
+    (`parallel`), and whether one matrix gives query, key and value of a head, then those of the next one
+    (`interleaved`), or all queries first.
+    """
+
+    parallel: bool
+    interleaved: bool
 
 
 @dataclass(frozen=True)
 class Settings:
-    """(epsilon, offset, rounded) of the norms before attention, before the gate, and of queries and keys where they
-    have one; the gate's activation; the classes of attention, gate and norms, before they were fused.
+    """How a layer is computed: its norms and those of queries and keys, as in Parts; its wiring; the feed-forward
+    block's activation; how many numbers of a head turn; the classes of attention, feed-forward block and norms, before
+    they were fused; the flags of its Parts.
     """
 
-    before: tuple[float, float, bool]
-    between: tuple[float, float, bool]
-    of_heads: tuple[tuple[float, float, bool], ...]
+    norms: tuple[Rms | Centered, ...]
+    of_heads: tuple[Rms | Centered, ...]
+    wiring: Wiring
     activation: str
+    turning: int
+    softcap: float
     kinds: tuple[type, ...]
+    flags: tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +63,7 @@ class Prepared:
     dtype: torch.dtype
     columns: int
     key_heads: int
+    width: int
     isa: str
     owners: tuple[dict[str, Any], ...]
     keys: tuple[str, ...]
@@ -59,6 +73,8 @@ class Prepared:
     parts: tuple[nn.Module, ...]
     kinds: tuple[type, ...]
     hooks: tuple[Any, ...]
+    attention: Any
+    dropouts: tuple[nn.Module, ...]
 
     @property
     def holds(self) -> bool:
@@ -72,99 +88,92 @@ class Prepared:
 
 def groups(module: Any, kind: str) -> Iterator[list[nn.Module]]:
     """The layers in a fused module of this kind that multiply one input."""
-    if kind == "layer":
-        yield [getattr(module.self_attn, name) for name in PROJECTIONS]
+    if kind == "layer" and (found := parts(module)) is not None:
+        yield list(found.qkv)
+    elif kind == "rotation" and set(PROJECTIONS) <= module._modules.keys():
+        yield [module._modules[name] for name in PROJECTIONS]
     elif kind == "gate" and "gate_proj" in module._modules:
         yield [module.gate_proj, module.up_proj]
 
 
-def prepare(module: Any, settings: Settings, dtype: torch.dtype, width: int) -> Prepared:
-    """What a token of `dtype` takes in this layer as it is now, heads of `width` numbers."""
-    attention, gate = module.self_attn, module.mlp
-    norms = [module.input_layernorm, module.post_attention_layernorm]
-    norms += [getattr(attention, name) for name in NORMS if name in attention._modules]
-    parts = tuple(module.modules())[1:]
+def prepare(module: Any, settings: Settings, dtype: torch.dtype) -> Prepared:
+    """What a token of `dtype` takes in this layer as it is now."""
+    inside = tuple(module.modules())[1:]
     tensors = tuple(module.parameters())
     found: list[tuple[dict[str, Any], str, Any]] = [
         (module._modules, name, each) for name, each in module._modules.items()
     ]
-    for part in parts:
+    for part in inside:
         found += [(part._modules, name, each) for name, each in part._modules.items()]
         found += [(part._parameters, name, each) for name, each in part._parameters.items()]
         found += [(part.__dict__, name, part.__dict__.get(name)) for name in ("forward", "_packed", "_product")]
+    whole = parts(module)
+    call = None
+    if whole is not None:
+        owners = (module.__dict__, whole.attention.__dict__)
+        found += [(owner, name, owner[name]) for owner in owners for name in sorted(FLAGS & owner.keys())]
+        replaced = any("forward" in part.__dict__ for part in inside)
+        same = kinds(whole) == settings.kinds and whole.flags == settings.flags
+        if not replaced and same and whole.fit() and activation_of(whole.feed_forward) == settings.activation:
+            call = _call(settings, dtype, whole, tensors)
     owners, keys, values = zip(*found, strict=True)
-    plain = not any("forward" in part.__dict__ for part in parts)
-    if plain and tuple(map(kind_of, (attention, gate, *norms))) == settings.kinds:
-        places = [
-            [getattr(attention, name) for name in PROJECTIONS],
-            [attention.o_proj],
-            [gate.gate_proj, gate.up_proj],
-            [gate.down_proj],
-        ]
-        weights = [norm.weight for norm in norms]
-        call = _call(settings, dtype, width, attention.scaling, weights, places, tensors)
-    else:
-        call = None
     return Prepared(
         call,
         dtype,
-        attention.o_proj.out_features if call else 0,
-        attention.k_proj.out_features // width if call else 0,
+        shape(whole.down)[0] if whole else 0,
+        whole.heads[1] if whole else 0,
+        whole.width if whole else 0,
         machine.isa(),
         owners,
         keys,
         values,
         tensors,
         [tensor.data_ptr() for tensor in tensors],
-        parts,
-        tuple(map(type, parts)),
-        tuple(hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)),
+        inside,
+        tuple(map(type, inside)),
+        tuple(hooks for part in inside for hooks in (part._forward_hooks, part._forward_pre_hooks)),
+        whole.attention if whole else None,
+        whole.dropouts if whole else (),
     )
 
 
-def _call(
-    settings: Settings,
-    dtype: torch.dtype,
-    width: int,
-    scale: float,
-    weights: list[Tensor],
-    places: list[list[Any]],
-    tensors: tuple[Tensor, ...],
-) -> _C.DecoderLayer | None:
-    """The compiled layer, `places` its matrices and `weights` those of its norms; None where a matrix is of a kind, or
-    somewhere, that no compiled kernel reads.
-    """
-    layers = [each for place in places for each in place]
-    plain = all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in tensors)
-    if dtype not in TYPES or not plain or not all(isinstance(x, Linear) or kind_of(x) is nn.Linear for x in layers):
+def kinds(whole: Parts) -> tuple[type, ...]:
+    """The classes of the parts whose forwards are not run."""
+    return tuple(map(kind_of, (whole.attention, whole.feed_forward, *whole.norms, *whole.of_heads)))
+
+
+def _call(settings: Settings, dtype: torch.dtype, whole: Parts, tensors: tuple[Tensor, ...]) -> _C.DecoderLayer | None:
+    """The compiled layer; None where a matrix is of a kind, or somewhere, that no compiled kernel reads."""
+    if dtype not in TYPES or not all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in tensors):
         return None
-    heads, key_heads, value_heads = (layer.out_features // width for layer in places[0])
-    columns, inner = places[1][0].out_features, places[3][0].in_features
-    fits = key_heads == value_heads and heads % key_heads == 0 and width % 2 == 0
-    sizes = [columns, columns, width, width]
-    for weight, size in zip(weights, sizes, strict=False):
-        fits = fits and weight.dtype == dtype and weight.is_contiguous() and tuple(weight.shape) == (size,)
-    products = [_products(place, dtype) for place in places]
-    if not fits or any(place is None for place in products):
+    (heads, key_heads), width = whole.heads, whole.width
+    columns, inner = shape(whole.down)
+    products = [_products(place, dtype) for place in (whole.qkv, (whole.out,), whole.gate_up, (whole.down,))]
+    norms = [_scaling(norm, how, columns, dtype) for norm, how in zip(whole.norms, settings.norms, strict=True)]
+    of_heads = [_scaling(norm, how, width, dtype) for norm, how in zip(whole.of_heads, settings.of_heads, strict=True)]
+    scalings = [scaling for scaling in (*norms, *of_heads) if scaling is not None]
+    if None in products or len(scalings) != len(norms) + len(of_heads):
         return None
-    before, between, *of_heads = (
-        _C.Scaling(weight.data_ptr(), *numbers)
-        for weight, numbers in zip(weights, (settings.before, settings.between, *settings.of_heads), strict=True)
-    )
+    before, *others = scalings[: len(norms)]
     call = _C.DecoderLayer(
         isa="avx512" if machine.isa() == "amx" else machine.isa(),
         columns=columns,
         heads=heads,
         key_heads=key_heads,
         head=width,
-        turning=width,
+        turning=settings.turning,
         inner=inner,
-        scale=scale,
+        scale=whole.attention.scaling,
+        softcap=settings.softcap,
         type=TYPES[dtype],
         activation=NUMBERS[settings.activation],
+        gated=whole.is_gated,
+        parallel=settings.wiring.parallel,
+        interleaved=settings.wiring.interleaved,
         before=before,
-        between=between,
-        of_heads=of_heads,
+        between=others[1:2] if len(norms) == 4 else others,
+        after=others[::2] if len(norms) == 4 else [],
+        of_heads=scalings[len(norms) :],
     )
     for place, together in enumerate(products):
         for product in together or ():
@@ -172,7 +181,20 @@ def _call(
     return call
 
 
-def _products(layers: list[Any], dtype: torch.dtype) -> list[_C.Product] | None:
+def _scaling(norm: Any, how: Rms | Centered, columns: int, dtype: torch.dtype) -> _C.Scaling | None:
+    """A norm of rows of so many columns; None where its weights are others."""
+    bias = norm._parameters.get("bias")
+    for tensor in (norm.weight, bias):
+        if tensor is not None and (
+            tensor.dtype != dtype or not tensor.is_contiguous() or tuple(tensor.shape) != (columns,)
+        ):
+            return None
+    epsilon, offset, rounded = how if isinstance(how, Rms) else (how.epsilon, 0.0, False)
+    address = 0 if bias is None else bias.data_ptr()
+    return _C.Scaling(norm.weight.data_ptr(), address, epsilon, offset, rounded, isinstance(how, Centered))
+
+
+def _products(layers: Sequence[Any], dtype: torch.dtype) -> list[_C.Product] | None:
     """One product for all of `layers` where they lie side by side, else one each; None without a compiled kernel."""
     whole = joined.joined(layers) if len(layers) > 1 else None
     if whole is not None:
@@ -181,7 +203,7 @@ def _products(layers: list[Any], dtype: torch.dtype) -> list[_C.Product] | None:
         products = [
             _product(layer.weight.spec, layer.weight.tensors(), layer.bias, dtype, layer.weight.product)
             if isinstance(layer, Linear)
-            else dense_product(dtype, layer.weight, layer.bias)
+            else dense_product(dtype, rows(layer), layer.bias)
             for layer in layers
         ]
     found = [product for product in products if product is not None]

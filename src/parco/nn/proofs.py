@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules import module as module_hooks
 
 from parco.kernels.library import TYPES, transformed
 from parco.kernels.rowwise import ACTIVATIONS, gated, rms_norm, rotate
-from parco.nn.linear import Linear
+from parco.nn.parts import gated_names, is_conv1d, is_linear, matrices, shape
 
 ROTARY = "apply_rotary_pos_emb"
+
+STATE = "_parco_state"
+"""The attribute of a fused module that holds what it has found out, which copies do not take along."""
 
 HALVES = (torch.bfloat16, torch.float16)
 """Dtypes whose products PyTorch's own layers round, or sum, as the processor likes."""
@@ -28,6 +34,25 @@ NORM_NAMES = {
 }
 GATE_NAMES = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "act_fn", "activation_fn", "act", "chunk"}
 """What the forward of a norm or of a gated block may name. A clamp, a dropout, a factor or a flag is none of it."""
+
+
+class Rms(NamedTuple):
+    """How an RMS norm is computed: the arguments of `rms_norm` but x and weight."""
+
+    epsilon: float
+    offset: float
+    rounded: bool
+
+
+class Centered(NamedTuple):
+    """How a layer norm is computed."""
+
+    epsilon: float
+
+
+def hooked_everywhere() -> bool:
+    """Whether PyTorch calls hooks of every module."""
+    return bool(module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)  # pyright: ignore
 
 
 class Unlike(Exception):
@@ -56,10 +81,14 @@ def require(module: nn.Module, allowed: set[str], parameters: set[str]) -> None:
         raise Unlike(f"{kind} has other parameters than {', '.join(sorted(parameters)) or 'those of its parts'}")
 
 
-def dense(module: nn.Module) -> None:
-    """Of PyTorch's own linear layer nothing has to be shown but that it is one."""
+def dense(module: Any) -> None:
+    """Of PyTorch's own linear layer nothing has to be shown but that it is one; a Conv1D must multiply as one."""
     if "forward" in module.__dict__:
-        raise Unlike("the forward of this Linear has been replaced")
+        raise Unlike(f"the forward of this {type(module).__name__} has been replaced")
+    if is_conv1d(module):
+        x = random(3, module.weight.shape[0], like=module.weight)
+        if not alike(module, lambda x: functional.linear(x, module.weight.t(), module.bias), x) < ROUNDINGS:
+            raise Unlike("Conv1D computes something else than a linear layer")
 
 
 ROUNDINGS = 2.0
@@ -94,8 +123,8 @@ def alike(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> floa
     return max(distances, default=float("inf"))
 
 
-def norm(module: nn.Module) -> tuple[float, float, bool]:
-    """(epsilon, offset, rounded) of an RMS norm: of the ways in use the one that gives the module's result."""
+def norm(module: nn.Module) -> Rms:
+    """How an RMS norm is computed: of the ways in use the one that gives the module's result."""
     kind = type(module).__name__
     require(module, NORM_NAMES, {"weight"})
     weight = module.get_parameter("weight")
@@ -103,7 +132,7 @@ def norm(module: nn.Module) -> tuple[float, float, bool]:
     if not isinstance(epsilon, float) or weight.ndim != 1 or weight.dtype not in TYPES:
         raise Unlike(f"{kind} without an epsilon, or computed in {weight.dtype}")
     x = random(7, weight.shape[0], like=weight)
-    ways = [(epsilon, offset, rounded) for offset in (0.0, 1.0) for rounded in (True, False)]
+    ways = [Rms(epsilon, offset, rounded) for offset in (0.0, 1.0) for rounded in (True, False)]
     distances = [alike(module, lambda x, way=way: rms_norm(x, weight, *way), x) for way in ways]
     best = min(range(len(ways)), key=lambda i: distances[i])
     if not distances[best] < ROUNDINGS:
@@ -111,22 +140,64 @@ def norm(module: nn.Module) -> tuple[float, float, bool]:
     return ways[best]
 
 
+def layer_norm(module: Any) -> Centered:
+    """Of PyTorch's own layer norm only its kind has to be shown."""
+    if "forward" in module.__dict__ or module.weight is None or module.weight.ndim != 1:
+        raise Unlike("this LayerNorm has another forward, no weight or several dimensions")
+    return Centered(module.eps)
+
+
+@contextmanager
+def distinct(norms: Iterable[nn.Module]) -> Generator[None]:
+    """Random weights in all norms for a while, so that those of a new model, which are equal, are told apart."""
+    held = {parameter: parameter.data for norm in norms for parameter in norm.parameters()}
+    try:
+        for seed, (parameter, data) in enumerate(held.items()):
+            parameter.data = data + random(*data.shape, like=data, seed=seed) / 4
+        yield
+    finally:
+        for parameter, data in held.items():
+            parameter.data = data
+
+
 def gate(module: nn.Module) -> str:
     """The activation of a gated feed-forward block: gate, up (or both in one), down."""
-    kind, children = type(module).__name__, dict(module.named_children())
     require(module, GATE_NAMES, set())
-    names = ("gate_up_proj", "down_proj") if "gate_up_proj" in children else ("gate_proj", "up_proj", "down_proj")
-    if not all(isinstance(children[name], nn.Linear | Linear) for name in names):
+    return _activation_in(module, gated_block)
+
+
+def plain(module: nn.Module) -> str:
+    """The activation of a feed-forward block of two matrices: up and down. Dropouts are let pass where they do
+    nothing.
+    """
+    require(module, set(dict(module.named_children())), set())
+    return _activation_in(module, plain_block)
+
+
+def _activation_in(module: nn.Module, block: Callable[[Any, Tensor, str], Tensor]) -> str:
+    kind, multiplied = type(module).__name__, matrices(module)
+    if multiplied is None or not all(is_linear(each) for each in (*multiplied[0], multiplied[1])):
         raise Unlike(f"{kind} multiplies by something else than linear layers")
-    function = next((getattr(module, n) for n in ("act_fn", "activation_fn", "act") if hasattr(module, n)), None)
-    activation = None if function is None else name_of(function)
+    activation = activation_of(module)
     if activation is None:
         raise Unlike(f"its activation is none of {', '.join(ACTIVATIONS)}")
-    first: Any = children[names[0]]
-    x = random(3, first.in_features, like=torch.empty(0, dtype=first.weight.dtype, device=first.weight.device))
-    if not alike(module, lambda x: gated_block(module, x, activation), x) < ROUNDINGS:
-        raise Unlike(f"{kind} computes something else than gate, up and down")
+    weight = multiplied[0][0].weight
+    x = random(3, shape(multiplied[0][0])[1], like=torch.empty(0, dtype=weight.dtype, device=weight.device))
+    if not alike(module, lambda x: block(module, x, activation), x) < ROUNDINGS:
+        raise Unlike(f"{kind} computes something else than {'gate, ' if gated_names(module) else ''}up and down")
     return activation
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """The activation that a feed-forward block holds, where it is one of ours."""
+    function = next((getattr(module, n) for n in ("act_fn", "activation_fn", "act") if hasattr(module, n)), None)
+    return None if function is None else name_of(function)
+
+
+def plain_block(module: Any, x: Tensor, activation: str) -> Tensor:
+    """down(activation(up(x)))."""
+    up, down = (each for each in module.children() if is_linear(each))
+    return down(ACTIVATIONS[activation](up(x)))
 
 
 def gated_block(module: Any, x: Tensor, activation: str) -> Tensor:

@@ -20,15 +20,27 @@ LEAST = 64
 
 @dataclass
 class Room:
-    """Tensors [batch, heads, capacity, D], of which the first `used` tokens are written; `views` are what the cache's
-    layer was given, and `ahead` says who wrote behind them last.
+    """Tensors [batch, heads, capacity, D], of which the tokens from `start` to `used` are the cache's; `views` are what
+    its layer was given, and `ahead` says who wrote behind them last.
     """
 
     keys: Tensor
     values: Tensor
+    start: int
     used: int
     views: tuple[Tensor, Tensor]
     ahead: object = None
+
+    @property
+    def known(self) -> int:
+        """Tokens of the cache."""
+        return self.used - self.start
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Where the first of them begins, for keys and for values."""
+        keys, values = (x.data_ptr() + self.start * x.stride(2) * x.element_size() for x in (self.keys, self.values))
+        return keys, values
 
 
 def room_for_one(layer: Any) -> Room:
@@ -39,11 +51,11 @@ def room_for_one(layer: Any) -> Room:
         room is None
         or layer.keys is not room.views[0]
         or layer.values is not room.views[1]
-        or room.used != known  # a copy of the layer that shares the room has gone on
-        or known == room.keys.shape[2]
+        or room.known != known  # a copy of the layer that shares the room has gone on
+        or room.used == room.keys.shape[2]
     ):
         keys, values = (_longer(x, max(LEAST, 2 * known)) for x in (layer.keys, layer.values))
-        room = Room(keys, values, known, (layer.keys, layer.values))
+        room = Room(keys, values, 0, known, (layer.keys, layer.values))
         layer._parco_room = room
     return room
 
@@ -52,10 +64,11 @@ def written(layer: Any, room: Room) -> None:
     """Makes the token behind the last part of the layer."""
     room.used += 1
     room.ahead = None
-    room.views = (room.keys[:, :, : room.used], room.values[:, :, : room.used])
-    layer.keys, layer.values = room.views
-    if layer.is_sliding:
+    if layer.is_sliding:  # whose cache ends one token before the window does
         layer.cumulative_length += 1
+        room.start = max(room.start, room.used - layer.sliding_window + 1)
+    room.views = (room.keys[:, :, room.start : room.used], room.values[:, :, room.start : room.used])
+    layer.keys, layer.values = room.views
 
 
 def _longer(x: Tensor, capacity: int) -> Tensor:
@@ -66,7 +79,7 @@ def _longer(x: Tensor, capacity: int) -> Tensor:
 
 def appendable(cache: Any, index: int, heads: int, columns: int, dtype: torch.dtype) -> Any:
     """The layer `index` of a Transformers cache where a step of one sequence may write into it, else None: one that
-    appends and drops nothing, with keys and values of this kind on the CPU.
+    appends, and drops nothing but what leaves its window, with keys and values of this kind on the CPU.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -78,8 +91,8 @@ def appendable(cache: Any, index: int, heads: int, columns: int, dtype: torch.dt
     if not layer.is_initialized or keys is None or type(keys) is not Tensor or type(values) is not Tensor:
         return None
     if kind is DynamicSlidingWindowLayer:
-        # While the window is not full, it is as the other one, but for a count.
-        if layer.record_past or layer.cumulative_length != keys.shape[-2] or keys.shape[-2] + 2 > layer.sliding_window:
+        kept = min(layer.cumulative_length, layer.sliding_window - 1)
+        if layer.record_past or keys.shape[-2] != kept:
             return None
     elif kind is not DynamicLayer:
         return None

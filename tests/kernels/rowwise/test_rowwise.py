@@ -1,4 +1,4 @@
-"""rms_norm, gated, rotate and attend: every kernel against fp64 within its dtype's rounding, derivatives, errors."""
+"""Norms, gated, rotate and attend: every kernel against fp64 within its dtype's rounding, derivatives, errors."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parco import machine
 from parco.kernels import table
-from parco.kernels.rowwise import ACTIVATIONS, attend, gated, rms_norm, rotate
+from parco.kernels.rowwise import ACTIVATIONS, attend, gated, layer_norm, rms_norm, rotate
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -48,6 +48,27 @@ def test_rms_norm_of_every_kernel(columns: int, dtype: torch.dtype) -> None:
         assert_rounded(twice, quotient * weight.double(), 2e-6 + torch.finfo(dtype).eps / 2, name)
         assert torch.equal(run(x[1, 2], weight, 1e-5, 0.0, True), twice[1, 2]), f"{name}: a row alone"
     assert rms_norm(x[:0], weight).shape == (0, 5, columns)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("columns", [1, 8, 37, 2048])
+def test_layer_norm_of_every_kernel(columns: int, dtype: torch.dtype) -> None:
+    x, weight = inputs(2, 5, columns, dtype=dtype) * 3 + 7, inputs(columns, dtype=dtype, seed=4)
+    bias = inputs(columns, dtype=dtype, seed=5)
+    centered = x.double() - x.double().mean(-1, keepdim=True)
+    scale = 1 / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    scaled = centered * scale * weight.double()
+    # The mean is summed in fp32 of numbers around 7, and what it is off by is scaled; and the sum may cancel.
+    slack = 2.0**-23 * (4 + x.double().abs().amax(-1, keepdim=True) * scale * weight.double().abs())
+    for name, run in usable("layer_norm"):
+        for expected, found in (
+            (scaled, run(x, weight, None, 1e-5)),
+            (scaled + bias.double(), run(x, weight, bias, 1e-5)),
+        ):
+            bound = slack + 2e-6 * scaled.abs() + torch.finfo(dtype).eps / 2 * 1.01 * expected.abs()
+            assert ((found.double() - expected).abs() <= bound + torch.finfo(dtype).smallest_normal).all(), name
+            assert torch.equal(run(x[1, 2], weight, bias, 1e-5), run(x, weight, bias, 1e-5)[1, 2]), f"{name}: a row"
+    assert layer_norm(x[:0], weight).shape == (0, 5, columns)
 
 
 def test_rms_norm_is_llamas_bit_for_bit_in_bf16() -> None:
@@ -132,6 +153,21 @@ def test_attend_of_every_kernel(heads: int, key_heads: int, count: int, columns:
             assert torch.equal(run(q[1:], keys[1:], values[1:], 0.3), found[1:]), f"{name}: a sequence alone"
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_attend_with_capped_scores(dtype: torch.dtype) -> None:
+    q, keys, values = (inputs(2, *shape, dtype=dtype, seed=5) for shape in ((6, 12), (2, 70, 12), (2, 70, 12)))
+    wide = [x.double().repeat_interleave(3, 1) for x in (keys, values)]
+    raw = torch.einsum("bhc,bhtc->bht", q.double(), wide[0])
+    for scale, cap in ((0.02, 1.0), (0.3, 0.7), (2.0, 30.0), (9.0, 2.0)):
+        p = torch.softmax(cap * torch.tanh(raw * scale / cap), -1)
+        expected, magnitude = (torch.einsum("bht,bhtc->bhc", p, x) for x in (wide[1], wide[1].abs()))
+        # tanh is exact to a unit or two of fp32, of which the cap makes so many of a score.
+        error = 2.0**-23 * (60 + 8 * cap)
+        for name, run in usable("attend"):
+            off = (run(q, keys, values, scale, cap).double() - expected).abs()
+            assert (off <= error * magnitude + torch.finfo(dtype).eps / 2 * 1.01 * expected.abs() + 1e-7).all(), name
+
+
 def test_attend_keeps_to_large_scores_and_shows_nans() -> None:
     q, keys, values = torch.full((1, 1, 4), 50.0), torch.randn(1, 1, 40, 4) * 20, torch.randn(1, 1, 40, 4)
     best = int((keys[0, 0] @ q[0, 0]).argmax())
@@ -148,6 +184,11 @@ def test_derivatives_of_attend() -> None:
     found = torch.autograd.grad(attend(q, keys, values, 0.4), (q, keys, values), grad)
     plain = functional.scaled_dot_product_attention(q[:, :, None], keys, values, scale=0.4, enable_gqa=True)[:, :, 0]
     torch.testing.assert_close(found, torch.autograd.grad(plain, (q, keys, values), grad))
+    found = torch.autograd.grad(attend(q, keys, values, 0.4, 0.5), (q, keys, values), grad)
+    wide = [x.repeat_interleave(3, 1) for x in (keys, values)]
+    scores = 0.5 * torch.tanh(torch.einsum("bhc,bhtc->bht", q, wide[0]) * 0.4 / 0.5)
+    plain = torch.einsum("bht,bhtc->bhc", scores.softmax(-1), wide[1])
+    torch.testing.assert_close(found, torch.autograd.grad(plain, (q, keys, values), grad))
 
 
 def test_results_do_not_depend_on_the_threads() -> None:
@@ -159,7 +200,8 @@ def test_results_do_not_depend_on_the_threads() -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             attended = attend(gate.view(1, 700, 300), x.view(1, 7, 100, 300), x.view(1, 7, 100, 300), 0.1)
-            results.append((gated(gate, x, "silu"), rms_norm(x, weight), *rotate(q, q, cos, cos), attended))
+            norms = rms_norm(x, weight), layer_norm(x, weight, weight)
+            results.append((gated(gate, x, "silu"), *norms, *rotate(q, q, cos, cos), attended))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
@@ -180,6 +222,16 @@ def test_derivatives_of_rms_norm() -> None:
     found = torch.autograd.grad(rms_norm(x, weight, 1e-4, 1.0), (x, weight), grad)
     expected = torch.autograd.grad(functional.rms_norm(x, (9,), None, 1e-4) * (weight + 1), (x, weight), grad)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_derivatives_of_layer_norm(biased: bool) -> None:
+    x, weight, bias = (inputs(*shape, seed=i).requires_grad_() for i, shape in enumerate(((4, 9), (9,), (9,))))
+    leaves = (x, weight, bias) if biased else (x, weight)
+    grad = inputs(4, 9, seed=5)
+    found = torch.autograd.grad(layer_norm(x, weight, bias if biased else None, 1e-4), leaves, grad)
+    plain = functional.layer_norm(x, (9,), weight, bias if biased else None, 1e-4)
+    torch.testing.assert_close(found, torch.autograd.grad(plain, leaves, grad))
 
 
 def test_derivatives_of_rotate() -> None:
@@ -208,6 +260,11 @@ HEADS = (zeros(1, 2, 3, 8), zeros(1, 2, 3, 8))
         (lambda: rms_norm(zeros(2, 8), zeros(7)), ValueError, "weight has the shape"),
         (lambda: rms_norm(zeros(2, 8), zeros(8).bfloat16()), TypeError, "weight is torch.bfloat16"),
         (lambda: rms_norm(zeros(2, 8).double(), zeros(8)), TypeError, "x is torch.float64"),
+        (lambda: layer_norm(zeros(2, 8), zeros(7)), ValueError, "weight has the shape"),
+        (lambda: layer_norm(zeros(2, 8), zeros(8), zeros(1, 8)), ValueError, "bias has the shape"),
+        (lambda: layer_norm(zeros(2, 8), zeros(8), zeros(8).half()), TypeError, "bias is torch.float16"),
+        (lambda: layer_norm(zeros(2, 8).double(), zeros(8)), TypeError, "x is torch.float64"),
+        (lambda: attend(zeros(1, 2, 8), *HEADS, 1.0, -1.0), ValueError, "softcap=-1.0; a positive number"),
         (lambda: gated(zeros(8), zeros(7), "silu"), ValueError, "up has the shape"),
         (lambda: gated(zeros(8), zeros(8).half(), "silu"), TypeError, "up is torch.float16"),
         (lambda: gated(zeros(8), zeros(8), "swish"), ValueError, "activation='swish'; one of silu"),
@@ -245,6 +302,16 @@ class TestRmsNorm(KernelLaws):
         )
 
 
+class TestLayerNorm(KernelLaws):
+    operation = "layer_norm"
+
+    @pytest.fixture(params=[(torch.float32, True), (torch.bfloat16, False)], ids=str)
+    def call(self, request: pytest.FixtureRequest) -> tuple[Any, ...]:
+        dtype, biased = request.param
+        x, weight, bias = (inputs(*shape, dtype=dtype, seed=7).requires_grad_() for shape in ((3, 4, 50), (50,), (50,)))
+        return x, weight, bias if biased else None, 1e-5
+
+
 class TestGated(KernelLaws):
     operation = "gated"
 
@@ -277,7 +344,7 @@ class TestAttend(KernelLaws):
         dtype, key_heads = request.param
         shapes = ((2, 6, 12), (2, key_heads, 7, 12), (2, key_heads, 7, 12))
         tensors = (inputs(*shape, dtype=dtype, seed=i).requires_grad_() for i, shape in enumerate(shapes))
-        return *tensors, 0.25
+        return *tensors, 0.25, 0.0 if dtype == torch.float32 else 0.5
 
 
 def calls() -> dict[str, Callable[[], Any]]:
@@ -285,6 +352,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     query = inputs(1, 4, 8)
     return {
         "rms_norm": lambda: rms_norm(x, weight),
+        "layer_norm": lambda: layer_norm(x, weight, weight),
         "gated": lambda: gated(x, x, "silu"),
         "rotate": lambda: rotate(heads, heads, angles, angles),
         "attend": lambda: attend(query, heads, heads, 0.5),

@@ -25,13 +25,13 @@ class AttentionCall(NamedTuple):
         return f"{self.queries} queries of {self.columns} numbers of {self.dtype} against {self.tokens} keys"
 
 
-def describe(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> AttentionCall:
+def describe(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0) -> AttentionCall:
     """The table's key of a call."""
     queries = q.numel() // max(q.shape[-1], 1)
     return AttentionCall(q.device.type, machine.isa(), q.dtype, queries, keys.shape[2], q.shape[-1])
 
 
-def check(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
+def check(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
     check_float("attend", "q", q)
     if q.ndim != 3:
@@ -48,22 +48,25 @@ def check(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.dtype != q.dtype:
             raise TypeError(f"attend: {name} is {tensor.dtype}; {q.dtype}, which q is, is needed")
+    if not softcap >= 0:
+        raise ValueError(f"attend: softcap={softcap}; a positive number, or 0 for none, is needed")
 
 
-def _probabilities(q: Tensor, keys: Tensor, scale: float) -> Tensor:
+def _scores(q: Tensor, keys: Tensor, scale: float, softcap: float) -> Tensor:
     """[batch, key heads, queries of each, tokens], fp32."""
     batch, heads, columns = q.shape
     grouped = q.float().view(batch, keys.shape[1], heads // keys.shape[1], columns)
-    return torch.softmax(grouped @ keys.float().transpose(2, 3) * scale, dim=-1)
+    scores = grouped @ keys.float().transpose(2, 3) * scale
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
 
 
-def reference(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def reference(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0) -> Tensor:
     """In fp32, rounded once."""
-    return (_probabilities(q, keys, scale) @ values.float()).reshape(q.shape).to(q.dtype)
+    return (torch.softmax(_scores(q, keys, scale, softcap), dim=-1) @ values.float()).reshape(q.shape).to(q.dtype)
 
 
 def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
-    def run(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def run(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0) -> Tensor:
         q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
         batch, heads, columns = q.shape
         y = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -81,6 +84,7 @@ def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
             keys.shape[2],
             columns,
             scale,
+            softcap,
             TYPES[q.dtype],
             torch.get_num_threads(),
         )
@@ -106,46 +110,51 @@ table.register(
     )
 )
 
-LIBRARY.define("attend(Tensor q, Tensor keys, Tensor values, float scale) -> Tensor")
+LIBRARY.define("attend(Tensor q, Tensor keys, Tensor values, float scale, float softcap) -> Tensor")
 
 
-def _fake(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def _fake(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _needs_grad(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> bool:
+def _needs_grad(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> bool:
     return q.requires_grad or keys.requires_grad or values.requires_grad
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.softcap = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """With p the probabilities: grad_values = pᵀ·grad, grad_scores = p·(grad_p − Σ p·grad_p)."""
+    """With p the probabilities: grad_values = pᵀ·grad, grad_scores = p·(grad_p − Σ p·grad_p), times 1 − tanh² of capped
+    ones.
+    """
     q, keys, values = ctx.saved_tensors
-    p = _probabilities(q, keys, ctx.scale)
+    scores = _scores(q, keys, ctx.scale, ctx.softcap)
+    p = torch.softmax(scores, dim=-1)
     grouped, queries = (x.float().view(*p.shape[:3], -1) for x in (grad.contiguous(), q.contiguous()))
     grad_p = grouped @ values.float().transpose(2, 3)
     grad_scores = p * (grad_p - (p * grad_p).sum(-1, keepdim=True)) * ctx.scale
+    if ctx.softcap:
+        grad_scores *= 1 - (scores / ctx.softcap).square()
     grad_q = (grad_scores @ keys.float()).reshape(q.shape).to(q.dtype)
     grad_keys = (grad_scores.transpose(2, 3) @ queries).to(keys.dtype)
     grad_values = (p.transpose(2, 3) @ grouped).to(values.dtype)
-    return grad_q, grad_keys, grad_values, None
+    return grad_q, grad_keys, grad_values, None, None
 
 
 _cpu = table.implement("attend", check, _fake)
 differentiate("attend", _needs_grad, _setup, _backward)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0) -> Tensor:
     """softmax(scale · q·keysᵀ)·values of one query q [batch, heads, D] for every head, against T tokens' keys and
     values [batch, key heads, T, D]; heads / key heads of q in a row share a head of keys. All of one dtype (fp32, bf16
-    or fp16); in fp32, rounded once.
+    or fp16); in fp32, rounded once. With `softcap` c, above 0, scores s are c·tanh(s / c), as in Gemma 2.
 
     Differentiable with respect to q, keys and values. Raises ValueError or TypeError naming the argument.
     """
     if undispatched(q, keys, values):
-        return _cpu(q, keys, values, scale)
-    return torch.ops.parco.attend.default(q, keys, values, scale)
+        return _cpu(q, keys, values, scale, softcap)
+    return torch.ops.parco.attend.default(q, keys, values, scale, softcap)

@@ -1,0 +1,156 @@
+"""What a decoder's layer is made of, found by the kinds of its children and the names that projections have.
+
+Only what the children are is decided here; in which order they are applied, the proofs try out (`decode.layer`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from parco.nn.linear import Linear, kind_of
+from parco.nn.stored import StoredWeight
+
+ATTENTION = ("self_attn", "attn", "attention")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+TOGETHER = ("qkv_proj", "c_attn", "query_key_value")
+OUT = ("o_proj", "c_proj", "dense", "out_proj")
+HEAD_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
+GATED = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
+SOFTCAP = "attn_logit_softcapping"
+FLAGS = {
+    *("scaling", "head_dim", "head_size", "rotary_ndims", SOFTCAP, "split_size"),
+    *("qk_layernorm", "use_parallel_residual", "num_key_value_heads"),
+}
+"""Attributes of a layer and of its attention that tell what they compute."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A decoder's layer: its attention, its feed-forward block, the `norms` of both in the order of their registration
+    and those of queries and keys; what is multiplied: `qkv` (three matrices or one), `out`, `gate_up` (gate and up, one
+    for both, or up alone), `down`; dropouts, which do nothing where nobody trains.
+    """
+
+    attention: Any
+    feed_forward: Any
+    norms: tuple[Any, ...]
+    of_heads: tuple[Any, ...]
+    qkv: tuple[Any, ...]
+    out: Any
+    gate_up: tuple[Any, ...]
+    down: Any
+    dropouts: tuple[nn.Module, ...]
+    flags: tuple[tuple[str, Any], ...]
+
+    @property
+    def width(self) -> int:
+        """Numbers of a head."""
+        return _width(self.attention)
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Heads of queries, and of keys and values."""
+        heads = shape(self.out)[1] // self.width
+        if len(self.qkv) == 3:
+            return heads, shape(self.qkv[1])[0] // self.width
+        return heads, (shape(self.qkv[0])[0] // self.width - heads) // 2
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether there is a gate beside up."""
+        return gated_names(self.feed_forward) is not None
+
+    def fit(self) -> bool:
+        """Whether the matrices have the shapes of attention and of a feed-forward block."""
+        width, (heads, key_heads) = self.width, self.heads
+        columns, inner = shape(self.down)
+        of_keys = key_heads * width
+        rows = [heads * width, of_keys, of_keys] if len(self.qkv) == 3 else [heads * width + 2 * of_keys]
+        wide = (1 + self.is_gated) * inner // len(self.gate_up)
+        wanted = [(count, columns) for count in (*rows, *(wide for _ in self.gate_up))]
+        found = [shape(each) for each in (*self.qkv, *self.gate_up)]
+        whole = key_heads > 0 and heads % key_heads == 0
+        return whole and found == wanted and shape(self.out) == (columns, heads * width)
+
+
+def parts(module: nn.Module) -> Parts | None:
+    """The parts of `module`, or None where it is no such layer."""
+    children: dict[str, Any] = dict(module.named_children())
+    attention = next((children.pop(name) for name in ATTENTION if name in children), None)
+    feed_forward = children.pop("mlp", None)
+    if attention is None or feed_forward is None or not _width(attention) or "layer_idx" not in attention.__dict__:
+        return None
+    norms = tuple(each for each in children.values() if is_norm(each))
+    inner: dict[str, Any] = dict(attention.named_children())
+    names = PROJECTIONS if PROJECTIONS[0] in inner else TOGETHER
+    qkv = tuple(inner.pop(name) for name in names if name in inner)
+    out = next((inner.pop(name) for name in OUT if name in inner), None)
+    of_heads = tuple(inner.pop(name) for pair in HEAD_NORMS if set(pair) <= inner.keys() for name in pair)
+    multiplied = matrices(feed_forward)
+    if len(qkv) not in (1, 3) or out is None or multiplied is None:
+        return None
+    gate_up, down = multiplied
+    others = [*(each for each in children.values() if each not in norms), *inner.values()]
+    dropouts = [each for each in (*others, *feed_forward.children()) if type(each) is nn.Dropout]
+    linear = all(is_linear(each) for each in (*qkv, out, *gate_up, down))
+    if not linear or any(each not in dropouts for each in others):
+        return None
+    flags = tuple(
+        (n, owner.__dict__[n]) for owner in (module, attention) for n in sorted(FLAGS & owner.__dict__.keys())
+    )
+    return Parts(attention, feed_forward, norms, of_heads, qkv, out, gate_up, down, tuple(dropouts), flags)
+
+
+def _width(attention: Any) -> int:
+    return attention.__dict__.get("head_dim") or attention.__dict__.get("head_size") or 0
+
+
+def gated_names(feed_forward: nn.Module) -> tuple[str, ...] | None:
+    """The names of gate and up (one or two), and down, where the block has them."""
+    children = dict(feed_forward.named_children())
+    return next((names for names in GATED if set(names) <= children.keys()), None)
+
+
+def matrices(feed_forward: nn.Module) -> tuple[tuple[Any, ...], Any] | None:
+    """Gate and up, or up alone, and down; None where the block has other matrices."""
+    names = gated_names(feed_forward)
+    if names is not None:
+        found: list[Any] = [feed_forward.get_submodule(name) for name in names]
+    else:
+        found = [each for each in feed_forward.children() if is_linear(each)]
+    return (tuple(found[:-1]), found[-1]) if names is not None or len(found) == 2 else None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether this is of a kind of norm for which there are proofs."""
+    return type(module) is nn.LayerNorm or is_rms_norm(module)
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether this is an RMS norm by its name."""
+    return "RMSNorm" in type(module).__name__
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer: parco's, PyTorch's or Transformers' Conv1D."""
+    return isinstance(module, Linear) or kind_of(module) is nn.Linear or is_conv1d(module)
+
+
+def is_conv1d(module: Any) -> bool:
+    """Whether this is Transformers' Conv1D, a linear layer that holds its matrix transposed."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def shape(layer: Any) -> tuple[int, int]:
+    """(N, K) of a linear layer, as in y = x Wᵀ."""
+    weight: Tensor | StoredWeight = layer.weight
+    first, second = weight.shape
+    return (second, first) if is_conv1d(layer) else (first, second)
+
+
+def rows(layer: Any) -> Tensor:
+    """The matrix [N, K] of a linear layer that holds one densely, a view."""
+    return layer.weight.t() if is_conv1d(layer) else layer.weight
