@@ -158,7 +158,8 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.kept = [None if e is None else (e.format, e.shape, tuple(e.tensors)) for e in (kept_x, kept_weight)]
         ctx.save_for_backward(weight, *(t for e in (kept_x, kept_weight) if e is not None for t in e.tensors.values()))
-        return y.reshape(*x.shape[:-1], weight.shape[0])
+        # y belongs to nobody else: not a view, of which autograd and FSDP2 would beware.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))  # pyright: ignore[reportPrivateUsage]
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,82 @@
+"""A prepared model under PyTorch's own DDP and FSDP2, two ranks on gloo."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from parco.training import prepare_
+
+STEPS, RANKS = 6, 2
+X, Y = (torch.randn(STEPS, 128, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+
+
+def prepared(recipe: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 32))
+    prepare_(model, recipe)
+    return model
+
+
+def train(model: torch.nn.Module, rank: int, ranks: int) -> list[float]:
+    """The mean loss of each step; a rank takes its share of the tokens, whole blocks of 32."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    share = slice(rank * 128 // ranks, (rank + 1) * 128 // ranks)
+    losses = []
+    for x, y in zip(X, Y, strict=True):
+        loss = torch.nn.functional.mse_loss(model(x[share]), y[share])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if ranks > 1:
+            dist.all_reduce(mean)
+        losses.append(mean.item() / ranks)
+    return losses
+
+
+def run(rank: int, kind: str, recipe: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+    model = prepared(recipe)
+    if kind == "ddp":
+        wrapped = DistributedDataParallel(model)
+    else:
+        for layer in (model[0], model[2]):
+            fully_shard(layer)
+        wrapped = fully_shard(model)
+    losses = train(wrapped, rank, RANKS)
+    options = StateDictOptions(full_state_dict=True)
+    state = get_model_state_dict(model, options=options)
+    if rank == 0:
+        torch.save((losses, state), f"{folder}/result.pt")
+    dist.barrier()
+    # What one rank saved loads under the other's wrapping.
+    set_model_state_dict(
+        model,
+        torch.load(f"{folder}/result.pt", weights_only=True)[1] if rank == 0 else {},
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+    )
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("recipe", ["mxfp8", "int8", "fp8-delayed"])
+def test_two_ranks_train_as_one(kind, recipe, tmp_path: Path):
+    mp.spawn(run, (kind, recipe, str(tmp_path)), nprocs=RANKS)
+    losses, state = torch.load(tmp_path / "result.pt", weights_only=True)
+    alone = prepared(recipe)
+    wanted = train(alone, 0, 1)
+    # int8 of a row, and a tensor's scale, are found on a rank's own tokens: the roundings of the gradients differ.
+    assert losses == pytest.approx(wanted, rel=1e-3)
+    assert losses[-1] < losses[0]
+    assert set(state) == set(alone.state_dict())
+    if recipe == "mxfp8":
+        assert all(torch.allclose(state[name], tensor, atol=1e-5) for name, tensor in alone.state_dict().items())
+    else:
+        alone.load_state_dict(state)
