@@ -9,22 +9,12 @@
 #include <string>
 #include <vector>
 
-#include "linear/coded.h"
-#include "linear/dense.h"
+#include "linear/chain.h"
 #include "rowwise/rowwise.h"
 
 namespace parco::decode {
 
 using linear::Type;
-
-// y = x @ weight.T + bias for one row, by a kernel of csrc/linear.
-struct Product {
-  linear::CodedCall coded;
-  linear::DenseCall dense;
-  void (*run_coded)(const linear::CodedCall&);
-  void (*run_dense)(const linear::DenseCall&);
-  std::int64_t outputs;
-};
 
 // What a row of `columns` numbers is divided by, and multiplied with.
 struct Scaling {
@@ -49,7 +39,7 @@ struct Layer {
   rowwise::Activation activation;
   Rowwise rowwise;
   // Products of one input: their results lie one after the other.
-  std::vector<Product> qkv, out, gate_up, down;
+  std::vector<linear::Chain> qkv, out, gate_up, down;
   Scaling before, between;
   std::vector<Scaling> of_heads;  // of queries and of keys, or none
 };
@@ -64,10 +54,6 @@ struct Token {
 
 // Throws std::bad_alloc.
 void run(const Layer& layer, const Token& token);
-
-// The kernel of that name in parco.kernels.linear's tables, in `coded` or `dense` of `product`. False where there is
-// none.
-bool choose(const std::string& name, Product& product);
 
 // The operations of an instruction set by its name in parco.machine.
 Rowwise rowwise_of(const std::string& isa);

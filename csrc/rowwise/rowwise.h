@@ -5,6 +5,7 @@
 
 namespace parco::rowwise {
 
+using linear::Activation;
 using linear::Type;
 
 // y = x / sqrt(mean(x^2) + epsilon) * (weight + offset). With `rounded` the quotient is rounded to the type before it
@@ -18,8 +19,6 @@ struct Norm {
   Type type;
   int threads;
 };
-
-enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu_squared = 4 };
 
 // y = activation(gate) * up, `count` numbers.
 struct Gate {

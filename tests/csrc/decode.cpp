@@ -49,13 +49,13 @@ Numbers normalized(const Values& weight, const Numbers& x) {
   return y;
 }
 
-Product product(const std::string& isa, Values& matrix, std::int64_t columns) {
-  Product made{};
+parco::linear::Chain product(const std::string& isa, Values& matrix, std::int64_t columns) {
+  parco::linear::Product made{};
   if (!choose("dense-linear-" + isa, made)) failures++;
-  made.outputs = static_cast<std::int64_t>(matrix.count) / columns;
+  made.outputs = static_cast<std::int64_t>(matrix.count) / columns, made.columns = columns;
   made.dense = {nullptr, matrix.data(), nullptr,    nullptr,   1, made.outputs, columns,
                 1,       Type::fp32,    Type::fp32, Type::fp32};
-  return made;
+  return {{{made}}, Type::fp32};
 }
 
 void layers(const std::string& isa, bool joined) {

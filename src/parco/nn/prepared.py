@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from parco import _C, machine
+from parco.formats.scales import DTYPE_NAMES
+from parco.kernels.activations import NUMBERS
 from parco.kernels.library import TYPES
-from parco.kernels.linear import coded, int8
-from parco.kernels.linear.prepared import coded_product, dense_product
-from parco.kernels.rowwise.gate import NUMBERS
+from parco.kernels.linear.prepared import prepared
 from parco.nn import joined
 from parco.nn.linear import Linear, kind_of
-from parco.products import Activations, Product
-from parco.weights import Dense, Quantized
+from parco.products.how import NATIVE, Product
+from parco.weights import Dense, Weight
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 NORMS = ("q_norm", "k_norm")
@@ -172,7 +172,7 @@ def _call(
     return call
 
 
-def _products(layers: list[Any], dtype: torch.dtype) -> list[_C.Product] | None:
+def _products(layers: list[Any], dtype: torch.dtype) -> list[_C.Chain] | None:
     """One product for all of `layers` where they lie side by side, else one each; None without a compiled kernel."""
     whole = joined.joined(layers) if len(layers) > 1 else None
     if whole is not None:
@@ -181,7 +181,9 @@ def _products(layers: list[Any], dtype: torch.dtype) -> list[_C.Product] | None:
         products = [
             _product(layer.weight.spec, layer.weight.tensors(), layer.bias, dtype, layer.weight.product)
             if isinstance(layer, Linear)
-            else dense_product(dtype, layer.weight, layer.bias)
+            else _product(
+                Dense(tuple(layer.weight.shape), DTYPE_NAMES[layer.weight.dtype]), (layer.weight,), layer.bias, dtype
+            )
             for layer in layers
         ]
     found = [product for product in products if product is not None]
@@ -189,13 +191,7 @@ def _products(layers: list[Any], dtype: torch.dtype) -> list[_C.Product] | None:
 
 
 def _product(
-    spec: Any, tensors: tuple[Tensor, ...], bias: Tensor | None, dtype: torch.dtype, product: Product
-) -> _C.Product | None:
-    if isinstance(spec, Dense):
-        return dense_product(dtype, tensors[0], bias)
-    if not isinstance(spec, Quantized):
-        return None
-    named = dict(zip(spec.tensors(), tensors, strict=True))
-    rest = (named.get("scale"), named.get("zero"), named.get("global_scale"))
-    operation = int8 if isinstance(product, Activations) else coded
-    return coded_product(operation, dtype, tensors[0], *rest, bias, str(spec.format), spec.shape[1], spec.shape[0])
+    spec: Weight, tensors: tuple[Tensor, ...], bias: Tensor | None, dtype: torch.dtype, product: Product = NATIVE
+) -> _C.Chain | None:
+    plan = spec.plan(product)
+    return None if plan is None else prepared(dtype, tensors, bias, plan)

@@ -1,7 +1,8 @@
 """What a transformer does between its products, each in one pass: `rms_norm`, `gated`, `rotate` and `attend`."""
 
+from parco.kernels.activations import ACTIVATIONS
 from parco.kernels.rowwise.attention import attend
-from parco.kernels.rowwise.gate import ACTIVATIONS, gated
+from parco.kernels.rowwise.gate import gated
 from parco.kernels.rowwise.norm import rms_norm
 from parco.kernels.rowwise.rotation import rotate
 

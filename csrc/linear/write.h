@@ -1,0 +1,33 @@
+// The end of every product: what is left to do to a sum once its bias is added. V is an instruction set's arithmetic;
+// everything is unnamed (see floats.h).
+#pragma once
+#include <algorithm>
+
+#include "linear/activation.h"
+
+namespace parco::linear {
+namespace {
+
+// A function of its own, so that where there is no epilogue the products lose no registers to it.
+template <class V>
+[[gnu::noinline]] typename V::F ended(const Epilogue& after, std::int64_t at, int count, typename V::F value) {
+  with_activation(after.activation, [&](auto activation) { value = activate<V, activation()>(value); });
+  if (after.addend) value = V::add(value, V::load_floats(after.addend, after.addend_type, at, count));
+  return value;
+}
+
+// `count` numbers of y from index `at` on, with the call's epilogue.
+template <class V, class Call>
+void write(const Call& call, std::int64_t at, int count, typename V::F value) {
+  if (__builtin_expect(call.after.any(), false)) value = ended<V>(call.after, at, count, value);
+  V::store_floats(call.y, call.y_type, at, count, value);
+}
+
+// The same of aligned numbers in memory, of which whole vectors can be read.
+template <class V, class Call>
+void write_all(const Call& call, std::int64_t at, int count, const float* values) {
+  for (int i = 0; i < count; i += V::lanes) write<V>(call, at + i, std::min(V::lanes, count - i), V::load(values + i));
+}
+
+}  // namespace
+}  // namespace parco::linear
