@@ -23,7 +23,19 @@ void write(const Call& call, std::int64_t at, int count, typename V::F value) {
   V::store_floats(call.y, call.y_type, at, count, value);
 }
 
-// The same of aligned numbers in memory, of which whole vectors can be read.
+// Asks for the addend of `rows` rows from `row` on and `count` outputs from `first` on, before the products that it is
+// added to: rows lie so far apart that nothing else would foresee it.
+template <class Call>
+void ask_for_addend(const Call& call, std::int64_t row, std::int64_t rows, std::int64_t first, std::int64_t count) {
+  if (__builtin_expect(!call.after.addend, true)) return;
+  const int size = size_of(call.after.addend_type);
+  for (std::int64_t m = row; m < row + rows; m++) {
+    const char* const from = static_cast<const char*>(call.after.addend) + (m * call.outputs + first) * size;
+    for (std::int64_t byte = 0; byte < count * size; byte += 64) __builtin_prefetch(from + byte);
+  }
+}
+
+// As `write`, of aligned numbers in memory, of which whole vectors can be read.
 template <class V, class Call>
 void write_all(const Call& call, std::int64_t at, int count, const float* values) {
   for (int i = 0; i < count; i += V::lanes) write<V>(call, at + i, std::min(V::lanes, count - i), V::load(values + i));

@@ -49,13 +49,19 @@ Numbers normalized(const Values& weight, const Numbers& x) {
   return y;
 }
 
-parco::linear::Chain product(const std::string& isa, Values& matrix, std::int64_t columns) {
+using parco::linear::Chain;
+
+parco::linear::Product factor(const std::string& isa, Values& matrix, std::int64_t columns) {
   parco::linear::Product made{};
   if (!choose("dense-linear-" + isa, made)) failures++;
   made.outputs = static_cast<std::int64_t>(matrix.count) / columns, made.columns = columns;
   made.dense = {nullptr, matrix.data(), nullptr,    nullptr,   1, made.outputs, columns,
                 1,       Type::fp32,    Type::fp32, Type::fp32};
-  return {{{made}}, Type::fp32};
+  return made;
+}
+
+Chain product(const std::string& isa, Values& matrix, std::int64_t columns) {
+  return {{{factor(isa, matrix, columns)}}, Type::fp32};
 }
 
 void layers(const std::string& isa, bool joined) {
@@ -80,6 +86,10 @@ void layers(const std::string& isa, bool joined) {
   else
     layer.qkv = {product(isa, q, columns), product(isa, k, columns), product(isa, v, columns)};
   layer.out = {product(isa, out, heads * head)}, layer.down = {product(isa, down, inner)};
+  // A correction of low rank, and another of three factors.
+  Values left(columns * 5), right(5 * heads * head), first(columns * 3), middle(3 * 4), last_factor(4 * heads * head);
+  layer.out[0].terms.push_back({factor(isa, left, 5), factor(isa, right, heads * head)});
+  layer.out[0].terms.push_back({factor(isa, first, 3), factor(isa, middle, 4), factor(isa, last_factor, heads * head)});
   layer.gate_up = {product(isa, gate, columns), product(isa, up, columns)};
   run(layer,
       {x.data(), cos.data(), sin.data(), y.data(), keys.data(), values.data(), known, room * head, room * head, 2});
@@ -107,8 +117,9 @@ void layers(const std::string& isa, bool joined) {
       for (std::size_t i = 0; i < head; i++)
         found[n * head + i] += power[t] / sum * (t < known ? cached(old_values, of, t, i) : v1[of * head + i]);
   }
-  const Numbers attended = times(out, found);
-  for (std::size_t i = 0; i < columns; i++) h[i] += attended[i];
+  const Numbers attended = times(out, found), corrected = times(left, times(right, found));
+  const Numbers again = times(first, times(middle, times(last_factor, found)));
+  for (std::size_t i = 0; i < columns; i++) h[i] += attended[i] + corrected[i] + again[i];
   const Numbers second = normalized(between, h), gates = times(gate, second), ups = times(up, second);
   Numbers gated(inner);
   for (std::size_t i = 0; i < inner; i++) gated[i] = gates[i] > 0 ? gates[i] * ups[i] : 0;
