@@ -130,7 +130,8 @@ def implement(
 
     def traced(*arguments: Any) -> Any:
         check(*arguments)
-        places = {str(a.device) for a in arguments if isinstance(a, torch.Tensor)}
+        given = [each for a in arguments for each in (a if isinstance(a, list | tuple) else (a,))]
+        places = {str(each.device) for each in given if isinstance(each, torch.Tensor)}
         if len(places) > 1:  # some on the meta device, which has no numbers to compute with
             raise ValueError(f"{name}: tensors lie on {' and '.join(sorted(places))}; one device is needed")
         return fake(*arguments)
