@@ -199,6 +199,15 @@ def test_a_weight_is_one_call_where_compiled_kernels_serve(monkeypatch: pytest.M
     assert LowRank(Dense((37, 16)), inner).plan() is None
 
 
+def test_every_compiled_kernel_is_known_by_its_name() -> None:
+    for operation in ("linear_coded", "linear_coded_int8", "linear_dense"):
+        for kernel in table.operations()[operation].kernels:
+            if kernel.isa != table.TORCH:
+                _C.Chain(0).dense(0, kernel.name, 1, 1, 0, 0)
+    with pytest.raises(ValueError, match="no kernel is called nothing"):
+        _C.Chain(0).dense(0, "nothing", 1, 1, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
