@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "linear/activation.h"
+#include "linear/floats.h"
 
 namespace parco::linear {
 namespace {
@@ -35,9 +36,14 @@ void ask_for_addend(const Call& call, std::int64_t row, std::int64_t rows, std::
   }
 }
 
-// As `write`, of aligned numbers in memory, of which whole vectors can be read.
+// As `write`, of aligned numbers in memory, of which whole vectors can be read: only where there is an epilogue, since
+// a vector read of numbers just written one by one has to wait for them.
 template <class V, class Call>
 void write_all(const Call& call, std::int64_t at, int count, const float* values) {
+  if (__builtin_expect(!call.after.any(), true)) {
+    for (int i = 0; i < count; i++) store_float(call.y, call.y_type, at + i, values[i]);
+    return;
+  }
   for (int i = 0; i < count; i += V::lanes) write<V>(call, at + i, std::min(V::lanes, count - i), V::load(values + i));
 }
 
