@@ -1,5 +1,5 @@
-"""Claim: a matrix of low rank, or a quantized one with its correction, takes one call that is never slower than its
-parts one after the other, and for one row little longer than reading its bytes.
+"""Claim: for one row a matrix of low rank in int8 takes one call that is little longer than reading its bytes, and a
+quantized matrix with its correction less time than its parts one after the other; many rows take as long as the parts.
 
 Weights are cold: each call takes the next of enough copies to fill `--cold` MB. `times_apart` is the parts' time over
 the call's, the parts multiplied by their own operations and added in bf16; `of_plain_read` is the time of a plain read
