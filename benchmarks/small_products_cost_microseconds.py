@@ -31,7 +31,7 @@ def main() -> None:
         runs = {
             "torch": lambda x=x, dense=dense: torch.nn.functional.linear(x, dense),
             "parco": lambda x=x, c=codes, s=scale, spec=spec: spec.apply(x, c, s),
-            "launch": lambda launch=launch, x=x, c=codes, s=scale: launch(x, c, s, None, None, None),
+            "launch": lambda launch=launch, x=x, c=codes, s=scale: launch(x, c, s, None, None, None, None),
         }
         with torch.inference_mode():
             seconds = interleave(runs, 60, calls=50)

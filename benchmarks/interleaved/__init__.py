@@ -46,10 +46,18 @@ def ratio(peer: list[float], ours: list[float]) -> float:
 
 
 def stored_copies(spec: Weight, copies: int) -> list[tuple[torch.Tensor, ...]]:
-    """The packed tensors of a random matrix, stored as `spec` says, so many times; random, since zeros run faster."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = spec.pack(*spec.encode(torch.randn(spec.shape, generator=generator) / spec.shape[1] ** 0.5))
+    """The packed tensors of a random matrix (a composite's parts each have their own), stored as `spec` says, so many
+    times; random, since zeros run faster.
+    """
+    tensors = spec.pack(*_random(spec, torch.Generator().manual_seed(0)))
     return [tensors, *(tuple(tensor.clone() for tensor in tensors) for _ in range(copies - 1))]
+
+
+def _random(spec: Weight, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    parts = spec.parts()
+    if parts:
+        return sum((_random(part, generator) for part in parts.values()), ())
+    return spec.encode(torch.randn(spec.shape, generator=generator) / spec.shape[1] ** 0.5)
 
 
 def save(claim: str, rows: list[dict[str, object]]) -> None:

@@ -35,38 +35,6 @@ Layer make(const std::string& isa, std::int64_t columns, std::int64_t heads, std
   return layer;
 }
 
-Product chosen(const std::string& kernel) {
-  Product product{};
-  if (!choose(kernel, product)) throw std::invalid_argument("no kernel is called " + kernel);
-  return product;
-}
-
-Product coded(const std::string& kernel, const parco::linear::CodedCall& settled, std::uintptr_t codes,
-              std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t factor, std::uintptr_t bias) {
-  Product product = chosen(kernel);
-  product.coded = parco::linear::with_tensors(settled, 0, codes, scale, zero, factor, bias, 0, 1);
-  product.outputs = settled.outputs;
-  return product;
-}
-
-Product dense(const std::string& kernel, std::uintptr_t weight, std::uintptr_t bias, std::int64_t outputs,
-              std::int64_t columns, int x_type, int weight_type, int bias_type) {
-  Product product = chosen(kernel);
-  product.dense = {nullptr,
-                   address<const void>(weight),
-                   address<const void>(bias),
-                   nullptr,
-                   1,
-                   outputs,
-                   columns,
-                   1,
-                   static_cast<Type>(x_type),
-                   static_cast<Type>(weight_type),
-                   static_cast<Type>(bias_type)};
-  product.outputs = outputs;
-  return product;
-}
-
 using Numbers = std::vector<std::int64_t>;
 
 void run_layers(const std::vector<const Layer*>& layers, std::uintptr_t x, std::uintptr_t cos, std::uintptr_t sin,
@@ -92,12 +60,6 @@ void bind_decode(nb::module_& module) {
   nb::class_<Scaling>(module, "Scaling", "A norm's weight, bias and numbers; csrc/decode/layer.h.")
       .def(nb::new_(&scaling), nb::arg("weight"), nb::arg("bias"), nb::arg("epsilon"), nb::arg("offset"),
            nb::arg("rounded"), nb::arg("centered"));
-  nb::class_<Product>(module, "Product", "A product of one row and its kernel; csrc/decode/layer.h.");
-  module.def("coded_product", &coded, nb::arg("kernel"), nb::arg("settled"), nb::arg("codes"), nb::arg("scale"),
-             nb::arg("zero"), nb::arg("factor"), nb::arg("bias"), "With codes, by the kernel of that name.");
-  module.def("dense_product", &dense, nb::arg("kernel"), nb::arg("weight"), nb::arg("bias"), nb::arg("outputs"),
-             nb::arg("columns"), nb::arg("x_type"), nb::arg("weight_type"), nb::arg("bias_type"),
-             "With a dense matrix, by the kernel of that name.");
   nb::class_<Layer>(module, "DecoderLayer", "A decoder's layer for one token; csrc/decode/layer.h.")
       .def(nb::new_(&make), nb::kw_only(), nb::arg("isa"), nb::arg("columns"), nb::arg("heads"), nb::arg("key_heads"),
            nb::arg("head"), nb::arg("turning"), nb::arg("inner"), nb::arg("scale"), nb::arg("softcap"), nb::arg("type"),
@@ -105,11 +67,11 @@ void bind_decode(nb::module_& module) {
            nb::arg("between"), nb::arg("after"), nb::arg("of_heads"))
       .def(
           "multiply",
-          [](Layer& layer, int place, const Product& product) {
-            std::vector<Product>* const all[] = {&layer.qkv, &layer.out, &layer.gate_up, &layer.down};
-            all[place]->push_back(product);
+          [](Layer& layer, int place, const parco::linear::Chain& chain) {
+            std::vector<parco::linear::Chain>* const all[] = {&layer.qkv, &layer.out, &layer.gate_up, &layer.down};
+            all[place]->push_back(chain);
           },
-          nb::arg("place"), nb::arg("product"), "Adds a product: 0 q, k, v, 1 out, 2 gate, up, 3 down.");
+          nb::arg("place"), nb::arg("chain"), "Adds a product: 0 q, k, v, 1 out, 2 gate, up, 3 down.");
   module.def("run_layers", &run_layers, nb::arg("layers"), nb::arg("x"), nb::arg("cos"), nb::arg("sin"), nb::arg("y"),
              nb::arg("keys"), nb::arg("values"), nb::arg("known"), nb::arg("key_stride"), nb::arg("value_stride"),
              nb::arg("threads"),

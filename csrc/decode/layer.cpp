@@ -1,7 +1,6 @@
 #include "decode/layer.h"
 
-#include "linear/float.h"
-#include "linear/int.h"
+#include <cstring>
 
 namespace parco::decode {
 namespace {
@@ -21,26 +20,10 @@ class Buffers {
   std::size_t size_;
 };
 
-// Of the calling thread; the kernels have their own (linear::scratch).
-char* memory_of(std::size_t bytes) {
-  thread_local std::vector<char> held;
-  if (held.size() < bytes + 64) held.resize(bytes + 64);
-  const std::size_t address = reinterpret_cast<std::size_t>(held.data());
-  return held.data() + (64 - address % 64) % 64;
-}
-
-void multiply(const std::vector<Product>& products, const void* x, char* y, std::size_t size, int threads) {
-  for (const Product& product : products) {
-    if (product.run_coded) {
-      linear::CodedCall call = product.coded;
-      call.x = x, call.y = y, call.threads = threads;
-      product.run_coded(call);
-    } else {
-      linear::DenseCall call = product.dense;
-      call.x = x, call.y = y, call.threads = threads;
-      product.run_dense(call);
-    }
-    y += static_cast<std::size_t>(product.outputs) * size;
+void multiply(const std::vector<linear::Chain>& chains, const void* x, char* y, std::size_t size, int threads) {
+  for (const linear::Chain& chain : chains) {
+    linear::run(chain, x, y, 1, threads);
+    y += static_cast<std::size_t>(chain.outputs()) * size;
   }
 }
 
@@ -105,7 +88,8 @@ void run(const Layer& layer, const Token& token) {
   const std::size_t size = static_cast<std::size_t>(linear::size_of(layer.type));
   const std::int64_t queries = layer.heads * layer.head, all = queries + 2 * layer.key_heads * layer.head;
   const std::int64_t numbers = 3 * layer.columns + all + 2 * queries + 3 * layer.inner;
-  Buffers buffers(memory_of(static_cast<std::size_t>(numbers) * size + 9 * 64), size);
+  const std::size_t bytes = static_cast<std::size_t>(numbers) * size + 9 * 64;
+  Buffers buffers(static_cast<char*>(linear::scratch(bytes, linear::Caller::layer)), size);
   char *const normed = buffers.take(layer.columns), *const part = buffers.take(layer.columns);
   char *const h = buffers.take(layer.columns), *const qkv = buffers.take(all);
   char *const turned = buffers.take(queries), *const found = buffers.take(queries);
@@ -132,30 +116,6 @@ void run(const Layer& layer, const Token& token) {
   if (!layer.after.empty()) normalize(layer, layer.after[1], part, part, 1, layer.columns);
   if (layer.parallel) add(h, part, part);
   add(layer.parallel ? token.x : h, part, token.y);
-}
-
-bool choose(const std::string& name, Product& product) {
-  using namespace linear;
-  static const struct {
-    const char* name;
-    void (*run)(const CodedCall&);
-  } coded[] = {{"int-linear-generic", int_generic},     {"int-linear-avx2", int_avx2},
-               {"int-linear-avx512", int_avx512},       {"int-linear-amx", int_amx},
-               {"int8-linear-generic", int_generic},    {"int8-linear-avx2", int_avx2},
-               {"int8-linear-avx512", int_avx512},      {"int8-linear-amx", int_amx},
-               {"float-linear-generic", float_generic}, {"float-linear-avx2", float_avx2},
-               {"float-linear-avx512", float_avx512}};
-  static const struct {
-    const char* name;
-    void (*run)(const DenseCall&);
-  } dense[] = {{"dense-linear-generic", dense_generic},
-               {"dense-linear-avx2", dense_avx2},
-               {"dense-linear-avx512", dense_avx512}};
-  for (const auto& each : coded)
-    if (name == each.name) product.run_coded = each.run;
-  for (const auto& each : dense)
-    if (name == each.name) product.run_dense = each.run;
-  return product.run_coded || product.run_dense;
 }
 
 Rowwise rowwise_of(const std::string& isa) {

@@ -11,22 +11,12 @@
 #include <string>
 #include <vector>
 
-#include "linear/coded.h"
-#include "linear/dense.h"
+#include "linear/chain.h"
 #include "rowwise/rowwise.h"
 
 namespace parco::decode {
 
 using linear::Type;
-
-// y = x @ weight.T + bias for one row, by a kernel of csrc/linear.
-struct Product {
-  linear::CodedCall coded;
-  linear::DenseCall dense;
-  void (*run_coded)(const linear::CodedCall&);
-  void (*run_dense)(const linear::DenseCall&);
-  std::int64_t outputs;
-};
 
 // How a row is normalized, as rowwise::Norm.
 struct Scaling {
@@ -54,7 +44,7 @@ struct Layer {
   bool interleaved;  // the results of qkv: those of a head, then those of the next one
   Rowwise rowwise;
   // Products of one input: their results lie one after the other.
-  std::vector<Product> qkv, out, gate_up, down;
+  std::vector<linear::Chain> qkv, out, gate_up, down;
   Scaling before;
   std::vector<Scaling> between;   // one, or none where gate and up read what q, k, v do
   std::vector<Scaling> after;     // of what is added to x, and to h, or none
@@ -71,10 +61,6 @@ struct Token {
 
 // Throws std::bad_alloc.
 void run(const Layer& layer, const Token& token);
-
-// The kernel of that name in parco.kernels.linear's tables, in `coded` or `dense` of `product`. False where there is
-// none.
-bool choose(const std::string& name, Product& product);
 
 // The operations of an instruction set by its name in parco.machine.
 Rowwise rowwise_of(const std::string& isa);

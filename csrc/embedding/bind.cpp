@@ -10,7 +10,7 @@ void bind_embedding(nb::module_& module) {
       "embedding_generic",
       [](const linear::CodedCall& settled, std::uintptr_t indices, std::uintptr_t codes, std::uintptr_t scale,
          std::uintptr_t zero, std::uintptr_t factor, std::uintptr_t y, int threads) {
-        const linear::CodedCall call = linear::with_tensors(settled, 0, codes, scale, zero, factor, 0, y, threads);
+        const linear::CodedCall call = linear::with_tensors(settled, 0, codes, scale, zero, factor, 0, 0, y, threads);
         return linear::unlocked(
             call, [&] { return embedding::embedding_generic(call, linear::address<const std::int64_t>(indices)); });
       },

@@ -73,6 +73,37 @@ inline void store_floats(void* to, Type type, std::int64_t index, int count, __m
   _mm256_mask_storeu_epi16(static_cast<char*>(to) + 2 * index, mask, halves);
 }
 
+// Floats as activation.h and the engines want them.
+struct Arithmetic {
+  using F = __m512;
+  static constexpr int lanes = 16;
+
+  static F set(float value) { return _mm512_set1_ps(value); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F divide(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  // Of a NaN these give the NaN, which stands second.
+  static F max(F a, F b) { return _mm512_max_ps(b, a); }
+  static F min(F a, F b) { return _mm512_min_ps(b, a); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static F where_greater(F a, F b, F yes, F no) {
+    return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), yes);
+  }
+  static F nearest(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F power_of_two(F whole) { return _mm512_scalef_ps(set(1.0f), whole); }
+  static float total(F a) { return _mm512_reduce_add_ps(a); }
+  static F load(const float* from) { return _mm512_load_ps(from); }
+  static void store(float* to, F value) { _mm512_store_ps(to, value); }
+  static F load_floats(const void* from, Type type, std::int64_t index, int count) {
+    return avx512::load_floats(from, type, index, count);
+  }
+  static void store_floats(void* to, Type type, std::int64_t index, int count, F value) {
+    avx512::store_floats(to, type, index, count, value);
+  }
+};
+
 // 16 rows of 16 dwords become 16 columns: dword i of every row goes to to[i], a vector with a lane for each row.
 // `row(i)` gives row i. Four rows at a time, so that everything stays in registers.
 template <class Row>

@@ -23,6 +23,7 @@
 
 #include "linear/avx512.h"
 #include "linear/tiles.h"
+#include "linear/write.h"
 
 namespace parco::linear {
 namespace {
@@ -347,13 +348,12 @@ inline TileConfig whole_tiles() {
   return config;
 }
 
-// `count` (at most 16) sums of row m of y from output n on, finished: the scale that they have as a whole, bias, one
-// rounding.
+// `count` (at most 16) sums of row m of y from output n on, finished: the scale that they have as a whole, bias, and
+// what every product ends with.
 template <class Call>
 inline void store_sums(const Call& call, std::int64_t m, std::int64_t n, int count, __m512 sum, __m512 scale,
                        __m512 bias) {
-  avx512::store_floats(call.y, call.x_type, m * call.outputs + n, count,
-                       _mm512_add_ps(_mm512_mul_ps(sum, scale), bias));
+  write<avx512::Arithmetic>(call, m * call.outputs + n, count, _mm512_add_ps(_mm512_mul_ps(sum, scale), bias));
 }
 
 template <class Call>

@@ -14,6 +14,17 @@ inline constexpr int size_of(Type type) { return type == Type::fp32 ? 4 : type <
 // How a code becomes a float without looking it up: `listed` codes are looked up.
 enum class Element : int { listed = 0, e4m3 = 1, e5m2 = 2, e3m2 = 3 };
 
+enum class Activation : int { none = -1, silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu_squared = 4 };
+
+// What becomes of a product, bias included, before its one rounding: y = activation(product) + addend.
+struct Epilogue {
+  Activation activation = Activation::none;
+  const void* addend = nullptr;  // [rows, outputs] of addend_type, or null; it may be y itself
+  Type addend_type = Type::fp32;
+
+  bool any() const { return addend || activation != Activation::none; }
+};
+
 // Rows of weights in one panel.
 constexpr std::int64_t panel_rows = 16;
 
@@ -42,7 +53,7 @@ struct CodedCall {
   const std::uint8_t* zero;   // the same, subtracted from codes that are numbers themselves; null: zero_point
   const float* factor;        // a factor of every scale, or null
   const void* bias;           // [outputs] of bias_type, or null
-  void* y;                    // [rows, outputs] of x_type
+  void* y;                    // [rows, outputs] of y_type
   std::int64_t rows, outputs, columns, group, block_rows, scale_stride;
   float unit;
   int zero_point, bits, threads;
@@ -50,6 +61,8 @@ struct CodedCall {
   bool int8;  // x is quantized to int8 per row, in the integer products
   Element element;
   Type x_type, scale_type, bias_type;
+  Type y_type = x_type;
+  Epilogue after{};
 
   float scale_factor() const {
     float found = 1.0f;
@@ -83,9 +96,12 @@ struct CodedCall {
   }
 };
 
-// Memory of the calling thread that only grows and is reused by its next call; aligned to 64 bytes. Throws
+// Those that call one another, from the innermost out: each has memory of its own.
+enum class Caller : int { kernel, chain, layer };
+
+// Memory of the calling thread that only grows and is reused by the caller's next call; aligned to 64 bytes. Throws
 // std::bad_alloc.
-void* scratch(std::size_t bytes);
+void* scratch(std::size_t bytes, Caller caller = Caller::kernel);
 
 inline std::size_t rounded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 

@@ -18,8 +18,8 @@ T* address(std::uintptr_t value) {
 
 // What Python settles once of calls of a kind, with the tensors of one of them.
 inline CodedCall with_tensors(const CodedCall& settled, std::uintptr_t x, std::uintptr_t codes, std::uintptr_t scale,
-                              std::uintptr_t zero, std::uintptr_t factor, std::uintptr_t bias, std::uintptr_t y,
-                              int threads) {
+                              std::uintptr_t zero, std::uintptr_t factor, std::uintptr_t bias, std::uintptr_t addend,
+                              std::uintptr_t y, int threads) {
   static constexpr float one = 1.0f;
   CodedCall call = settled;
   call.x = address<const void>(x);
@@ -28,6 +28,7 @@ inline CodedCall with_tensors(const CodedCall& settled, std::uintptr_t x, std::u
   call.zero = address<const std::uint8_t>(zero);
   call.factor = address<const float>(factor);
   call.bias = address<const void>(bias);
+  call.after.addend = address<const void>(addend);
   call.y = address<void>(y);
   call.threads = threads;
   return call;

@@ -13,10 +13,12 @@ struct DenseCall {
   const void* x;       // [rows, columns] of x_type
   const void* weight;  // [outputs, columns] of weight_type
   const void* bias;    // [outputs] of bias_type, or null
-  void* y;             // [rows, outputs] of x_type
+  void* y;             // [rows, outputs] of y_type
   std::int64_t rows, outputs, columns;
   int threads;
   Type x_type, weight_type, bias_type;
+  Type y_type = x_type;
+  Epilogue after{};
 };
 
 void dense_generic(const DenseCall& call);

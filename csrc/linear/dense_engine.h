@@ -1,10 +1,11 @@
 // The dense product for vector instruction sets; see dense.h. Included by one translation unit per instruction set, V
-// is its vector type, everything is unnamed (see floats.h).
+// is its vector type, V::Written the arithmetic of results; everything is unnamed (see floats.h).
 #pragma once
 #include <algorithm>
 
 #include "linear/dense.h"
 #include "linear/floats.h"
+#include "linear/write.h"
 
 namespace parco::linear {
 namespace {
@@ -52,12 +53,13 @@ void dense_block(const DenseCall& call, const float* x, std::int64_t padded, std
       add(last, r, whole);
     }
   }
-  for (int r = 0; r < rows && n + r < call.outputs; r++) {
+  const int count = static_cast<int>(std::min<std::int64_t>(rows, call.outputs - n));
+  alignas(64) float sums[columns][std::max(rows, V::lanes)] = {};
+  for (int r = 0; r < count; r++) {
     const float bias = call.bias ? load_float(call.bias, call.bias_type, n + r) : 0.0f;
-    for (int c = 0; c < columns; c++)
-      store_float(call.y, call.x_type, (m + c) * call.outputs + n + r,
-                  V::total(V::add(sum[r][c][0], sum[r][c][1])) + bias);
+    for (int c = 0; c < columns; c++) sums[c][r] = V::total(V::add(sum[r][c][0], sum[r][c][1])) + bias;
   }
+  for (int c = 0; c < columns; c++) write_all<typename V::Written>(call, (m + c) * call.outputs + n, count, sums[c]);
 }
 
 template <class V, Type type>

@@ -1,4 +1,5 @@
 #include "linear/dense_engine.h"
+#include "linear/generic.h"
 
 namespace parco::linear {
 namespace {
@@ -8,6 +9,7 @@ struct Dense4 {
   struct F {
     float lane[4];
   };
+  using Written = generic::Arithmetic;
   static constexpr int lanes = 4, dense_sums = 8;
 
   static F set(float value) { return {{value, value, value, value}}; }

@@ -2,7 +2,8 @@
 #include <algorithm>
 
 #include "linear/float.h"
-#include "linear/floats.h"
+#include "linear/generic.h"
+#include "linear/write.h"
 
 namespace parco::linear {
 
@@ -57,7 +58,7 @@ void float_generic(const CodedCall& call) {
           for (std::int64_t k = 0; k < padded; k += parts)
             for (int i = 0; i < parts; i++) sums[i] += x[k + i] * weight[k + i];
           for (float part : sums) sum += part;
-          store_float(call.y, call.x_type, (first + m) * call.outputs + n, sum + bias);
+          write<generic::Arithmetic>(call, (first + m) * call.outputs + n, 1, sum + bias);
         }
       }
     }

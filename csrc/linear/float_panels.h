@@ -124,7 +124,7 @@ void panel_sums(const PanelJob<V, E>& job, const std::int64_t* first, std::int64
         y = V::add(V::every_other(total[s][c][0], total[s][c][1], 0),
                    V::every_other(total[s][c][0], total[s][c][1], 1));
       if (!grouped) y = V::multiply(y, scales[s].of(0));
-      V::store_floats(call.y, call.x_type, (m + c) * call.outputs + first[s], width, V::add(y, bias));
+      write<V>(call, (m + c) * call.outputs + first[s], width, V::add(y, bias));
     }
   }
 }

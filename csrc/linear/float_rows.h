@@ -76,6 +76,7 @@ void stream(const FloatJob<V, E>& job, const float* scales, std::int64_t scale_s
       }
     }
   }
+  alignas(64) float sums[columns][V::lanes] = {};
 #pragma GCC unroll 4
   for (int r = 0; r < outputs; r++) {
     if (n + r >= call.outputs) break;
@@ -84,9 +85,11 @@ void stream(const FloatJob<V, E>& job, const float* scales, std::int64_t scale_s
     for (int c = 0; c < columns; c++) {
       float sum = V::total(total[r][c]);
       if (!grouped) sum = sum * E::unit * scales[r * scale_stride];
-      store_float(call.y, call.x_type, (m + c) * call.outputs + n + r, sum + bias);
+      sums[c][r] = sum + bias;
     }
   }
+  const int count = static_cast<int>(std::min<std::int64_t>(outputs, call.outputs - n));
+  for (int c = 0; c < columns; c++) write_all<V>(call, (m + c) * call.outputs + n, count, sums[c]);
 }
 
 template <class V, class E, bool grouped>

@@ -6,6 +6,7 @@
 
 #include "linear/float.h"
 #include "linear/floats.h"
+#include "linear/write.h"
 
 namespace parco::linear {
 namespace {
@@ -91,12 +92,13 @@ void multiply_outputs(const Call& call, const Tiles<V>& tiles, const float* x, s
           multiply_rows<V, V::tile_rows>(tiles.height(t), x + tiles.start(t, k), expanded<V>(panel, o, 0), count,
                                          k == 0, sums + tiles.first(t) * panel_outputs + o, panel_outputs);
     }
-    for (std::int64_t o = 0; o < outputs; o += V::lanes) {
-      const int width = static_cast<int>(std::min<std::int64_t>(V::lanes, outputs - o));
-      const auto bias = call.bias ? V::load_floats(call.bias, call.bias_type, n + o, width) : V::set(0.0f);
-      for (std::int64_t m = 0; m < tiles.rows; m++)
-        V::store_floats(call.y, call.x_type, (first_row + m) * call.outputs + n + o, width,
-                        V::add(V::load(sums + m * panel_outputs + o), bias));
+    for (std::int64_t m = 0; m < tiles.rows; m++) {
+      for (std::int64_t o = 0; o < outputs; o += V::lanes) {
+        const int width = static_cast<int>(std::min<std::int64_t>(V::lanes, outputs - o));
+        const auto bias = call.bias ? V::load_floats(call.bias, call.bias_type, n + o, width) : V::set(0.0f);
+        write<V>(call, (first_row + m) * call.outputs + n + o, width,
+                 V::add(V::load(sums + m * panel_outputs + o), bias));
+      }
     }
   }
 }

@@ -7,21 +7,9 @@
 namespace parco::linear {
 namespace {
 
-struct Float256 {
-  using F = __m256;
-  static constexpr int lanes = 8, tile_rows = 6, stream_outputs = 2, panel_streams = 2, dense_sums = 8;
-
-  static F set(float value) { return _mm256_set1_ps(value); }
-  static F load(const float* from) { return _mm256_load_ps(from); }
-  static void store(float* to, F value) { _mm256_store_ps(to, value); }
-  static F add(F a, F b) { return _mm256_add_ps(a, b); }
-  static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
-  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  static float total(F value) {
-    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
-    const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
-  }
+struct Float256 : avx2::Arithmetic {
+  using Written = avx2::Arithmetic;
+  static constexpr int tile_rows = 6, stream_outputs = 2, panel_streams = 2, dense_sums = 8;
 
   // 16 weights: the even and the odd ones of bf16, the first and the last 8 of other types.
   template <Type type>
@@ -47,13 +35,6 @@ struct Float256 {
 
   static void load_scales(const void* scale, Type type, std::int64_t at, std::int64_t groups, float factor, float* to) {
     for (std::int64_t g = 0; g < groups; g++) to[g] = load_float(scale, type, at + g) * factor;
-  }
-
-  static F load_floats(const void* from, Type type, std::int64_t index, int count) {
-    return avx2::load_floats(from, type, index, count);
-  }
-  static void store_floats(void* to, Type type, std::int64_t index, int count, F value) {
-    avx2::store_floats(to, type, index, count, value);
   }
 
   // Columns [k, k + columns) of `rows` rows (at most 8) of a matrix from row `row` on, turned: `kept` lanes of each go

@@ -10,17 +10,9 @@ namespace {
 
 inline __mmask64 bytes_mask(std::int64_t left) { return left >= 64 ? ~0ull : (1ull << left) - 1; }
 
-struct Float512 {
-  using F = __m512;
-  static constexpr int lanes = 16, tile_rows = 12, stream_outputs = 4, panel_streams = 4, dense_sums = 16;
-
-  static F set(float value) { return _mm512_set1_ps(value); }
-  static F load(const float* from) { return _mm512_load_ps(from); }
-  static void store(float* to, F value) { _mm512_store_ps(to, value); }
-  static F add(F a, F b) { return _mm512_add_ps(a, b); }
-  static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
-  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static float total(F value) { return _mm512_reduce_add_ps(value); }
+struct Float512 : avx512::Arithmetic {
+  using Written = avx512::Arithmetic;
+  static constexpr int tile_rows = 12, stream_outputs = 4, panel_streams = 4, dense_sums = 16;
 
   // Scales of `codes` codes in a row, lane i that of the i-th sixteenth of them.
   struct Spread {
@@ -62,13 +54,6 @@ struct Float512 {
                                                 : _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, from));
       _mm512_mask_storeu_ps(to + g, mask, multiply(avx512::widen(bits, type), set(factor)));
     }
-  }
-
-  static F load_floats(const void* from, Type type, std::int64_t index, int count) {
-    return avx512::load_floats(from, type, index, count);
-  }
-  static void store_floats(void* to, Type type, std::int64_t index, int count, F value) {
-    avx512::store_floats(to, type, index, count, value);
   }
 
   // Columns [k, k + columns) of `rows` rows (at most 16) of a matrix from row `row` on, turned: `kept` lanes of each go

@@ -5,20 +5,17 @@
 namespace parco::linear {
 namespace {
 
-struct Avx2 {
+struct Avx2 : avx2::Arithmetic {
+  using Arithmetic::add, Arithmetic::load, Arithmetic::multiply, Arithmetic::set, Arithmetic::store;
   using I = __m256i;
-  using F = __m256;
-  static constexpr int lanes = 8, tile_rows = 3, tile_rows_of_two_words = 2;
+  static constexpr int tile_rows = 3, tile_rows_of_two_words = 2;
   static constexpr int decode_words =
       4;  // per column of x, up to which weights go straight from memory into the products
   static constexpr int x_bytes(Digits) { return 2; }  // of a value; int8 goes as words
 
   static I set(std::int32_t value) { return _mm256_set1_epi32(value); }
-  static F set(float value) { return _mm256_set1_ps(value); }
   static I load(const void* from) { return _mm256_load_si256(static_cast<const I*>(from)); }
-  static F load(const float* from) { return _mm256_load_ps(from); }
   static void store(void* to, I value) { _mm256_store_si256(static_cast<I*>(to), value); }
-  static void store(float* to, F value) { _mm256_store_ps(to, value); }
   static I broadcast(const void* from) {
     std::int32_t pair;
     std::memcpy(&pair, from, 4);
@@ -28,17 +25,7 @@ struct Avx2 {
   static I either(I a, I b) { return _mm256_or_si256(a, b); }
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static I multiply(I a, I b) { return _mm256_mullo_epi32(a, b); }
-  static F add(F a, F b) { return _mm256_add_ps(a, b); }
-  static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
-  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
-
-  static F load_floats(const void* from, Type type, std::int64_t index, int count) {
-    return avx2::load_floats(from, type, index, count);
-  }
-  static void store_floats(void* to, Type type, std::int64_t index, int count, F value) {
-    avx2::store_floats(to, type, index, count, value);
-  }
 
   template <bool nibbles>
   static I pairs(I dword, int shift, int) {

@@ -7,20 +7,17 @@
 namespace parco::linear {
 namespace {
 
-struct Avx512 {
+struct Avx512 : avx512::Arithmetic {
+  using Arithmetic::add, Arithmetic::load, Arithmetic::multiply, Arithmetic::set, Arithmetic::store;
   using I = __m512i;
-  using F = __m512;
-  static constexpr int lanes = 16, tile_rows = 6, tile_rows_of_two_words = 4;
+  static constexpr int tile_rows = 6, tile_rows_of_two_words = 4;
   static constexpr int decode_words =
       8;  // per column of x, up to which weights go straight from memory into the products
   static constexpr int x_bytes(Digits digits) { return digits == Digits::byte ? 1 : 2; }  // of a value
 
   static I set(std::int32_t value) { return _mm512_set1_epi32(value); }
-  static F set(float value) { return _mm512_set1_ps(value); }
   static I load(const void* from) { return _mm512_load_si512(from); }
-  static F load(const float* from) { return _mm512_load_ps(from); }
   static void store(void* to, I value) { _mm512_store_si512(to, value); }
-  static void store(float* to, F value) { _mm512_store_ps(to, value); }
   static I broadcast(const void* from) {
     std::int32_t pair;
     std::memcpy(&pair, from, 4);
@@ -151,16 +148,7 @@ struct Avx512 {
   static I either(I a, I b) { return _mm512_or_si512(a, b); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I multiply(I a, I b) { return _mm512_mullo_epi32(a, b); }
-  static F add(F a, F b) { return _mm512_add_ps(a, b); }
-  static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
-  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
-  static F load_floats(const void* from, Type type, std::int64_t index, int count) {
-    return avx512::load_floats(from, type, index, count);
-  }
-  static void store_floats(void* to, Type type, std::int64_t index, int count, F value) {
-    avx512::store_floats(to, type, index, count, value);
-  }
 
   static I byte_mask(int bits) { return _mm512_set1_epi8(static_cast<char>((1 << bits) - 1)); }
 

@@ -98,6 +98,7 @@ void multiply_band(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once>
   const Plan& plan = job.plan;
   const bool grouped = plan.groups > 1;
   const std::int64_t left = std::min<std::int64_t>(rows, job.rows - m0);
+  ask_for_addend(job.call, job.first + m0, left, outputs.first, outputs.count);
   __m512 total[rows][strips];
   for (int m = 0; m < rows; m++)
     for (int v = 0; v < strips; v++) total[m][v] = _mm512_setzero_ps();

@@ -41,6 +41,7 @@ void tile(const Job<V>& job, const Outputs<V, 2>& outputs, const typename V::I* 
   constexpr int words = count_of(digits), all = rows * words;
   const Plan& plan = job.plan;
   const bool grouped = plan.groups > 1;
+  ask_for_addend(job.call, job.first + m0, rows, outputs.first, outputs.count);
   F total[rows][2];
   I sum[all][2];
   for (int m = 0; m < rows; m++) total[m][0] = total[m][1] = V::set(0.0f);

@@ -2,7 +2,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "linear/generic.h"
 #include "linear/quantize.h"
+#include "linear/write.h"
 
 namespace parco::linear {
 namespace {
@@ -99,7 +101,7 @@ void int_generic(const CodedCall& call) {
           if (call.int8) sum *= scales[m * blocks];
           if (plan.groups <= 1) sum *= load_float(call.scale, call.scale_type, call.scale_index(n, 0)) * factor;
           if (call.bias) sum += load_float(call.bias, call.bias_type, n);
-          store_float(call.y, call.x_type, (first + m) * call.outputs + n, sum);
+          write<generic::Arithmetic>(call, (first + m) * call.outputs + n, 1, sum);
         }
       }
     }

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "linear/quantize.h"
+#include "linear/write.h"
 
 namespace parco::linear {
 namespace {
@@ -98,7 +99,7 @@ inline void finish(const Job<V>& job, const Outputs<V, vectors>& outputs, std::i
   if (job.digits == Digits::byte) sum = V::multiply(sum, V::set(job.x_scale[m * job.block_stride]));
   if (job.plan.groups <= 1) sum = V::multiply(sum, V::load(outputs.scale + v * V::lanes));
   if (call.bias) sum = V::add(sum, V::load_floats(call.bias, call.bias_type, n, count));
-  V::store_floats(call.y, call.x_type, (job.first + m) * call.outputs + n, count, sum);
+  write<V>(call, (job.first + m) * call.outputs + n, count, sum);
 }
 
 // The block's exact sum(s) as fp32, in units of the block's scale.

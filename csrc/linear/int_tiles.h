@@ -175,6 +175,7 @@ void tile_rows(const TileJob& job, const Outputs<Avx512, 2>& outputs, const __m5
   const Plan& plan = job.plan;
   const std::int64_t rows = std::min<std::int64_t>(band, job.rows - m0);
   const Job<Avx512> whole{job.call, plan, digits, {}, job.x_scale, {}, job.first, job.rows, plan.block_count};
+  ask_for_addend(job.call, job.first + m0, rows, outputs.first, outputs.count);
   alignas(64) std::int32_t sums[words][4][256];
   alignas(64) float totals[band][2][16] = {};
   std::int32_t open = 0;

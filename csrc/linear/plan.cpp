@@ -15,8 +15,9 @@ struct Aligned {
 
 }  // namespace
 
-void* scratch(std::size_t bytes) {
-  thread_local Aligned held;
+void* scratch(std::size_t bytes, Caller caller) {
+  thread_local Aligned held_by[3];
+  Aligned& held = held_by[static_cast<int>(caller)];
   if (bytes > held.bytes) {
     std::free(held.memory);
     held = {};

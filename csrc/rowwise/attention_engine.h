@@ -44,7 +44,7 @@ template <class V>
 void cap(std::int64_t count, float softcap, float* scores) {
   each_vector<V>(count, [&](std::int64_t t, int some) {
     const typename V::F part = V::divide(V::template load<Type::fp32>(scores, t, some), V::set(softcap));
-    V::template store<Type::fp32>(scores, t, some, V::multiply(hyperbolic_tangent<V>(part), V::set(softcap)));
+    V::template store<Type::fp32>(scores, t, some, V::multiply(linear::hyperbolic_tangent<V>(part), V::set(softcap)));
   });
 }
 

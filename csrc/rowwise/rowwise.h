@@ -5,6 +5,7 @@
 
 namespace parco::rowwise {
 
+using linear::Activation;
 using linear::Type;
 
 // y = x / sqrt(mean(x^2) + epsilon) * (weight + offset) + bias, where `centered` of x less its mean. With `rounded` the
@@ -20,8 +21,6 @@ struct Norm {
   bool centered = false;
   const void* bias = nullptr;  // [columns], or none
 };
-
-enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu_squared = 4 };
 
 // y = activation(gate) * up, `count` numbers; without `up` the activation alone.
 struct Gate {

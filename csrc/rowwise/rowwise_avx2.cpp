@@ -1,17 +1,13 @@
-#include <immintrin.h>
-
 #include <type_traits>
 
+#include "linear/avx2.h"
 #include "rowwise/attention_engine.h"
 #include "rowwise/rowwise_engine.h"
 
 namespace parco::rowwise {
 namespace {
 
-struct V256 {
-  using F = __m256;
-  static constexpr int lanes = 8;
-
+struct V256 : linear::avx2::Arithmetic {
   template <Type type>
   static F load(const void* from, std::int64_t index, int count) {
     constexpr int size = linear::size_of(type);
@@ -54,27 +50,6 @@ struct V256 {
     if constexpr (type == Type::fp32) return value;
     const __m128i halves = narrow<type>(value);
     return load<type>(&halves, 0, lanes);
-  }
-  static F set(float value) { return _mm256_set1_ps(value); }
-  static F add(F a, F b) { return _mm256_add_ps(a, b); }
-  static F subtract(F a, F b) { return _mm256_sub_ps(a, b); }
-  static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
-  static F divide(F a, F b) { return _mm256_div_ps(a, b); }
-  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  // Of a NaN these give the NaN, which stands second.
-  static F max(F a, F b) { return _mm256_max_ps(b, a); }
-  static F min(F a, F b) { return _mm256_min_ps(b, a); }
-  static F abs(F a) { return _mm256_andnot_ps(set(-0.0f), a); }
-  static F where_greater(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
-  static F nearest(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static F power_of_two(F whole) {
-    return _mm256_castsi256_ps(
-        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23));
-  }
-  static float total(F a) {
-    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
   }
 };
 

@@ -57,21 +57,12 @@ class Scaling:
 
     def __init__(self, weight: int, bias: int, epsilon: float, offset: float, rounded: bool, centered: bool) -> None: ...
 
-class Product:
-    """A product of one row and its kernel; csrc/decode/layer.h."""
-
-def coded_product(kernel: str, settled: CodedCall, codes: int, scale: int, zero: int, factor: int, bias: int) -> Product:
-    """With codes, by the kernel of that name."""
-
-def dense_product(kernel: str, weight: int, bias: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int) -> Product:
-    """With a dense matrix, by the kernel of that name."""
-
 class DecoderLayer:
     """A decoder's layer for one token; csrc/decode/layer.h."""
 
     def __init__(self, *, isa: str, columns: int, heads: int, key_heads: int, head: int, turning: int, inner: int, scale: float, softcap: float, type: int, activation: int, gated: bool, parallel: bool, interleaved: bool, before: Scaling, between: Sequence[Scaling], after: Sequence[Scaling], of_heads: Sequence[Scaling]) -> None: ...
 
-    def multiply(self, place: int, product: Product) -> None:
+    def multiply(self, place: int, chain: Chain) -> None:
         """Adds a product: 0 q, k, v, 1 out, 2 gate, up, 3 down."""
 
 def run_layers(layers: Sequence[DecoderLayer], x: int, cos: int, sin: int, y: int, keys: Sequence[int], values: Sequence[int], known: Sequence[int], key_stride: Sequence[int], value_stride: Sequence[int], threads: int) -> None:
@@ -87,56 +78,56 @@ def embedding_generic(settled: CodedCall, indices: int, codes: int, scale: int, 
 class CodedCall:
     """A product with stored codes, but for its tensors; csrc/linear/coded.h."""
 
-    def __init__(self, *, values: int, table: int, rows: int, outputs: int, columns: int, group: int, block_rows: int, scale_stride: int, unit: float, zero_point: int, bits: int, packed: bool, int8: bool, element: int, x_type: int, scale_type: int, bias_type: int) -> None: ...
+    def __init__(self, *, values: int, table: int, rows: int, outputs: int, columns: int, group: int, block_rows: int, scale_stride: int, unit: float, zero_point: int, bits: int, packed: bool, int8: bool, element: int, x_type: int, scale_type: int, bias_type: int, activation: int, addend_type: int) -> None: ...
 
-def int_generic(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
+def int_generic(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, addend: int, y: int, threads: int) -> None:
     """
-    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
-    """
-
-def int_avx2(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
-    """
-    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
+    y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
     """
 
-def int_avx512(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
+def int_avx2(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, addend: int, y: int, threads: int) -> None:
     """
-    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
-    """
-
-def int_amx(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
-    """
-    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
+    y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
     """
 
-def int_amx_emulated(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
+def int_avx512(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, addend: int, y: int, threads: int) -> None:
     """
-    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
-    """
-
-def float_generic(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
-    """
-    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
+    y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
     """
 
-def float_avx2(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
+def int_amx(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, addend: int, y: int, threads: int) -> None:
     """
-    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
-    """
-
-def float_avx512(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
-    """
-    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
+    y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
     """
 
-def float_amx(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
+def int_amx_emulated(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, addend: int, y: int, threads: int) -> None:
     """
-    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
+    y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
     """
 
-def float_amx_emulated(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, y: int, threads: int) -> None:
+def float_generic(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, addend: int, y: int, threads: int) -> None:
     """
-    y = x @ (number of each code * scale * factor).T + bias. The machine must have the instruction set.
+    y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
+    """
+
+def float_avx2(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, addend: int, y: int, threads: int) -> None:
+    """
+    y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
+    """
+
+def float_avx512(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, addend: int, y: int, threads: int) -> None:
+    """
+    y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
+    """
+
+def float_amx(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, addend: int, y: int, threads: int) -> None:
+    """
+    y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
+    """
+
+def float_amx_emulated(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, addend: int, y: int, threads: int) -> None:
+    """
+    y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
     """
 
 def pack_codes(source: int, target: int, outputs: int, columns: int, bits: int, threads: int) -> None:
@@ -145,30 +136,47 @@ def pack_codes(source: int, target: int, outputs: int, columns: int, bits: int, 
 def unpack_codes(source: int, target: int, outputs: int, columns: int, bits: int, threads: int) -> None:
     """Panels as codes by rows."""
 
-def linear_dense_generic(x: int, weight: int, bias: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, threads: int) -> None:
+def linear_dense_generic(x: int, weight: int, bias: int, addend: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, activation: int, addend_type: int, threads: int) -> None:
     """
-    y = x @ weight.T + bias; addresses, 0 for an absent bias. The machine must have the instruction set.
-    """
-
-def linear_dense_avx2(x: int, weight: int, bias: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, threads: int) -> None:
-    """
-    y = x @ weight.T + bias; addresses, 0 for an absent bias. The machine must have the instruction set.
+    y = activation(x @ weight.T + bias) + addend; addresses, 0 for an absent one. The machine must have the instruction set.
     """
 
-def linear_dense_avx512(x: int, weight: int, bias: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, threads: int) -> None:
+def linear_dense_avx2(x: int, weight: int, bias: int, addend: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, activation: int, addend_type: int, threads: int) -> None:
     """
-    y = x @ weight.T + bias; addresses, 0 for an absent bias. The machine must have the instruction set.
-    """
-
-def linear_dense_amx(x: int, weight: int, bias: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, threads: int) -> None:
-    """
-    y = x @ weight.T + bias; addresses, 0 for an absent bias. The machine must have the instruction set.
+    y = activation(x @ weight.T + bias) + addend; addresses, 0 for an absent one. The machine must have the instruction set.
     """
 
-def linear_dense_amx_emulated(x: int, weight: int, bias: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, threads: int) -> None:
+def linear_dense_avx512(x: int, weight: int, bias: int, addend: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, activation: int, addend_type: int, threads: int) -> None:
     """
-    y = x @ weight.T + bias; addresses, 0 for an absent bias. The machine must have the instruction set.
+    y = activation(x @ weight.T + bias) + addend; addresses, 0 for an absent one. The machine must have the instruction set.
     """
+
+def linear_dense_amx(x: int, weight: int, bias: int, addend: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, activation: int, addend_type: int, threads: int) -> None:
+    """
+    y = activation(x @ weight.T + bias) + addend; addresses, 0 for an absent one. The machine must have the instruction set.
+    """
+
+def linear_dense_amx_emulated(x: int, weight: int, bias: int, addend: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, activation: int, addend_type: int, threads: int) -> None:
+    """
+    y = activation(x @ weight.T + bias) + addend; addresses, 0 for an absent one. The machine must have the instruction set.
+    """
+
+class Chain:
+    """Several products in one call; csrc/linear/chain.h."""
+
+    def __init__(self, type: int) -> None: ...
+
+    def coded(self, term: int, kernel: str, settled: CodedCall) -> None:
+        """A factor stored as codes."""
+
+    def dense(self, term: int, kernel: str, outputs: int, columns: int, weight_type: int, bias_type: int) -> None:
+        """A dense factor."""
+
+    def placed(self, tensors: Sequence[int], bias: int) -> Chain:
+        """The same with the addresses of its tensors."""
+
+def run_chain(settled: Chain, tensors: Sequence[int], bias: int, x: int, y: int, rows: int, threads: int) -> None:
+    """x [rows, columns] to y [rows, outputs]."""
 
 class Features:
     """What CPUID, XGETBV and arch_prctl say of this CPU; caches in bytes."""

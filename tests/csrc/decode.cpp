@@ -52,13 +52,19 @@ Numbers normalized(const Values& weight, Numbers x, bool centered) {
   return x;
 }
 
-Product product(const std::string& isa, Values& matrix, std::int64_t columns) {
-  Product made{};
+using parco::linear::Chain;
+
+parco::linear::Product factor(const std::string& isa, Values& matrix, std::int64_t columns) {
+  parco::linear::Product made{};
   if (!choose("dense-linear-" + isa, made)) failures++;
-  made.outputs = static_cast<std::int64_t>(matrix.count) / columns;
+  made.outputs = static_cast<std::int64_t>(matrix.count) / columns, made.columns = columns;
   made.dense = {nullptr, matrix.data(), nullptr,    nullptr,   1, made.outputs, columns,
                 1,       Type::fp32,    Type::fp32, Type::fp32};
   return made;
+}
+
+Chain product(const std::string& isa, Values& matrix, std::int64_t columns) {
+  return {{{factor(isa, matrix, columns)}}, Type::fp32};
 }
 
 struct Kind {
@@ -99,6 +105,10 @@ void layers(const std::string& isa, const Kind& kind) {
   else
     layer.qkv = {product(isa, q, columns), product(isa, k, columns), product(isa, v, columns)};
   layer.out = {product(isa, out, heads * head)}, layer.down = {product(isa, down, inner)};
+  // A correction of low rank, and another of three factors.
+  Values left(columns * 5), right(5 * heads * head), up_to(columns * 3), middle(3 * 4), last_factor(4 * heads * head);
+  layer.out[0].terms.push_back({factor(isa, left, 5), factor(isa, right, heads * head)});
+  layer.out[0].terms.push_back({factor(isa, up_to, 3), factor(isa, middle, 4), factor(isa, last_factor, heads * head)});
   layer.gate_up = {product(isa, gate, columns)};
   if (kind.gated) layer.gate_up.push_back(product(isa, up, columns));
   run(layer,
@@ -128,8 +138,10 @@ void layers(const std::string& isa, const Kind& kind) {
       for (std::size_t i = 0; i < head; i++)
         found[n * head + i] += power[t] / sum * (t < known ? cached(old_values, of, t, i) : v1[of * head + i]);
   }
-  const Numbers first = h;
+  const Numbers first = h, corrected = times(left, times(right, found));
+  const Numbers again = times(up_to, times(middle, times(last_factor, found)));
   Numbers attended = times(out, found);
+  for (std::size_t i = 0; i < columns; i++) attended[i] += corrected[i] + again[i];
   if (kind.norms > 2) attended = normalized(after[0], attended, kind.centered);
   for (std::size_t i = 0; i < columns; i++) h[i] += attended[i];
   const Numbers second = kind.norms > 1 ? normalized(between, kind.parallel ? first : h, kind.centered) : normed;

@@ -172,6 +172,77 @@ struct Packed {
   CodedCall call;
 };
 
+double activated(Activation activation, double x) {
+  switch (activation) {
+    case Activation::silu:
+      return x / (1 + std::exp(-x));
+    case Activation::gelu:
+      return x / 2 * std::erfc(-x / std::sqrt(2.0));
+    case Activation::gelu_tanh:
+      return x / 2 * (1 + std::tanh(std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
+    case Activation::relu:
+      return std::max(x, 0.0);
+    case Activation::relu_squared:
+      return std::max(x, 0.0) * std::max(x, 0.0);
+    case Activation::none:
+      break;
+  }
+  return x;
+}
+
+// A product with an activation, an addend of x's type or fp32 (which may be y itself), and y of either: what comes of
+// the sums in double that are `expected` within `slack`.
+struct Finished {
+  Finished(const CodedCall& plain, const std::vector<double>& expected, const std::vector<double>& slack)
+      : call(plain), wanted(expected), slack(slack) {
+    const std::int64_t count = plain.rows * plain.outputs;
+    call.after.activation = static_cast<Activation>(static_cast<int>(random_bits() % 6) - 1);
+    call.after.addend_type = random_bits() % 2 ? plain.x_type : Type::fp32;
+    call.y_type = random_bits() % 2 ? plain.x_type : Type::fp32;
+    const bool adds = call.after.activation == Activation::none || random_bits() % 2;
+    in_place = adds && call.after.addend_type == call.y_type && random_bits() % 2;
+    addend = Bytes(count * size_of(call.after.addend_type));
+    std::vector<double> exact(count);
+    if (adds) fill_floats(addend, exact, count, call.after.addend_type);
+    if (adds) call.after.addend = addend.data;
+    const double unit = call.y_type == Type::fp32 ? 0x1p-24 : call.y_type == Type::bf16 ? 0x1p-8 : 0x1p-11;
+    for (std::int64_t i = 0; i < count; i++) {
+      // No slope is above 1.13, but that of the square.
+      const double x = wanted[i], steep = call.after.activation == Activation::relu_squared ? 2 * std::abs(x) + 1 : 1.2;
+      wanted[i] = activated(call.after.activation, x) + exact[i];
+      const double polynomials = call.after.activation == Activation::none ? 0 : 2e-6 * (1 + std::abs(x) * steep);
+      this->slack[i] = slack[i] * steep + polynomials + (unit + 0x1p-24) * std::abs(wanted[i]) + 0x1p-24;
+    }
+  }
+  // Whether all that compute in integers give the same bits: they do but for polynomials.
+  bool same_bits() const {
+    return call.after.activation == Activation::none || call.after.activation == Activation::relu ||
+           call.after.activation == Activation::relu_squared;
+  }
+  std::string run(void (*kernel)(const CodedCall&), const CodedCall& from, int threads) const {
+    const std::size_t bytes = wanted.size() * size_of(call.y_type);
+    Bytes y(bytes);
+    CodedCall own = call;
+    own.codes = from.codes, own.scale = from.scale, own.zero = from.zero, own.packed = from.packed;
+    own.y = y.data, own.threads = threads;
+    if (in_place) std::memcpy(y.data, addend.data, bytes), own.after.addend = y.data;
+    kernel(own);
+    return std::string(y.data, bytes);
+  }
+  bool holds(const std::string& y) const {
+    for (std::size_t i = 0; i < wanted.size(); i++) {
+      if (call.y_type == Type::fp16 && std::abs(wanted[i]) > 65000) continue;
+      const double found = static_cast<double>(as_float(y.data(), call.y_type, static_cast<std::int64_t>(i)));
+      if (!(std::abs(found - wanted[i]) <= slack[i])) return false;
+    }
+    return true;
+  }
+  CodedCall call;
+  bool in_place;
+  Bytes addend{0};
+  std::vector<double> wanted, slack;
+};
+
 // `packed_kernels` read panels, where a shape has some.
 void check(const std::vector<Kernel>& kernels, const std::vector<Kernel>& packed_kernels, const Codes& format,
            Shape shape, Type x_type, Type scale_type, bool asymmetric, bool same_bits, bool int8 = false) {
@@ -290,6 +361,20 @@ void check(const std::vector<Kernel>& kernels, const std::vector<Kernel>& packed
       compare(kernel.name, y, threads, "packed, not the sum in double");
     }
   }
+  std::vector<double> slack(expected.size());
+  for (std::size_t i = 0; i < slack.size(); i++)
+    slack[i] = bound[i] * 0x1p-24 * (static_cast<double>(shape.columns) + 4);
+  const Finished finished(call, expected, slack);
+  std::string same;
+  const auto finish = [&](const Kernel& kernel, const CodedCall& from, const char* what) {
+    const std::string y = finished.run(kernel.run, from, 2);
+    if (!finished.holds(y)) tell(kernel.name, what, 2);
+    if (same_bits && finished.same_bits() && !same.empty() && y != same) tell(kernel.name, "finished, other bits", 2);
+    same = y;
+  };
+  for (const Kernel& kernel : kernels) finish(kernel, call, "finished, not the numbers in double");
+  for (const Kernel& kernel : packed_kernels)
+    if (packs) finish(kernel, packed.call, "packed and finished, not the numbers in double");
   if (packs) {
     const std::size_t bytes = packed.codes.block.size() - 1, plain_bytes = codes.block.size() - 1;
     Bytes panels(bytes), rows(plain_bytes);

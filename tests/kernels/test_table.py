@@ -76,7 +76,7 @@ def test_explains_a_weight_and_a_module() -> None:
     assert explanation.operation == "linear_coded"
     assert explanation.kernel == f"int-linear-{'avx512' if machine.isa() == 'amx' else machine.isa()}"
     both = table.explain(weights.parse("lowrank(quantized(int8:row, 64x16), dense(bf16, 16x96))"))
-    assert [part.operation for part in both] == ["linear_dense", "linear_coded"]
+    assert [part.operation for part in both] == ["linear_chain", "linear_dense", "linear_coded"]
     (int8,) = table.explain(spec, rows=1, product=Activations())
     assert int8.kernel == f"int8-linear-{'avx512' if machine.isa() == 'amx' else machine.isa()}"
     held = nn.StoredWeight.empty(spec, device="meta")
@@ -89,6 +89,7 @@ def test_explains_a_weight_and_a_module() -> None:
 def test_every_operation_is_under_the_laws() -> None:
     importlib.import_module("tests.kernels.cast.test_both")
     importlib.import_module("tests.kernels.cast.test_kernels")
+    importlib.import_module("tests.kernels.linear.test_chain")
     importlib.import_module("tests.kernels.linear.test_dense")
     importlib.import_module("tests.kernels.linear.test_embedding")
     importlib.import_module("tests.kernels.linear.test_coded")

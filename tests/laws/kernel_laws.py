@@ -31,7 +31,7 @@ def forget_choices() -> None:
     machine.isa.cache_clear()
     table.choose.cache_clear()
     table._settled.clear()
-    coded._launches.clear()
+    coded.launches.clear()
 
 
 def telling(kernel: table.Kernel, names: list[str]) -> Callable[..., Any]:

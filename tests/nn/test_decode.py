@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.laws.weight_laws import stored_tensors
 from tests.nn import models
 from tests.nn.conftest import Calls
 from tests.nn.test_fuse import apart
@@ -16,6 +17,7 @@ import parco
 from parco import nn
 from parco.nn import fuse_, proofs
 from parco.nn.prepared import groups
+from parco.weights import Dense, LowRank, Quantized, Sum, Weight
 
 WHOLE = ["llama", "llama tied", "llama odd", "mistral", "qwen2 tied", "qwen3", "gemma"]
 WHOLE += ["gpt2", "gpt-neox", "phi", "phi3", "gemma2", "gemma3"]
@@ -50,6 +52,33 @@ def test_every_architecture_decodes_the_same_in_one_call_a_token(name: str, stor
     calls.clear()
     agree(steps(made), expected)
     assert calls == [1, 1, 2, 2, 2, 2]  # the first token teaches which layer follows
+
+
+def low_rank(shape: tuple[int, int], format: str | None) -> Weight:
+    rank = 8
+    shapes = ((shape[0], rank), (rank, shape[1]))
+    left, right = (Quantized(format, each) if format else Dense(each, "bf16") for each in shapes)
+    return LowRank(left, right)
+
+
+@pytest.mark.parametrize("kind", ["factored", "factored in int8", "corrected", "three terms"])
+def test_low_rank_and_sums_decode_in_one_call_a_token(kind: str, calls: Calls) -> None:
+    made = models.model("qwen2 tied")
+    for group in nn.groups(made):
+        for name in group.members if group.kind != "embed" else ():
+            shape = tuple(nn.matrix(made, name).shape)
+            spec = low_rank(shape, "int8:row" if kind == "factored in int8" else None)
+            if kind == "corrected":
+                spec = Sum(Quantized("int8:row", shape), spec)
+            elif kind == "three terms":
+                spec = Sum(Quantized("int4:16", shape), Dense(shape, "fp16"), spec)
+            nn.replace_(made, name, nn.StoredWeight(spec, stored_tensors(spec)))
+    nn.pack_(made)
+    expected = steps(made)
+    fuse_(made)
+    calls.clear()
+    agree(steps(made), expected)
+    assert calls == [1, 1, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

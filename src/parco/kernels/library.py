@@ -27,9 +27,14 @@ def scale_type(format: Format, scale: Tensor | None) -> int:
 
 
 def differentiate(
-    name: str, needs: Callable[..., bool], setup: Callable[..., None], backward: Callable[..., Any]
+    name: str,
+    needs: Callable[..., bool],
+    setup: Callable[..., None],
+    backward: Callable[..., Any],
+    composed: Callable[..., Tensor | None] = lambda *_: None,
 ) -> None:
-    """Register an operation's derivative. `needs(*arguments)` says whether any argument requires a gradient.
+    """Register an operation's derivative. `needs(*arguments)` says whether any argument requires a gradient. Where
+    gradients are on, `composed(*arguments)` may give the result by other operations, which then differentiate.
 
     This is what `torch.library.register_autograd` does, less half of its cost per call where no gradient is wanted.
     """
@@ -47,6 +52,9 @@ def differentiate(
     function = cast(Any, type(f"Parco_{name}", (torch.autograd.Function,), methods))
 
     def differentiable(*arguments: Any) -> Tensor:
+        found = composed(*arguments) if torch.is_grad_enabled() else None
+        if found is not None:
+            return found
         if torch.is_grad_enabled() and (needs(*arguments) or _dual_numbers()):
             return function.apply(*arguments)  # of a forward derivative it says that there is none
         return forward(*arguments)

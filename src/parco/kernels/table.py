@@ -7,7 +7,7 @@ prints the choice and why every better kernel was passed over. Choices depend on
 """
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, cast
 
@@ -57,11 +57,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Operation:
-    """`describe(*arguments)` is the Call; `kernels` are listed best first."""
+    """`describe(*arguments)` is the Call; `kernels` are listed best first; `parts(*arguments)` are the operations, and
+    their calls on the CPU, that a call stands for.
+    """
 
     name: str
     describe: Callable[..., Call]
     kernels: tuple[Kernel, ...]
+    parts: Callable[..., Iterable[tuple[str, Call]]] = lambda *_: ()
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ def implement(
 
     def traced(*arguments: Any) -> Any:
         check(*arguments)
-        places = {str(a.device) for a in arguments if isinstance(a, torch.Tensor)}
+        given = [each for a in arguments for each in (a if isinstance(a, list | tuple) else (a,))]
+        places = {str(each.device) for each in given if isinstance(each, torch.Tensor)}
         if len(places) > 1:  # some on the meta device, which has no numbers to compute with
             raise ValueError(f"{name}: tensors lie on {' and '.join(sorted(places))}; one device is needed")
         return fake(*arguments)
@@ -186,6 +190,8 @@ class _Recorder(TorchDispatchMode):
         if namespace == "parco" and name in _operations:
             call = _operations[name].describe(*args, **(kwargs or {}))
             self.explanations.append(explain_call(name, call._replace(device="cpu")))  # pyright: ignore[reportPrivateUsage]
+            parts = _operations[name].parts(*args, **(kwargs or {}))
+            self.explanations += [explain_call(part, own) for part, own in parts]
         return func(*args, **(kwargs or {}))
 
 

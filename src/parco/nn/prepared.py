@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from parco import _C, machine
+from parco.formats.scales import DTYPE_NAMES
+from parco.kernels.activations import NUMBERS
 from parco.kernels.library import TYPES
-from parco.kernels.linear import coded, int8
-from parco.kernels.linear.prepared import coded_product, dense_product
-from parco.kernels.rowwise.gate import NUMBERS
+from parco.kernels.linear.prepared import prepared
 from parco.nn import joined
 from parco.nn.linear import Linear, kind_of
 from parco.nn.parts import FLAGS, PROJECTIONS, Parts, parts, rows, shape
 from parco.nn.proofs import Centered, Rms, activation_of
-from parco.products import Activations, Product
-from parco.weights import Dense, Quantized
+from parco.products.how import NATIVE, Product
+from parco.weights import Dense, Weight
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _scaling(norm: Any, how: Rms | Centered, columns: int, dtype: torch.dtype) -
     return _C.Scaling(norm.weight.data_ptr(), address, epsilon, offset, rounded, isinstance(how, Centered))
 
 
-def _products(layers: Sequence[Any], dtype: torch.dtype) -> list[_C.Product] | None:
+def _products(layers: Sequence[Any], dtype: torch.dtype) -> list[_C.Chain] | None:
     """One product for all of `layers` where they lie side by side, else one each; None without a compiled kernel."""
     whole = joined.joined(layers) if len(layers) > 1 else None
     if whole is not None:
@@ -203,7 +203,7 @@ def _products(layers: Sequence[Any], dtype: torch.dtype) -> list[_C.Product] | N
         products = [
             _product(layer.weight.spec, layer.weight.tensors(), layer.bias, dtype, layer.weight.product)
             if isinstance(layer, Linear)
-            else dense_product(dtype, rows(layer), layer.bias)
+            else _product(Dense(shape(layer), DTYPE_NAMES[layer.weight.dtype]), (rows(layer),), layer.bias, dtype)
             for layer in layers
         ]
     found = [product for product in products if product is not None]
@@ -211,13 +211,7 @@ def _products(layers: Sequence[Any], dtype: torch.dtype) -> list[_C.Product] | N
 
 
 def _product(
-    spec: Any, tensors: tuple[Tensor, ...], bias: Tensor | None, dtype: torch.dtype, product: Product
-) -> _C.Product | None:
-    if isinstance(spec, Dense):
-        return dense_product(dtype, tensors[0], bias)
-    if not isinstance(spec, Quantized):
-        return None
-    named = dict(zip(spec.tensors(), tensors, strict=True))
-    rest = (named.get("scale"), named.get("zero"), named.get("global_scale"))
-    operation = int8 if isinstance(product, Activations) else coded
-    return coded_product(operation, dtype, tensors[0], *rest, bias, str(spec.format), spec.shape[1], spec.shape[0])
+    spec: Weight, tensors: tuple[Tensor, ...], bias: Tensor | None, dtype: torch.dtype, product: Product = NATIVE
+) -> _C.Chain | None:
+    plan = spec.plan(product)
+    return None if plan is None else prepared(dtype, tensors, bias, plan)

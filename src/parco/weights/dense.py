@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 
 from parco.formats import Format, TensorSpec
-from parco.kernels.linear import linear_dense
+from parco.kernels.linear import chain, linear_dense
 from parco.products.how import NATIVE, Product
 from parco.weights.weight import Weight, check_shape, product_tolerance
 
@@ -76,6 +76,9 @@ class Dense(Weight):
     def magnitude(self, *tensors: torch.Tensor) -> torch.Tensor:
         (values,) = tensors
         return values.float().abs()
+
+    def factor(self, product: Product) -> chain.Factor:
+        return chain.Factor(str(self.format), *self.shape)
 
     def tolerance(self, dtype: torch.dtype) -> float:
         # Two roundings: of the weight where it is stored wider than x, and of the result.

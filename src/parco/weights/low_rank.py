@@ -10,7 +10,8 @@ from typing import final
 import torch
 
 from parco.formats import TensorSpec
-from parco.products.how import NATIVE, Product
+from parco.kernels.linear import linear_chain
+from parco.products.how import NATIVE, Activations, Product
 from parco.weights.weight import Weight
 
 
@@ -23,6 +24,7 @@ class LowRank(Weight):
     right: Weight
     shape: tuple[int, int] = field(init=False, repr=False, compare=False)
     _split: int = field(init=False, repr=False, compare=False)
+    _plans: tuple[str | None, str | None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.left.shape[1] != self.right.shape[0]:
@@ -32,6 +34,7 @@ class LowRank(Weight):
             )
         object.__setattr__(self, "shape", (self.left.shape[0], self.right.shape[1]))
         object.__setattr__(self, "_split", len(self.left.tensors()))
+        object.__setattr__(self, "_plans", (self.plan(), self.plan(Activations())))
 
     @property
     def rank(self) -> int:
@@ -47,6 +50,12 @@ class LowRank(Weight):
     def with_parts(self, *parts: Weight) -> LowRank:
         return LowRank(*parts)
 
+    def products(self) -> tuple[tuple[Weight, ...], ...] | None:
+        left, right = self.left.products(), self.right.products()
+        if left is None or right is None or len(left) != 1 or len(right) != 1:
+            return None
+        return (left[0] + right[0],)
+
     def tensors(self) -> dict[str, TensorSpec]:
         return {f"{name}.{leaf}": spec for name, part in self.parts().items() for leaf, spec in part.tensors().items()}
 
@@ -57,6 +66,9 @@ class LowRank(Weight):
         bias: torch.Tensor | None = None,
         product: Product = NATIVE,
     ) -> torch.Tensor:
+        plan = self._plans[isinstance(product, Activations)]
+        if plan is not None:
+            return linear_chain(x, tensors, bias, plan)
         narrow = self.right.apply(x, *tensors[self._split :], product=product)
         return self.left.apply(narrow, *tensors[: self._split], bias=bias, product=product)
 

@@ -10,6 +10,7 @@ import torch
 from parco.formats import Format, TensorSpec
 from parco.kernels.cast import Rounding, decode_tensors, encode
 from parco.kernels.linear import (
+    chain,
     embedding_coded,
     is_packed,
     linear_coded,
@@ -110,6 +111,9 @@ class Quantized(Weight):
 
     def magnitude(self, *tensors: torch.Tensor) -> torch.Tensor:
         return self.dense(*tensors).abs()
+
+    def factor(self, product: Product) -> chain.Factor:
+        return chain.Factor(self._name, *self.shape, self._takes_int8 and isinstance(product, Activations))
 
     def tolerance(self, dtype: torch.dtype) -> float:
         # Three roundings: of the decoded weight, of the result, and of the input, which the integer kernels write in

@@ -10,7 +10,8 @@ from typing import final
 import torch
 
 from parco.formats import TensorSpec
-from parco.products.how import NATIVE, Product
+from parco.kernels.linear import linear_chain
+from parco.products.how import NATIVE, Activations, Product
 from parco.weights.weight import Weight
 
 
@@ -22,6 +23,7 @@ class Sum(Weight):
     terms: tuple[Weight, ...]
     shape: tuple[int, int] = field(init=False, repr=False, compare=False)
     _slices: tuple[slice, ...] = field(init=False, repr=False, compare=False)
+    _plans: tuple[str | None, str | None] = field(init=False, repr=False, compare=False)
 
     def __init__(self, *terms: Weight) -> None:
         if len(terms) < 2 or any(term.shape != terms[0].shape for term in terms):
@@ -36,6 +38,7 @@ class Sum(Weight):
             slices.append(slice(start, start + len(term.tensors())))
             start = slices[-1].stop
         object.__setattr__(self, "_slices", tuple(slices))
+        object.__setattr__(self, "_plans", (self.plan(), self.plan(Activations())))
 
     def __str__(self) -> str:
         return f"sum({', '.join(str(term) for term in self.terms)})"
@@ -45,6 +48,15 @@ class Sum(Weight):
 
     def with_parts(self, *parts: Weight) -> Sum:
         return Sum(*parts)
+
+    def products(self) -> tuple[tuple[Weight, ...], ...] | None:
+        found: tuple[tuple[Weight, ...], ...] = ()
+        for term in self.terms:
+            own = term.products()
+            if own is None:
+                return None
+            found += own
+        return found
 
     def tensors(self) -> dict[str, TensorSpec]:
         return {f"{name}.{leaf}": spec for name, part in self.parts().items() for leaf, spec in part.tensors().items()}
@@ -56,6 +68,9 @@ class Sum(Weight):
         bias: torch.Tensor | None = None,
         product: Product = NATIVE,
     ) -> torch.Tensor:
+        plan = self._plans[isinstance(product, Activations)]
+        if plan is not None:
+            return linear_chain(x, tensors, bias, plan)
         total = self.terms[0].apply(x, *tensors[self._slices[0]], bias=bias, product=product)
         for term, part in zip(self.terms[1:], self._slices[1:], strict=True):
             total = total + term.apply(x, *tensors[part], product=product)

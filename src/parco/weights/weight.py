@@ -27,6 +27,7 @@ from typing import ClassVar
 import torch
 
 from parco.formats import TensorSpec
+from parco.kernels.linear import chain
 from parco.products.how import NATIVE, Native, Product
 
 UNIT_FP32 = 2.0**-24
@@ -125,6 +126,22 @@ class Weight(abc.ABC):
     @abc.abstractmethod
     def tolerance(self, dtype: torch.dtype) -> float:
         """The largest error of `apply` on x of `dtype`, as a multiple of |x| magnitudeᵀ."""
+
+    def products(self) -> tuple[tuple[Weight, ...], ...] | None:
+        """The matrix as a sum of products of Weights without parts, whose tensors one after the other are this one's;
+        None where it is no such sum.
+        """
+        return None if self.parts() else ((self,),)
+
+    def plan(self, product: Product = NATIVE) -> str | None:
+        """The text by which `parco.kernels.linear.linear_chain` multiplies by the tensors; None where it cannot."""
+        terms = [[leaf.factor(product) for leaf in term] for term in self.products() or ()]
+        known = [[factor for factor in term if factor is not None] for term in terms]
+        return chain.text(known) if terms and terms == known else None
+
+    def factor(self, product: Product) -> chain.Factor | None:
+        """This Weight as a factor of a plan; None for one with parts, or that `linear_chain` does not take."""
+        return None
 
     @property
     def nbytes(self) -> int:

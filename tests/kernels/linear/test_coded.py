@@ -14,7 +14,7 @@ from parco import _C, formats, machine
 from parco.formats import Format
 from parco.kernels import table
 from parco.kernels.cast import decode_tensors
-from parco.kernels.linear import coded, linear_coded, pack, unpack
+from parco.kernels.linear import coded, gradient, linear_coded, pack, unpack
 from parco.kernels.linear.coded import Compiled
 from parco.kernels.linear.storage import storage
 
@@ -496,7 +496,7 @@ def test_the_gradient_expands_a_part_of_the_matrix_at_a_time(monkeypatch: pytest
         tensors = stored(format, 37, 48)
         x, grad = inputs(3, 48).requires_grad_(), inputs(3, 37, seed=9)
         whole = torch.autograd.grad(linear_coded(x, *tensors, None, format, 48), x, grad)[0]
-        monkeypatch.setattr(coded, "EXPANDED", 48 * 5)
+        monkeypatch.setattr(gradient, "EXPANDED", 48 * 5)
         parts = torch.autograd.grad(linear_coded(x, *tensors, None, format, 48), x, grad)[0]
         torch.testing.assert_close(parts, whole)
         if storage(format).packs((37, 48)):

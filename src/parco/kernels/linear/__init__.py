@@ -1,7 +1,8 @@
-"""Linear operations over stored weights: `linear_coded`, `linear_coded_int8`, `linear_dense` and `embedding_coded`, in
-the library `torch.ops.parco`; and the panels in which they read codes fastest.
+"""Linear operations over stored weights: `linear_coded`, `linear_coded_int8`, `linear_dense`, `linear_chain` and
+`embedding_coded`, in the library `torch.ops.parco`; and the panels in which they read codes fastest.
 """
 
+from parco.kernels.linear.chain import linear_chain
 from parco.kernels.linear.coded import linear_coded
 from parco.kernels.linear.dense import linear_dense
 from parco.kernels.linear.embedding import embedding_coded
@@ -12,6 +13,7 @@ from parco.kernels.linear.storage import packs, takes_int8
 __all__ = [
     "embedding_coded",
     "is_packed",
+    "linear_chain",
     "linear_coded",
     "linear_coded_int8",
     "linear_dense",

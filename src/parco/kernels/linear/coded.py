@@ -10,7 +10,6 @@ The other elements (fp8, fp6_e3m2, NF4) are widened to fp32 in registers or in t
 tiles they become bf16 instead, and so do fp4 and fp6_e2m3 under scales that are small floats themselves.
 """
 
-import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, final
 
@@ -19,9 +18,11 @@ from torch import Tensor
 
 from parco import _C, machine
 from parco.kernels import table
-from parco.kernels.library import LIBRARY, check_float, differentiate, undispatched
-from parco.kernels.linear import reference
-from parco.kernels.linear.panels import PANEL_ROWS, is_packed
+from parco.kernels.activations import NONE
+from parco.kernels.library import LIBRARY, check_float, undispatched
+from parco.kernels.linear import epilogue, reference
+from parco.kernels.linear.gradient import differentiate_coded
+from parco.kernels.linear.panels import is_packed
 from parco.kernels.linear.storage import Storage, check_tensors, rows_of, settle, storage
 
 NAME = "linear_coded"
@@ -60,6 +61,8 @@ def describe(
     format: str,
     columns: int,
     outputs: int = 0,
+    activation: str = NONE,
+    addend: Tensor | None = None,
 ) -> CodedCall:
     """The table's key of a call."""
     rows = x.numel() // columns if columns else 0
@@ -77,6 +80,8 @@ def check(
     format: str,
     columns: int,
     outputs: int = 0,
+    activation: str = NONE,
+    addend: Tensor | None = None,
     operation: str = NAME,
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
@@ -91,10 +96,11 @@ def check(
             raise ValueError(
                 f"{operation}: bias has the shape {tuple(bias.shape)}; [{rows_of(codes, outputs)}] is needed"
             )
+    epilogue.check(operation, x, rows_of(codes, outputs), activation, addend)
 
 
-Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None], Tensor]
-"""The operation with everything but its tensors settled: x, codes, scale, zero, global_scale, bias -> y."""
+Launch = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None], Tensor]
+"""The operation with everything but its tensors settled: x, codes, scale, zero, global_scale, bias, addend -> y."""
 
 
 @final
@@ -117,18 +123,28 @@ class Compiled:
         format: str,
         columns: int,
         outputs: int = 0,
+        activation: str = NONE,
+        addend: Tensor | None = None,
     ) -> Tensor:
-        launch = self.settle(x, codes, scale, bias, format, outputs)
-        return launch(x, codes, scale, zero, global_scale, bias)
+        launch = self.settle(x, codes, scale, bias, format, outputs, activation, addend)
+        return launch(x, codes, scale, zero, global_scale, bias, addend)
 
     def settle(
-        self, x: Tensor, codes: Tensor, scale: Tensor | None, bias: Tensor | None, format: str, outputs: int
+        self,
+        x: Tensor,
+        codes: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        format: str,
+        outputs: int,
+        activation: str = NONE,
+        addend: Tensor | None = None,
     ) -> Launch:
         """The launch for tensors of these shapes and dtypes. It keeps none of them."""
         stored = storage(format)
         if not stored.by_column:
-            return self._launch(stored, x, codes, scale, bias, outputs)
-        product = self._launch(stored, x.float(), codes, None, bias, outputs)
+            return self._launch(stored, x, codes, scale, bias, outputs, activation, addend)
+        product = self._launch(stored, x.float(), codes, None, bias, outputs, activation, addend)
 
         def launch(
             x: Tensor,
@@ -137,20 +153,41 @@ class Compiled:
             zero: Tensor | None,
             global_scale: Tensor | None,
             bias: Tensor | None,
+            addend: Tensor | None,
         ) -> Tensor:
             assert scale is not None
-            return product(x.float() * scale[0].float(), codes, None, None, None, bias).to(x.dtype)
+            return product(x.float() * scale[0].float(), codes, None, None, None, bias, addend).to(x.dtype)
 
         return launch
 
     def _launch(
-        self, stored: Storage, x: Tensor, codes: Tensor, scale: Tensor | None, bias: Tensor | None, outputs: int
+        self,
+        stored: Storage,
+        x: Tensor,
+        codes: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        outputs: int,
+        activation: str,
+        addend: Tensor | None,
     ) -> Launch:
         """The call itself: without `scale`, of codes that stand for their numbers."""
         function, outputs, columns = self.function, rows_of(codes, outputs), x.shape[-1]
         shape = (*x.shape[:-1], outputs)
         rows, packed = x.numel() // columns, is_packed(codes)
-        settled = settle(stored, rows, outputs, columns, x.dtype, scale, bias, packed, self.int8)
+        settled = settle(
+            stored,
+            rows,
+            outputs,
+            columns,
+            x.dtype,
+            scale,
+            bias,
+            packed,
+            self.int8,
+            activation,
+            epilogue.type_of(addend),
+        )
 
         def launch(
             x: Tensor,
@@ -159,12 +196,14 @@ class Compiled:
             zero: Tensor | None,
             global_scale: Tensor | None,
             bias: Tensor | None,
+            addend: Tensor | None,
         ) -> Tensor:
             # Names are held until the kernel returns: the addresses are of these tensors.
             x, codes = x.contiguous(), codes.contiguous()
             scale = None if scale is None else scale.contiguous()
             zero = None if zero is None else zero.contiguous()
             bias = None if bias is None else bias.contiguous()
+            addend = None if addend is None else addend.contiguous()
             y = x.new_empty(shape)
             function(
                 settled,
@@ -174,6 +213,7 @@ class Compiled:
                 0 if zero is None else zero.data_ptr(),
                 0 if global_scale is None else global_scale.data_ptr(),
                 0 if bias is None else bias.data_ptr(),
+                0 if addend is None else addend.data_ptr(),
                 y.data_ptr(),
                 torch.get_num_threads(),
             )
@@ -243,15 +283,22 @@ table.register(
     )
 )
 
-_launches: dict[Hashable, Launch] = {}
+launches: dict[Hashable, Any] = {}
 KEPT_LAUNCHES = 8192
 """Kinds of call whose checks and choice are remembered: together they cost as much as a small product."""
 
 SIGNATURE = (
     "(Tensor x, Tensor codes, Tensor? scale, Tensor? zero, Tensor? global_scale, Tensor? bias, str format,"
-    " int columns, int outputs) -> Tensor"
+    f" int columns, int outputs, {epilogue.SCHEMA}) -> Tensor"
 )
 LIBRARY.define(f"linear_coded{SIGNATURE}")
+
+
+def remember(kind: Hashable, launch: Any) -> None:
+    """Keep the launch of a kind of call."""
+    if len(launches) >= KEPT_LAUNCHES:
+        launches.clear()
+    launches[kind] = launch
 
 
 def _kind(tensor: Tensor | None) -> Hashable:
@@ -266,10 +313,10 @@ def remembering(
     def settle(x: Tensor, codes: Tensor, scale: Tensor | None, *others: Any) -> Launch:
         check(x, codes, scale, *others)
         run = table.choose(operation, describe(x, codes, scale, *others)).run
-        *_, bias, format, columns, outputs = others
+        *_, bias, format, columns, outputs, activation, addend = others
         if isinstance(run, Compiled):
-            return run.settle(x, codes, scale, bias, format, outputs)
-        return lambda *tensors: run(*tensors, format, columns, outputs)
+            return run.settle(x, codes, scale, bias, format, outputs, activation, addend)
+        return lambda *tensors: run(*tensors[:-1], format, columns, outputs, activation, tensors[-1])
 
     def cpu(
         x: Tensor,
@@ -281,6 +328,8 @@ def remembering(
         format: str,
         columns: int,
         outputs: int = 0,
+        activation: str = NONE,
+        addend: Tensor | None = None,
     ) -> Tensor:
         key = (
             operation,
@@ -296,14 +345,14 @@ def remembering(
             format,
             columns,
             outputs,
+            activation,
+            None if addend is None else (addend.dtype, addend.shape),
         )
-        launch = _launches.get(key)
+        launch = launches.get(key)
         if launch is None:
-            launch = settle(x, codes, scale, zero, global_scale, bias, format, columns, outputs)
-            if len(_launches) >= KEPT_LAUNCHES:
-                _launches.clear()
-            _launches[key] = launch
-        return launch(x, codes, scale, zero, global_scale, bias)
+            launch = settle(x, codes, scale, zero, global_scale, bias, format, columns, outputs, activation, addend)
+            remember(key, launch)
+        return launch(x, codes, scale, zero, global_scale, bias, addend)
 
     return cpu
 
@@ -321,69 +370,14 @@ def fake(
     format: str,
     columns: int,
     outputs: int = 0,
+    activation: str = NONE,
+    addend: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows_of(codes, outputs)))
 
 
-def needs_grad(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor | None,
-    zero: Tensor | None,
-    global_scale: Tensor | None,
-    bias: Tensor | None,
-    *_: Any,
-) -> bool:
-    return x.requires_grad or (bias is not None and bias.requires_grad)
-
-
-def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *stored, bias, ctx.format, ctx.columns, ctx.outputs = inputs
-    ctx.save_for_backward(*stored)
-    ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
-
-
-EXPANDED = 1 << 24
-"""Numbers of W that the backward pass holds in fp32 at a time."""
-
-
-def _grad_x(grad: Tensor, tensors: tuple[Tensor | None, ...], format: str, columns: int, outputs: int) -> Tensor:
-    """grad [..., N] @ W, some rows of W expanded at a time."""
-    codes, scale, zero, global_scale = tensors
-    assert codes is not None
-    total = grad.new_zeros((*grad.shape[:-1], columns))
-    height = storage(format).format.block.rows or 1
-    packed, count = is_packed(codes), rows_of(codes, outputs)
-    unit = math.lcm(height, PANEL_ROWS if packed else 1)
-    step = max(1, EXPANDED // columns // unit) * unit
-    for first in range(0, count, step):
-        last = min(first + step, count)
-        if height > 1:  # looked up, these would decode all rows for some
-            part = slice(first // height, -(-last // height))
-            scales = (None if scale is None else scale[part], None if zero is None else zero[part])
-            part = slice(first // PANEL_ROWS, -(-last // PANEL_ROWS)) if packed else slice(first, last)
-            weight = reference.dense(codes[part], *scales, global_scale, format, columns, last - first)
-        else:
-            rows = torch.arange(first, last, device=codes.device)
-            weight = torch.ops.parco.embedding_coded(
-                rows, codes, scale, zero, global_scale, format, columns, torch.float32, outputs
-            )
-        total += grad[..., first:last] @ weight
-    return total
-
-
-def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """grad_x = grad @ W with W expanded in fp32 from the same codes; grad_bias = the sum of grad over rows."""
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _grad_x(grad.float(), ctx.saved_tensors, ctx.format, ctx.columns, ctx.outputs).to(ctx.x_dtype)
-    if ctx.needs_input_grad[5]:
-        grad_bias = grad.float().reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, None, grad_bias, None, None, None
-
-
 table.implement(NAME, check, fake, _cpu)
-differentiate(NAME, needs_grad, setup, backward)
+differentiate_coded(NAME)
 
 
 def linear_coded(
@@ -396,15 +390,19 @@ def linear_coded(
     format: str,
     columns: int,
     outputs: int = 0,
+    activation: str = NONE,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """y [..., N] = x [..., K] @ W.T + bias, in x's dtype (fp32, bf16 or fp16), rounded once.
+    """y [..., N] = activation(x [..., K] @ W.T + bias) + addend, in x's dtype (fp32, bf16 or fp16), rounded once.
 
     W [N, K] is stored in `format`, whose name this is; codes, scale, zero and global_scale are its tensors
     (`Format.tensors`), None for those that it has not, or the panels that `pack` made of them; `columns` is K, and
     `outputs`, which panels need, N. Where codes are computed in integers a row of x
-    with inf or NaN becomes NaN as a whole. Differentiable with respect to x and bias. Raises ValueError or TypeError
-    naming the argument.
+    with inf or NaN becomes NaN as a whole. `activation` is none, silu, gelu, gelu_tanh, relu or relu_squared, and
+    `addend` [..., N] has x's dtype or fp32. Differentiable with respect to x, bias and addend. Raises ValueError or
+    TypeError naming the argument.
     """
-    if undispatched(x, codes, scale, zero, global_scale, bias):
-        return _cpu(x, codes, scale, zero, global_scale, bias, format, columns, outputs)
-    return torch.ops.parco.linear_coded.default(x, codes, scale, zero, global_scale, bias, format, columns, outputs)
+    arguments = (x, codes, scale, zero, global_scale, bias, format, columns, outputs, activation, addend)
+    if undispatched(x, codes, scale, zero, global_scale, bias, addend):
+        return _cpu(*arguments)
+    return torch.ops.parco.linear_coded.default(*arguments)

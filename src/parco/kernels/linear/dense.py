@@ -14,8 +14,11 @@ from torch import Tensor
 
 from parco import _C, machine
 from parco.kernels import table
+from parco.kernels.activations import NONE, NUMBERS
 from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate, undispatched
-from parco.kernels.linear import reference
+from parco.kernels.linear import epilogue, reference
+
+NAME = "linear_dense"
 
 STREAMED_ROWS = 4
 """Rows of x up to which reading the weights is the cost and torch's product of one dtype is slower: 1.4 times at 1
@@ -54,14 +57,16 @@ class DenseCall(NamedTuple):
         return f"{self.rows} rows of {self.dtype} x {self.weight_dtype} {self.outputs}x{self.columns}"
 
 
-def describe(x: Tensor, weight: Tensor, bias: Tensor | None) -> DenseCall:
+def describe(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None
+) -> DenseCall:
     """The table's key of a call."""
     outputs, columns = weight.shape
     rows = x.numel() // columns if columns else 0
     return DenseCall(x.device.type, machine.isa(), x.dtype, weight.dtype, rows, outputs, columns)
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
     check_float("linear_dense", "x", x)
     check_float("linear_dense", "weight", weight)
@@ -76,20 +81,25 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         check_float("linear_dense", "bias", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"linear_dense: bias has the shape {tuple(bias.shape)}; [{weight.shape[0]}] is needed")
+    epilogue.check("linear_dense", x, weight.shape[0], activation, addend)
 
 
 def compiled(kernel: Callable[..., None]) -> Callable[..., Tensor]:
     """A compiled kernel as a function of the operation's arguments."""
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def run(
+        x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None
+    ) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         outputs, columns = weight.shape
         y = x.new_empty((*x.shape[:-1], outputs))
         bias = None if bias is None else bias.contiguous()
+        addend = None if addend is None else addend.contiguous()
         kernel(
             x.data_ptr(),
             weight.data_ptr(),
             0 if bias is None else bias.data_ptr(),
+            0 if addend is None else addend.data_ptr(),
             y.data_ptr(),
             x.numel() // columns,
             outputs,
@@ -97,6 +107,8 @@ def compiled(kernel: Callable[..., None]) -> Callable[..., Tensor]:
             TYPES[x.dtype],
             TYPES[weight.dtype],
             0 if bias is None else TYPES[bias.dtype],
+            NUMBERS[activation],
+            epilogue.type_of(addend),
             torch.get_num_threads(),
         )
         return y
@@ -137,8 +149,13 @@ def _refuses_tiles(call: DenseCall) -> str | None:
     return "one of the sizes is 0" if min(call.outputs, call.columns) == 0 else None
 
 
-def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+def _native(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None
+) -> Tensor:
+    y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if activation == NONE and addend is None:
+        return y
+    return epilogue.finish(y.float(), activation, addend).to(x.dtype)
 
 
 def _refuses_native(call: DenseCall) -> str | None:
@@ -168,47 +185,67 @@ table.register(
     )
 )
 
-LIBRARY.define("linear_dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+LIBRARY.define(f"linear_dense(Tensor x, Tensor weight, Tensor? bias, {epilogue.SCHEMA}) -> Tensor")
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+def _needs_grad(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None
+) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, addend))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    x, weight, bias = inputs[:3]
+    ctx.activation, addend = epilogue.given(inputs, 3)
+    ctx.given = len(inputs)
+    ctx.save_for_backward(x, weight, bias)
+    ctx.addend_dtype = None if addend is None else addend.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """grad_x = grad @ weight, grad_weight = gradᵀ @ x, grad_bias = the sum of grad over rows; all summed in fp32."""
-    x, weight = ctx.saved_tensors
+    """grad_x = grad @ weight, grad_weight = gradᵀ @ x, grad_bias = the sum of grad over rows, grad_addend = grad; all
+    summed in fp32. Before an activation grad is multiplied by its slope, for which the product is computed again.
+    """
+    x, weight, bias = ctx.saved_tensors
     wide = grad.float()
+    grad_addend = grad.to(ctx.addend_dtype) if ctx.addend_dtype is not None and ctx.needs_input_grad[4] else None
+    if ctx.activation != NONE:
+        before = torch.ops.parco.linear_dense.default(x.float(), weight, bias)
+        wide = epilogue.through(wide, before, ctx.activation)
     rows = wide.reshape(-1, wide.shape[-1])
     grad_x = (wide @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
     grad_weight = grad_bias = None
     if ctx.needs_input_grad[1]:
         grad_weight = (rows.T @ x.float().reshape(-1, x.shape[-1])).to(weight.dtype)
     if ctx.needs_input_grad[2]:
-        grad_bias = rows.sum(0).to(ctx.bias_dtype)
-    return grad_x, grad_weight, grad_bias
+        grad_bias = rows.sum(0).to(bias.dtype)
+    return (grad_x, grad_weight, grad_bias, None, grad_addend)[: ctx.given]
 
 
 _cpu = table.implement("linear_dense", check, _fake)
 differentiate("linear_dense", _needs_grad, _setup, _backward)
 
 
-def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y [..., N] = x [..., K] @ weight [N, K].T + bias, summed in fp32 and rounded once to x's dtype.
+def linear_dense(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = NONE,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """y [..., N] = activation(x [..., K] @ weight [N, K].T + bias) + addend, summed in fp32 and rounded once to x's
+    dtype (but where torch's own product serves, which rounds before).
 
-    x, weight and bias are each fp32, bf16 or fp16. Differentiable with respect to all three. Raises ValueError or
+    x, weight and bias are each fp32, bf16 or fp16; `activation` is none, silu, gelu, gelu_tanh, relu or relu_squared,
+    and `addend` [..., N] has x's dtype or fp32. Differentiable with respect to all tensors. Raises ValueError or
     TypeError naming the argument.
     """
-    if undispatched(x, weight, bias):
-        return _cpu(x, weight, bias)
-    return torch.ops.parco.linear_dense.default(x, weight, bias)
+    if undispatched(x, weight, bias, addend):
+        return _cpu(x, weight, bias, activation, addend)
+    return torch.ops.parco.linear_dense.default(x, weight, bias, activation, addend)

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from parco import _C
 from parco.kernels import table
+from parco.kernels.activations import NONE
 from parco.kernels.cast import decode, encode
-from parco.kernels.library import LIBRARY, differentiate, undispatched
+from parco.kernels.library import LIBRARY, undispatched
 from parco.kernels.linear import coded, reference
 from parco.kernels.linear.coded import CodedCall, Compiled
+from parco.kernels.linear.gradient import differentiate_coded
 from parco.kernels.linear.storage import storage
 
 NAME = "linear_coded_int8"
@@ -61,10 +63,13 @@ def _reference(
     format: str,
     columns: int,
     outputs: int = 0,
+    activation: str = NONE,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """rounded_to_int8(x) @ decode(...).T + bias in fp32 arithmetic, rounded once to x's dtype: [..., K] -> [..., N]."""
     stored = (codes, scale, zero, global_scale)
-    return reference.linear_coded(rounded_to_int8(x), *stored, bias, format, columns, outputs).to(x.dtype)
+    last = (format, columns, outputs, activation, addend)
+    return reference.linear_coded(rounded_to_int8(x), *stored, bias, *last).to(x.dtype)
 
 
 table.register(
@@ -83,7 +88,7 @@ table.register(
 LIBRARY.define(f"{NAME}{coded.SIGNATURE}")
 _cpu = coded.remembering(NAME, describe, check)
 table.implement(NAME, check, coded.fake, _cpu)
-differentiate(NAME, coded.needs_grad, coded.setup, coded.backward)
+differentiate_coded(NAME)
 
 
 def linear_coded_int8(
@@ -96,14 +101,16 @@ def linear_coded_int8(
     format: str,
     columns: int,
     outputs: int = 0,
+    activation: str = NONE,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """y [..., N] = int8(x) [..., K] @ W.T + bias, in x's dtype (fp32, bf16 or fp16), rounded once.
+    """y [..., N] = activation(int8(x) [..., K] @ W.T + bias) + addend, in x's dtype (fp32, bf16 or fp16), rounded once.
 
     int8(x) has a scale for each row of x, absmax / 127. The other arguments are those of `linear_coded`. A row with inf
-    or NaN becomes NaN. Differentiable with respect to x, as if x were not rounded, and bias. Raises ValueError or
-    TypeError naming the argument, ValueError also for a format whose numbers are no small integers.
+    or NaN becomes NaN. Differentiable with respect to x, as if x were not rounded, bias and addend. Raises ValueError
+    or TypeError naming the argument, ValueError also for a format whose numbers are no small integers.
     """
-    if undispatched(x, codes, scale, zero, global_scale, bias):
-        return _cpu(x, codes, scale, zero, global_scale, bias, format, columns, outputs)
-    operation = torch.ops.parco.linear_coded_int8.default
-    return operation(x, codes, scale, zero, global_scale, bias, format, columns, outputs)
+    arguments = (x, codes, scale, zero, global_scale, bias, format, columns, outputs, activation, addend)
+    if undispatched(x, codes, scale, zero, global_scale, bias, addend):
+        return _cpu(*arguments)
+    return torch.ops.parco.linear_coded_int8.default(*arguments)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from parco.formats import Format
+from parco.kernels.activations import NONE
 from parco.kernels.cast.decoding import dequantize
-from parco.kernels.linear import panels
+from parco.kernels.linear import epilogue, panels
 
 
 def _named(format: str, columns: int, outputs: int, *tensors: Tensor | None) -> dict[str, Tensor]:
@@ -41,16 +42,24 @@ def linear_coded(
     format: str,
     columns: int,
     outputs: int = 0,
+    activation: str = NONE,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """x @ decode(...).T + bias in fp32 arithmetic, rounded once to x's dtype: [..., K] -> [..., N]."""
+    """activation(x @ decode(...).T + bias) + addend in fp32 arithmetic, rounded once to x's dtype: [..., K] ->
+    [..., N].
+    """
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], outputs or codes.shape[0]))
-    return linear_dense(x, dense(codes, scale, zero, global_scale, format, columns, outputs), bias)
+    weight = dense(codes, scale, zero, global_scale, format, columns, outputs)
+    return linear_dense(x, weight, bias, activation, addend)
 
 
-def linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias in fp32 arithmetic, rounded once to x's dtype: [..., K] -> [..., N]."""
-    return torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+def linear_dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None
+) -> Tensor:
+    """activation(x @ weight.T + bias) + addend in fp32 arithmetic, rounded once to x's dtype: [..., K] -> [..., N]."""
+    y = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return epilogue.finish(y, activation, addend).to(x.dtype)
 
 
 def embedding_coded(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from parco import _C
 from parco.formats import COLUMN, E3M2, E4M3, E5M2, Element, Float, Format, Integer, ScaleE4M3, ScaleE8M0
+from parco.kernels.activations import NONE, NUMBERS
 from parco.kernels.library import TYPES, scale_type
 from parco.kernels.linear import panels
 
@@ -192,11 +193,13 @@ def settle(
     bias: Tensor | None,
     packed: bool,
     int8: bool = False,
+    activation: str = NONE,
+    addend_type: int = 0,
 ) -> _C.CodedCall:
     """What the compiled kernels are told of a call but for its tensors: `rows` x (or results) of `dtype` against
     `outputs` by `columns` codes, by rows or `packed` in panels; `int8` says
-    that x is quantized first. Without `scale` the codes stand for their numbers. It
-    keeps addresses of `storage`, which lives as long as the interpreter.
+    that x is quantized first, `activation` and the addend's type what follows. Without `scale` the codes stand for
+    their numbers. It keeps addresses of `storage`, which lives as long as the interpreter.
     """
     block, values, table = storage.format.block, storage.values, storage.table
     group = columns if scale is None or block.columns is None else min(block.columns, columns)
@@ -218,4 +221,6 @@ def settle(
         x_type=TYPES[dtype],
         scale_type=scale_type(storage.format, scale),
         bias_type=0 if bias is None else TYPES[bias.dtype],
+        activation=NUMBERS[activation],
+        addend_type=addend_type,
     )

@@ -2,8 +2,9 @@
 `attend`.
 """
 
+from parco.kernels.activations import ACTIVATIONS
 from parco.kernels.rowwise.attention import attend
-from parco.kernels.rowwise.gate import ACTIVATIONS, gated
+from parco.kernels.rowwise.gate import gated
 from parco.kernels.rowwise.layer_norm import layer_norm
 from parco.kernels.rowwise.norm import rms_norm
 from parco.kernels.rowwise.rotation import rotate

@@ -1,32 +1,15 @@
 """gated: y = activation(gate) * up, the middle of a gated feed-forward block (Shazeer, arXiv 2002.05202)."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from parco import _C, machine
 from parco.kernels import table
+from parco.kernels.activations import ACTIVATIONS, NUMBERS, slope
 from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate, undispatched
-
-
-def _relu_squared(x: Tensor) -> Tensor:
-    return functional.relu(x).square()
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
-    "relu": functional.relu,
-    "relu_squared": _relu_squared,
-}
-"""Name -> the function in plain torch, in the order of `parco::rowwise::Activation`."""
-
-NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
 class GateCall(NamedTuple):
@@ -110,26 +93,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(gate, up)
 
 
-def _slope(gate: Tensor, activation: str) -> Tensor:
-    """The activation's derivative."""
-    match activation:
-        case "silu":
-            sigmoid = torch.sigmoid(gate)
-            return sigmoid * (1 + gate * (1 - sigmoid))
-        case "gelu" | "gelu_tanh":
-            approximate = "none" if activation == "gelu" else "tanh"
-            return torch.ops.aten.gelu_backward(torch.ones_like(gate), gate, approximate=approximate)
-        case "relu":
-            return (gate > 0).to(gate.dtype)
-        case _:
-            return 2 * functional.relu(gate)
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """grad_gate = grad·up·activation′(gate), grad_up = grad·activation(gate); in fp32."""
     gate, up = ctx.saved_tensors
     wide, held = grad.float(), gate.float()
-    grad_gate = (wide * up.float() * _slope(held, ctx.activation)).to(gate.dtype)
+    grad_gate = (wide * up.float() * slope(held, ctx.activation)).to(gate.dtype)
     return grad_gate, (wide * ACTIVATIONS[ctx.activation](held)).to(up.dtype), None
 
 
