@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from tests.kernels.linear.test_coded import Stored, decoded, inputs, packed, stored
+from tests.kernels.linear.test_epilogue import assert_finished
 from torch import Tensor
 
 from parco import _C, machine
 from parco.kernels import table
+from parco.kernels.activations import ACTIVATIONS
 from parco.kernels.linear.coded import CodedCall, Compiled
 from parco.kernels.linear.dense import DenseCall, compiled
 from parco.kernels.linear.storage import storage
@@ -79,6 +81,23 @@ def test_dense_weights_are_within_their_bound(shape: tuple[int, int, int]) -> No
     for bias in (None, inputs(outputs, seed=7), inputs(outputs, dtype=BF16, seed=7)):
         for name, run in dense_kernels():
             assert_within(run(x, weight, bias), x, weight, bias, 0, name)
+
+
+@pytest.mark.parametrize("activation", ["none", *ACTIVATIONS])
+def test_an_activation_and_an_addend_end_a_product(activation: str) -> None:
+    """On the fp32 sum, so that one rounding is left; the addend alone tells what the sum was."""
+    rows, outputs, columns = 37, 45, 2240
+    x, weight = inputs(rows, columns, dtype=BF16), inputs(outputs, columns, dtype=BF16, seed=6) / 48
+    tensors, addend = stored("mxfp8_e4m3", outputs, columns), inputs(rows, outputs, seed=5)
+    runs = [(lambda *after, run=run: run(x, weight, None, *after), weight) for _, run in dense_kernels()]
+    matrix = decoded(tensors, "mxfp8_e4m3", columns)
+    for _, run in coded_kernels():
+        runs.append((lambda *after, run=run: run(x, *tensors, None, "mxfp8_e4m3", columns, outputs, *after), matrix))
+    for run, of in runs:
+        before = x.double() @ of.double().T
+        spread = (columns + 8) * 2.0**-24 * (x.double().abs() @ of.double().abs().T)
+        for added in (None, addend, addend.to(BF16)):
+            assert_finished(run(activation, added), before, activation, added, spread)
 
 
 def over_rows_and_threads(run: Callable[[Tensor], Tensor], x: Tensor) -> None:
