@@ -140,6 +140,69 @@ def test_a_fused_model_trains_the_same_way():
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+def test_a_prepared_and_fused_model_decodes_by_its_recipe():
+    """One cached token, which a fused decoder would take in one call of its own."""
+    models = [llama(2), llama(2)]
+    for model in models:
+        prepare_(model, RECIPES["mxfp4"])
+    for fused in (models[1], llama(2)):
+        fuse_(fused)
+        if fused is not models[1]:
+            prepare_(fused, RECIPES["mxfp4"])
+            models.append(fused)
+    found = []
+    for model in models:
+        model.eval()
+        with torch.no_grad():
+            known = model(input_ids=TOKENS[:1, :8], use_cache=True).past_key_values
+            for place in (8, 9, 10):
+                token = TOKENS[:1, place : place + 1]
+                logits = model(input_ids=token, past_key_values=known, use_cache=True).logits
+        found.append(logits)
+    assert torch.allclose(found[0], found[1], atol=1e-4)
+    assert torch.allclose(found[0], found[2], atol=1e-4)
+
+
+def test_delayed_scales_stay_in_fp32_and_start_anew_from_meta():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8, bias=False))
+    prepare_(model, "fp8-delayed")
+    model(torch.randn(4, 16)).backward(torch.full((4, 8), 1e-6))
+    scale = model[0].grad_scale.clone()
+    model.half()
+    assert model[0].weight.dtype == torch.float16
+    assert torch.equal(model[0].grad_scale, scale)
+    assert model[0].grad_history.dtype == torch.float32
+    with torch.device("meta"):
+        empty = torch.nn.Sequential(torch.nn.Linear(16, 8, bias=False))
+    prepare_(empty, "fp8-delayed")
+    empty.to_empty(device="cpu")
+    assert empty[0].x_scale.tolist() == [[1.0]]
+    assert not empty[0].x_history.any()
+
+
+def test_layers_that_would_not_follow_are_named():
+    class Own(torch.nn.Linear):
+        def forward(self, x):
+            return x
+
+    class Conv1D(torch.nn.Linear):
+        """Not GPT-2's, whose weight lies the other way round."""
+
+    model = torch.nn.ModuleDict(
+        {"own": Own(8, 8), "replaced": torch.nn.Linear(8, 8), "named": Conv1D(8, 8), "plain": torch.nn.Linear(8, 8)}
+    )
+    model["replaced"].forward = lambda x: x
+    prepared = prepare_(model, "nvfp4")
+    assert set(prepared.recipes) == {"named", "plain"}
+    assert "forward of its own" in prepared.left["own"]
+    assert "has been replaced" in prepared.left["replaced"]
+    assert "no repeated blocks" in prepared.left["ends"]
+    assert "recipe=nvfp4" in repr(model["plain"])
+    x = torch.randn(4, 8)
+    prepare_(model, "bf16")
+    assert torch.allclose(model["named"](x), torch.nn.functional.linear(x, *model["named"].parameters()), atol=0.1)
+
+
 def test_under_autocast_the_output_has_its_dtype():
     model = torch.nn.Sequential(torch.nn.Linear(16, 8))
     prepare_(model, "mxfp8")

@@ -8,7 +8,6 @@ import torch
 from parco.formats import Float, ScaleDelayed
 from parco.kernels.cast import Hadamard, decode, encode
 from parco.training import RECIPES, Operand, Recipe, linear, prepare_
-from parco.training.prepare import ROLES
 
 SHAPES = [(96, 64, 48), (33, 50, 17), (1, 16, 16), (130, 257, 40)]
 
@@ -28,27 +27,42 @@ def oracle(operand: Operand, x: torch.Tensor, seed: int, sign_seed: int) -> torc
 def expected(recipe: Recipe, x, weight, grad, seed):
     """y, grad_x and grad_weight in fp64 with |left| |right| of each, from the definition alone."""
     torch.manual_seed(seed)
-    drawn = lambda: int(torch.randint(1 << 62, ()))  # noqa: E731
-    sign_seed = drawn() if recipe.grad_weight.right.hadamard else 0
-    forward_x = oracle(recipe.output.left, x, 0, 0)
-    forward_weight = oracle(recipe.output.right, weight, 0, 0)
+
+    def drawn(wanted: object) -> int:
+        return int(torch.randint(1 << 62, ())) if wanted else 0
+
+    def written(operand: Operand, x: torch.Tensor, signs: int) -> torch.Tensor:
+        return oracle(operand, x, drawn(operand.rounding == "stochastic"), signs)
+
+    # Seeds are drawn in this order; of a product the right operand is written first.
+    signs = drawn(recipe.output.left.hadamard)
+    forward_weight, forward_x = (
+        written(operand, value, signs) for operand, value in ((recipe.output.right, weight), (recipe.output.left, x))
+    )
     results = [(forward_x, forward_weight)]
-    left = recipe.grad_input.left
-    grad_rows = oracle(left, grad, drawn() if left.rounding == "stochastic" else 0, 0)
-    turned = forward_weight.T if recipe.grad_input.right.reused else oracle(recipe.grad_input.right, weight.T, 0, 0)
-    results.append((grad_rows, turned))
-    left = recipe.grad_weight.left
-    grad_columns = oracle(left, grad.T, drawn() if left.rounding == "stochastic" else 0, sign_seed)
-    turned = forward_x.T if recipe.grad_weight.right.reused else oracle(recipe.grad_weight.right, x.T, 0, sign_seed)
-    results.append((grad_columns, turned))
+    sign_seed = drawn(recipe.grad_weight.left.hadamard)
+    columns_x = None if recipe.grad_weight.right.reused else written(recipe.grad_weight.right, x.T, sign_seed)
+    signs = drawn(recipe.grad_input.left.hadamard)
+    turned = forward_weight.T if recipe.grad_input.right.reused else written(recipe.grad_input.right, weight.T, signs)
+    results.append((written(recipe.grad_input.left, grad, signs), turned))
+    turned = forward_x.T if columns_x is None else columns_x
+    results.append((written(recipe.grad_weight.left, grad.T, sign_seed), turned))
     return [(a @ b.T, a.abs() @ b.abs().T) for a, b in results]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+OWN = {
+    "transforms everywhere": "output=mxfp4+stochastic+hadamard16 @ mxfp4+stochastic+hadamard16; "
+    "grad_input=mxfp8_e5m2+hadamard32 @ mxfp4+hadamard32; grad_weight=nvfp4+hadamard64 @ int4:32+stochastic+hadamard64",
+    "bf16 transformed": "output=bf16+hadamard16 @ bf16+hadamard16; grad_input=fp32 @ bf16+stochastic; "
+    "grad_weight=fp16 @ int8:row",
+}
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *OWN])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_every_product_is_its_definition(name, shape, dtype):
-    recipe, (tokens, columns, outputs) = RECIPES[name], shape
+    recipe, (tokens, columns, outputs) = Recipe.parse(OWN.get(name, name)), shape
     generator = torch.Generator().manual_seed(3)
     draw = lambda *size: torch.randn(size, generator=generator)  # noqa: E731
     x = (draw(tokens, columns) * torch.exp(draw(tokens, 1))).to(dtype).requires_grad_()
@@ -185,7 +199,6 @@ def test_delayed_scales_come_from_the_steps_before():
     twin = copy.deepcopy(layer)
     twin.load_state_dict(layer.state_dict())
     assert torch.equal(twin(x), layer(x))
-    assert set(ROLES) == {"output", "grad_input", "grad_weight"}
 
 
 def test_scales_that_are_missing_and_x_that_does_not_fit():
@@ -194,3 +207,61 @@ def test_scales_that_are_missing_and_x_that_does_not_fit():
         linear(torch.randn(4, 32), weight, None, RECIPES["fp8-delayed"])
     with pytest.raises(ValueError, match="its last dimension must be 32"):
         linear(torch.randn(4, 31), weight, None, RECIPES["bf16"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_gradient_that_is_not_finite_reaches_the_loss_scaler(name):
+    for value in (torch.inf, -torch.inf, torch.nan):
+        layer = torch.nn.Linear(32, 16)
+        prepare_(torch.nn.Sequential(layer), RECIPES[name].with_(ends=0))
+        x = torch.randn(64, 32, requires_grad=True)
+        grad = torch.randn(64, 16)
+        grad[5, 3] = value
+        layer(x).backward(grad)
+        assert not layer.weight.grad.isfinite().all()
+        assert not x.grad.isfinite().all()
+
+
+def test_an_overflow_does_not_freeze_a_delayed_scale():
+    layer = torch.nn.Linear(32, 16, bias=False)
+    prepare_(torch.nn.Sequential(layer), "fp8-delayed")
+    x = torch.randn(64, 32)
+    layer(x).backward(torch.full((64, 16), torch.inf))
+    layer.zero_grad()
+    for _ in range(2):
+        layer(x).backward(torch.full((64, 16), 1e-7))
+    assert layer.grad_scale.item() == pytest.approx(1e-7 / 57344)
+
+
+def test_evaluation_between_steps_changes_nothing():
+    found = []
+    for evaluates in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(32, 16)
+        prepare_(torch.nn.Sequential(layer), RECIPES["nvfp4"].with_(ends=0))
+        x = torch.randn(64, 32)
+        if evaluates:
+            layer.eval()
+            with torch.no_grad():
+                layer(x)
+            layer.train()
+        layer(x).square().sum().backward()
+        found.append(layer.weight.grad)
+    assert torch.equal(*found)
+
+
+def test_int8_rounds_the_operands_own_numbers():
+    weight, x = torch.randn(16, 32), torch.randn(8, 32).to(torch.bfloat16) * 1e6
+    with torch.autocast("cpu", torch.float16):
+        y = linear(x, weight * 1e-6, None, RECIPES["int8"])
+    assert y.dtype == torch.float16
+    assert y.isfinite().all()
+
+
+def test_numbers_that_are_no_floats_are_refused():
+    for x, weight in (
+        (torch.ones(4, 32, dtype=torch.int64), torch.randn(16, 32)),
+        (torch.randn(4, 32), torch.randn(16, 32, dtype=torch.complex64)),
+    ):
+        with pytest.raises(TypeError, match="both must be floating point"):
+            linear(x, weight, None, RECIPES["bf16"])

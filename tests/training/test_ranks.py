@@ -1,12 +1,13 @@
 """A prepared model under PyTorch's own DDP and FSDP2, two ranks on gloo."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,7 +43,8 @@ def train(model: torch.nn.Module, rank: int, ranks: int) -> list[float]:
 
 def run(rank: int, kind: str, recipe: str, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+    meeting = dist.FileStore(f"{folder}/meeting", RANKS)
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=RANKS, timeout=timedelta(minutes=2))
     model = prepared(recipe)
     if kind == "ddp":
         wrapped = DistributedDataParallel(model)
@@ -55,28 +57,22 @@ def run(rank: int, kind: str, recipe: str, folder: str) -> None:
     state = get_model_state_dict(model, options=options)
     if rank == 0:
         torch.save((losses, state), f"{folder}/result.pt")
-    dist.barrier()
-    # What one rank saved loads under the other's wrapping.
-    set_model_state_dict(
-        model,
-        torch.load(f"{folder}/result.pt", weights_only=True)[1] if rank == 0 else {},
-        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
-    )
+    dist.barrier()  # nobody leaves while another still waits for an answer
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("recipe", ["mxfp8", "int8", "fp8-delayed"])
+@pytest.mark.parametrize("recipe", ["mxfp8", "fp8-delayed"])
 def test_two_ranks_train_as_one(kind, recipe, tmp_path: Path):
     mp.spawn(run, (kind, recipe, str(tmp_path)), nprocs=RANKS)
     losses, state = torch.load(tmp_path / "result.pt", weights_only=True)
     alone = prepared(recipe)
     wanted = train(alone, 0, 1)
-    # int8 of a row, and a tensor's scale, are found on a rank's own tokens: the roundings of the gradients differ.
+    # A tensor's scale is found on a rank's own tokens: the roundings of the gradients differ.
     assert losses == pytest.approx(wanted, rel=1e-3)
     assert losses[-1] < losses[0]
     assert set(state) == set(alone.state_dict())
     if recipe == "mxfp8":
         assert all(torch.allclose(state[name], tensor, atol=1e-5) for name, tensor in alone.state_dict().items())
-    else:
-        alone.load_state_dict(state)
+    alone.load_state_dict(state)
+    assert train(alone, 0, 1)[-1] < losses[-1]

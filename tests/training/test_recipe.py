@@ -4,7 +4,7 @@ import pytest
 
 from parco.formats import parse
 from parco.training import RECIPES, Operand, Pair, Recipe
-from parco.training.recipe import BF16, NVFP4, PRODUCTS
+from parco.training.recipe import BF16, NVFP4
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -28,8 +28,10 @@ def test_recipes_compose():
     )
     assert BF16.is_dense
     assert not recipe.is_dense
-    assert RECIPES["fp8-delayed"].delayed
-    assert all(isinstance(getattr(recipe, name), Pair) for name in PRODUCTS)
+    assert RECIPES["fp8-delayed"].delayed == ("x", "weight", "grad")
+    assert NVFP4.delayed == ()
+    sixth = NVFP4.with_(ends=1 / 6)
+    assert Recipe.parse(str(sixth)) == sixth
 
 
 @pytest.mark.parametrize(
@@ -49,8 +51,23 @@ def test_recipes_compose():
         ("output=bf16 @ bf16; grad_input=bf16+reused @ bf16; grad_weight=bf16 @ bf16", "only x and W are written"),
         ("output=bf16 @ bf16; grad_input=bf16 @ bf16; grad_weight=bf16 @ bf16+stochastic+reused", "neither rounded"),
         ("output=bf16 @ bf16; grad_input=bf16 @ bf16; grad_weight=bf16 @ bf16; ends=2", "a share of the blocks"),
+        ("output=bf16 @ bf16; output=bf16 @ bf16; grad_input=bf16 @ bf16; grad_weight=bf16 @ bf16", "unknown recipe"),
+        (
+            "output=bf16 @ bf16; grad_input=fp8_e5m2:tensor:delayed @ bf16; grad_weight=fp8_e4m3:tensor:delayed @ bf16",
+            "it has one delayed scale",
+        ),
+        (
+            "output=bf16 @ bf16; grad_input=bf16 @ bf16; "
+            "grad_weight=fp8_e5m2:tensor:delayed+hadamard16 @ bf16+hadamard16",
+            "before a transform",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(text, reason):
     with pytest.raises(ValueError, match=reason):
         Recipe.parse(text)
+
+
+def test_what_is_no_text_is_said():
+    with pytest.raises(TypeError, match="must be a Recipe or its text"):
+        Recipe.parse(None)

@@ -74,5 +74,5 @@ class Embedding(torch.nn.Module):
 
 
 def kind_of(module: torch.nn.Module) -> type[torch.nn.Module]:
-    """The module's class, before `fuse_` gave it a subclass where it did."""
+    """The module's class, before `fuse_` or `training.prepare_` gave it a subclass where it did."""
     return type(module).__dict__.get("_original", type(module))

@@ -195,7 +195,11 @@ def _scaling(norm: Any, how: Rms | Centered, columns: int, dtype: torch.dtype) -
 
 
 def _products(layers: Sequence[Any], dtype: torch.dtype) -> list[_C.Chain] | None:
-    """One product for all of `layers` where they lie side by side, else one each; None without a compiled kernel."""
+    """One product for all of `layers` where they lie side by side, else one each; None without a compiled kernel, or
+    where a layer multiplies by a recipe of its own (`parco.training`).
+    """
+    if any("_recipe" in layer.__dict__ for layer in layers):
+        return None
     whole = joined.joined(layers) if len(layers) > 1 else None
     if whole is not None:
         products = [_product(*whole, dtype, layers[0].weight.product)]

@@ -16,16 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parco.formats import ScaleDelayed
 from parco.kernels.cast import DelayedScaling
 from parco.nn import blocks, groups, linears
 from parco.nn.linear import Linear as StoredLinear
 from parco.nn.linear import kind_of
 from parco.training.products import linear
-from parco.training.recipe import BF16, PRODUCTS, Recipe
-
-ROLES = {"output": ("x", "weight"), "grad_input": ("grad", "weight"), "grad_weight": ("grad", "x")}
-"""The operands of each product by what they are."""
+from parco.training.recipe import BF16, ROLES, Recipe
 
 
 @dataclass(frozen=True)
@@ -60,13 +56,21 @@ def prepare_(
     if not isinstance(model, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     recipe = Recipe.parse(recipe)
-    chosen: dict[str, tuple[torch.nn.Module, Recipe]] = {}
+    chosen: dict[str, tuple[torch.nn.Module, bool, Recipe]] = {}
     left: dict[str, str] = {}
     ends = _ends(model, recipe)
     kinds = {name: group.kind for group in groups(model) for name in group.members}
-    for name, site in linears(model).items():
+    if recipe.ends and not blocks(model):
+        left["ends"] = "no repeated blocks are found, so none at the ends stays in bf16"
+    found = linears(model)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name not in found:
+            left[name] = "its class has a forward of its own, or is used by one that passes it by"
+    for name, site in found.items():
         module = site.module
-        if site.kind == "expert" or isinstance(module, StoredLinear):
+        if "forward" in module.__dict__:
+            left[name] = "its forward has been replaced"
+        elif site.kind == "expert" or isinstance(module, StoredLinear):
             left[name] = "experts in one tensor are not converted" if site.kind == "expert" else "a stored weight"
         elif filter_fn is not None and not filter_fn(module, name):
             left[name] = "filter_fn says no"
@@ -75,12 +79,12 @@ def prepare_(
         else:
             head = kinds.get(name) in ("head", "embed") and filter_fn is None
             low = not (head or name.startswith(ends)) or recipe.is_dense
-            chosen[name] = module, recipe if low else BF16
+            chosen[name] = module, site.kind == "conv1d", recipe if low else BF16
     if not chosen:
         raise ValueError(f"prepare_: {type(model).__name__} has no linear layer that takes part")
-    for module, own in chosen.values():
-        _convert(module, own)
-    return Prepared({name: own for name, (_, own) in chosen.items()}, left)
+    for module, turned, own in chosen.values():
+        _convert(module, turned, own)
+    return Prepared({name: own for name, (_, _, own) in chosen.items()}, left)
 
 
 def _ends(model: torch.nn.Module, recipe: Recipe) -> tuple[str, ...]:
@@ -91,45 +95,57 @@ def _ends(model: torch.nn.Module, recipe: Recipe) -> tuple[str, ...]:
     return tuple(names[:first] + names[len(names) - (count - first) :]) if count else ()
 
 
-def _convert(module: Any, recipe: Recipe) -> None:
-    module.__class__ = _class_of(kind_of(module))
+def _convert(module: Any, turned: bool, recipe: Recipe) -> None:
+    module.__class__ = _class_of(kind_of(module), turned)
     module._recipe = recipe
-    for role in ("x", "weight", "grad"):
-        for part in ("scale", "history"):
+    for role in ROLES:
+        for part in DelayedScaling._fields:
             module._buffers.pop(f"{role}_{part}", None)
-    for role in sorted(_delayed_roles(recipe)):
-        state = DelayedScaling.start(device=module.weight.device)
-        module.register_buffer(f"{role}_scale", state.scale)
-        module.register_buffer(f"{role}_history", state.history)
+    for role in recipe.delayed:
+        for part, tensor in DelayedScaling.start(device=module.weight.device)._asdict().items():
+            module.register_buffer(f"{role}_{part}", tensor)
 
 
-def _delayed_roles(recipe: Recipe) -> set[str]:
-    return {
-        role
-        for product in PRODUCTS
-        for role, operand in zip(ROLES[product], getattr(recipe, product), strict=True)
-        if isinstance(operand.format.scale, ScaleDelayed)
-    }
+def _kept_in_fp32(module: Any, before: dict[str, Tensor]) -> None:
+    """After the tensors of a module were moved: scales are as they were, on the device of the new ones, whatever dtype
+    the model got; where they come from the meta device they start anew.
+    """
+    for name, old in before.items():
+        new: Tensor = module._buffers[name]
+        if old.is_meta and not new.is_meta:
+            fresh = DelayedScaling.start(old.numel() if name.endswith("history") else 1, new.device)
+            module._buffers[name] = fresh.history if name.endswith("history") else fresh.scale
+        elif new.dtype != torch.float32:
+            module._buffers[name] = new.to(torch.float32) if new.is_meta else old.to(new.device)
 
 
 @functools.cache
-def _class_of(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """The subclass of `original` that multiplies by its recipe."""
-    turned = original.__name__ == "Conv1D"
+def _class_of(original: type[torch.nn.Module], turned: bool) -> type[torch.nn.Module]:
+    """The subclass of `original` that multiplies by its recipe; its weight is [K, N] where it is `turned`."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         recipe: Recipe = self._recipe
         scales = None
         if recipe.delayed:
             scales = {
-                role: DelayedScaling(self._buffers[f"{role}_scale"], self._buffers[f"{role}_history"])
-                for role in _delayed_roles(recipe)
+                role: DelayedScaling(*(self._buffers[f"{role}_{part}"] for part in DelayedScaling._fields))
+                for role in recipe.delayed
             }
         weight = self.weight.T if turned else self.weight
-        return linear(x, weight, self.bias, recipe, scales)
+        return linear(x, weight, self.bias, recipe, scales, self.training)
+
+    def moved(self: Any, *arguments: Any, **named: Any) -> Any:
+        names = (f"{role}_{part}" for role in self._recipe.delayed for part in DelayedScaling._fields)
+        before = {name: self._buffers[name] for name in names}
+        original._apply(self, *arguments, **named)  # pyright: ignore[reportPrivateUsage]
+        _kept_in_fp32(self, before)
+        return self
+
+    def extra_repr(self: Any) -> str:
+        return ", ".join(filter(None, (original.extra_repr(self), f"recipe={self._recipe}")))
 
     def reduce(self: Any, protocol: int) -> Any:
-        return _revived, (original,), self.__dict__
+        return _revived, (original, turned), self.__dict__
 
     return type(
         original.__name__,
@@ -139,12 +155,14 @@ def _class_of(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
             "__qualname__": original.__qualname__,
             "__reduce_ex__": reduce,
             "_original": original,
+            "_apply": moved,
+            "extra_repr": extra_repr,
             "forward": forward,
         },
     )
 
 
-def _revived(original: type[torch.nn.Module]) -> torch.nn.Module:
+def _revived(original: type[torch.nn.Module], turned: bool) -> torch.nn.Module:
     """An empty converted layer, which unpickling and copying fill."""
-    kind: Any = _class_of(original)
+    kind: Any = _class_of(original, turned)
     return kind.__new__(kind)

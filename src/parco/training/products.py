@@ -87,7 +87,7 @@ def takes_bytes(pair: Pair) -> bool:
 
 def multiply_bytes(left: Tensor, right: Encoded, dtype: torch.dtype) -> Tensor:
     """As `multiply`, with the rows of `left` [M, R] rounded to int8 inside the call."""
-    left = left.contiguous() if left.dtype in (dtype, torch.float32) else left.to(dtype)
+    left = left.contiguous() if left.dtype == dtype else left.to(torch.float32)
     stored = (right.tensors.get(name) for name in ("codes", "scale", "zero", "global_scale"))
     return linear_coded_int8(left, *stored, None, str(right.format), left.shape[1]).to(dtype)  # type: ignore[arg-type]
 
@@ -101,13 +101,24 @@ def _untraced(function: F) -> F:
 
 
 @_untraced
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, scales: Scales | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    scales: Scales | None = None,
+    training: bool = False,
+) -> Tensor:
     """y [..., N] = x [..., K] · weight [N, K]ᵀ + bias, forward and backward as `recipe` says.
 
     y has the dtype of x, under autocast that of autocast; the bias is added in fp32. Gradients have the dtypes of what
-    they belong to. `scales` are needed by recipes with delayed scales. torch.compile does not trace it: a graph breaks
-    here. Raises ValueError where x does not fit, or scales are missing.
+    they belong to. `scales` are needed by recipes with delayed scales. With `training` seeds are drawn without
+    gradients too, as for the first forward of a layer whose activations are checkpointed. torch.compile does not trace
+    it: a graph breaks here. Raises ValueError where x does not fit, or scales are missing, TypeError for numbers that
+    are no floats.
     """
+    if not (x.is_floating_point() and weight.is_floating_point()):
+        raise TypeError(f"x is {x.dtype} and weight {weight.dtype}: both must be floating point")
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x is {tuple(x.shape)}: its last dimension must be {weight.shape[1]}, as the weight's")
     if recipe.delayed and scales is None:
@@ -115,7 +126,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, scale
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
-        return _Linear.apply(x, weight, bias, recipe, scales, dtype)  # type: ignore[no-any-return]
+        # Inside an autograd.Function gradients are off: whether they are wanted is seen here.
+        return _Linear.apply(x, weight, bias, recipe, scales, dtype, torch.is_grad_enabled(), training)  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
@@ -128,31 +140,37 @@ class _Linear(torch.autograd.Function):
         recipe: Recipe,
         scales: Scales | None,
         dtype: torch.dtype,
+        trains: bool,
+        draws: bool,
     ) -> Tensor:
         delayed = _Delayed(scales)
         rows, matrix = x.detach().reshape(-1, x.shape[-1]), weight.detach()
         sum_dtype = dtype if bias is None else torch.float32
-        right = _written(recipe.output.right, matrix, delayed.scale(recipe.output.right, "weight", matrix))
+        signs = _sign_seed(recipe.output)
+        scale = delayed.scale(recipe.output.right, "weight", matrix)
+        right = _written(recipe.output.right, matrix, scale, sign_seed=signs)
         scale = delayed.scale(recipe.output.left, "x", rows)
         left = None
         if takes_bytes(recipe.output) and not recipe.grad_weight.right.reused:
             y = multiply_bytes(rows, right, sum_dtype)
         else:
-            left = _written(recipe.output.left, rows, scale)
+            left = _written(recipe.output.left, rows, scale, sign_seed=signs)
             y = multiply(left, right, sum_dtype)
         if bias is not None:
             y = (y + bias.detach()).to(dtype)
 
         kept_x = kept_weight = None
         ctx.sign_seed = 0
-        if ctx.needs_input_grad[1] and rows.shape[0]:
+        keeps = ctx.needs_input_grad[1] and rows.shape[0] > 0
+        if keeps and (trains or draws):
+            ctx.sign_seed = _sign_seed(recipe.grad_weight)
+        if keeps and trains:
             operand = recipe.grad_weight.right
-            ctx.sign_seed = draw_seed() if operand.hadamard else 0
             scale = delayed.scale(operand, "x", rows)
             kept_x = (
                 left if operand.reused else _written(operand, rows, scale, transposed=True, sign_seed=ctx.sign_seed)
             )
-        if ctx.needs_input_grad[0] and recipe.grad_input.right.reused:
+        if trains and ctx.needs_input_grad[0] and recipe.grad_input.right.reused:
             kept_weight = right
         ctx.recipe, ctx.delayed, ctx.x_shape, ctx.x_dtype = recipe, delayed, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -178,12 +196,18 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             operand = recipe.grad_input.right
             scale = delayed.scale(operand, "weight", weight)
-            right = _turned(kept_weight) if kept_weight else _written(operand, weight, scale, transposed=True)
+            signs = _sign_seed(recipe.grad_input)
+            right = (
+                _turned(kept_weight)
+                if kept_weight
+                else _written(operand, weight, scale, transposed=True, sign_seed=signs)
+            )
             scale = delayed.scale(recipe.grad_input.left, "grad", rows)
-            grad_x = _product(recipe.grad_input, rows, right, ctx.x_dtype, scale).reshape(ctx.x_shape)
+            grad_x = _product(recipe.grad_input, rows, right, ctx.x_dtype, scale, sign_seed=signs).reshape(ctx.x_shape)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
-            if kept_x is not None:
+            if kept_x is None:
+                grad_weight = torch.zeros_like(weight)  # no tokens
+            else:
                 right = _turned(kept_x) if recipe.grad_weight.right.reused else kept_x
                 scale = delayed.scale(recipe.grad_weight.left, "grad", rows)
                 grad_weight = _product(
@@ -192,7 +216,27 @@ class _Linear(torch.autograd.Function):
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         delayed.update()
-        return grad_x, grad_weight, grad_bias, None, None, None
+        if not recipe.is_dense:
+            _show_overflow(rows, grad_x, grad_weight)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+
+
+def _sign_seed(pair: Pair) -> int:
+    """The seed of a product's transform, 0 where it has none."""
+    return draw_seed() if pair.left.hadamard else 0
+
+
+def _show_overflow(grad: Tensor, *results: Tensor | None) -> None:
+    """Makes one number of each result NaN where `grad` is not finite: a cast of few bits takes infinities for its
+    greatest number, and a loss scaler would not see them.
+    """
+    if grad.numel() == 0:
+        return
+    least, most = torch.aminmax(grad)
+    overflow = (least.to(torch.float32) - most.to(torch.float32)) * 0
+    for result in results:
+        if result is not None and result.numel():
+            result.view(-1)[0] += overflow
 
 
 def _written(
@@ -244,6 +288,7 @@ class _Delayed:
         assert self.scales is not None and isinstance(element, Float)
         if role not in self.found:
             amax = x.abs().amax().to(torch.float32) if x.numel() else x.new_zeros((), dtype=torch.float32)
+            amax = torch.where(amax.isfinite(), amax, 0.0)  # an overflow tells nothing of the steps that follow
             state = self.scales[role]
             own = torch.where(amax > 0, amax / element.max, 1.0).reshape(1, 1)
             self.found[role] = amax, torch.where(state.history.any(), state.scale, own), element

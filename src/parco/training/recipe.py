@@ -23,6 +23,8 @@ from parco.kernels.cast.hadamard import check_size
 
 ProductName = Literal["output", "grad_input", "grad_weight"]
 PRODUCTS: tuple[ProductName, ...] = ("output", "grad_input", "grad_weight")
+Role = Literal["x", "weight", "grad"]
+ROLES: tuple[Role, ...] = ("x", "weight", "grad")
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,15 @@ class Operand:
             raise ValueError(f"rounding={self.rounding!r}: is one of {', '.join(ROUNDINGS)}")
         if self.hadamard:
             check_size("hadamard", self.hadamard)
+        if self.hadamard and isinstance(self.format.scale, ScaleDelayed):
+            raise ValueError(f"{self}: a delayed scale is that of numbers before a transform")
         if self.reused and (self.hadamard or self.rounding != "nearest"):
             raise ValueError(f"{self}: what is reused is neither rounded nor transformed again")
+
+    @property
+    def is_delayed(self) -> bool:
+        """Whether its scale comes from earlier steps."""
+        return isinstance(self.format.scale, ScaleDelayed)
 
     def __str__(self) -> str:
         parts = [str(self.format)]
@@ -110,7 +119,7 @@ class Recipe:
     `ends` is the share of the repeated blocks that `prepare_` keeps in bf16: a quarter of them, rounded down, at the
     model's beginning, the others at its end. Text: the name of a known recipe, or
     `output=A @ B; grad_input=A @ B; grad_weight=A @ B; ends=0.16`. ValueError for an operand that is reused and was not
-    written so for `output`, and for `ends` outside 0 to 1.
+    written so for `output`, for x, W or g with delayed scales of two formats, and for `ends` outside 0 to 1.
     """
 
     output: Pair
@@ -128,24 +137,34 @@ class Recipe:
                 raise ValueError(f"{name}={pair}: only x and W are written for `output`, which itself comes first")
             if pair.right.reused and dataclasses.replace(pair.right, reused=False) != written[name]:
                 raise ValueError(f"{name}={pair}: `output` writes this operand as {written[name]}")
+        for role in ROLES:
+            formats = {str(operand.format) for operand in self.operands(role) if operand.is_delayed}
+            if len(formats) > 1:
+                raise ValueError(f"{role} is written as {' and '.join(sorted(formats))}: it has one delayed scale")
 
     def __str__(self) -> str:
         named = next((name for name, recipe in RECIPES.items() if recipe == self), None)
         if named is not None:
             return named
         parts = [f"{name}={getattr(self, name)}" for name in PRODUCTS]
-        return "; ".join(parts + [f"ends={self.ends:g}"] * bool(self.ends))
+        return "; ".join(parts + [f"ends={self.ends!r}"] * bool(self.ends))
 
     @classmethod
     def parse(cls, text: str | Recipe) -> Recipe:
-        """The recipe that `text` names; a Recipe is returned as it is. ValueError names the known ones."""
+        """The recipe that `text` names; a Recipe is returned as it is. ValueError names the known ones; TypeError for
+        what is no text.
+        """
         if isinstance(text, Recipe):
             return text
+        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"recipe {text!r}: must be a Recipe or its text, such as 'mxfp8', not {type(text).__name__}"
+            )
         if text in RECIPES:
             return RECIPES[text]
         fields = [part.partition("=") for part in text.split(";")]
         given = {name.strip(): value.strip() for name, _, value in fields}
-        if not set(PRODUCTS) <= set(given) <= {*PRODUCTS, "ends"}:
+        if not set(PRODUCTS) <= set(given) <= {*PRODUCTS, "ends"} or len(given) < len(fields):
             raise ValueError(
                 f"unknown recipe {text!r}: known are {', '.join(RECIPES)}, and `output=A @ B; grad_input=A @ B; "
                 "grad_weight=A @ B; ends=0.16`"
@@ -170,12 +189,19 @@ class Recipe:
         """Whether every operand is written in a format of torch's own, such as bf16."""
         return all(operand.format.is_dense for name in PRODUCTS for operand in getattr(self, name))
 
+    def operands(self, role: Role) -> tuple[Operand, Operand]:
+        """The two ways in which "x", "weight" or "grad" is written."""
+        of_role: dict[Role, tuple[Operand, Operand]] = {
+            "x": (self.output.left, self.grad_weight.right),
+            "weight": (self.output.right, self.grad_input.right),
+            "grad": (self.grad_input.left, self.grad_weight.left),
+        }
+        return of_role[role]
+
     @property
-    def delayed(self) -> bool:
-        """Whether a scale comes from earlier steps."""
-        return any(
-            isinstance(operand.format.scale, ScaleDelayed) for name in PRODUCTS for operand in getattr(self, name)
-        )
+    def delayed(self) -> tuple[Role, ...]:
+        """The operands whose scale comes from earlier steps."""
+        return tuple(role for role in ROLES if any(operand.is_delayed for operand in self.operands(role)))
 
 
 def _recipe(output: str, grad_input: str, grad_weight: str, ends: float = 0.0) -> Recipe:
