@@ -22,6 +22,7 @@ from parco.kernels.library import TYPES, transformed
 from parco.kernels.linear import linear_dense
 from parco.kernels.rowwise import ACTIVATIONS, rms_norm
 from parco.nn import decode, joined, proofs
+from parco.nn.linear import under_its_name
 from parco.nn.parts import PROJECTIONS, gated_names, is_conv1d, is_rms_norm, rows
 from parco.nn.prepared import groups
 from parco.nn.proofs import ROTARY, Unlike
@@ -128,20 +129,10 @@ def _class_of(original: type[nn.Module], kind: Kind) -> type[nn.Module]:
         if not keep_vars:
             destination[prefix + "weight"] = destination[prefix + "weight"].contiguous()  # what files take
 
-    return type(
-        original.__name__,
-        (_Fused, original),
-        {
-            **({"_save_to_state_dict": save} if kind == "dense" else {}),
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__reduce_ex__": reduce,
-            "__setstate__": restore,
-            "_original": original,
-            "_kind": kind,
-            "forward": forward,
-        },
-    )
+    members: dict[str, object] = {"__reduce_ex__": reduce, "__setstate__": restore, "_kind": kind, "forward": forward}
+    if kind == "dense":
+        members["_save_to_state_dict"] = save
+    return under_its_name(original, (_Fused, original), members)
 
 
 def _revived(original: type[nn.Module], kind: Kind) -> nn.Module:

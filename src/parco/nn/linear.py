@@ -7,6 +7,8 @@ part of each token's time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from parco.nn.stored import StoredWeight
@@ -76,3 +78,12 @@ class Embedding(torch.nn.Module):
 def kind_of(module: torch.nn.Module) -> type[torch.nn.Module]:
     """The module's class, before `fuse_` or `training.prepare_` gave it a subclass where it did."""
     return type(module).__dict__.get("_original", type(module))
+
+
+def under_its_name(
+    original: type[torch.nn.Module], bases: tuple[type, ...], members: dict[str, object]
+) -> type[torch.nn.Module]:
+    """A class with these bases and members that goes by the name of `original`, and of which `kind_of` knows it."""
+    named = {"__module__": original.__module__, "__qualname__": original.__qualname__, "_original": original}
+    made: Any = type(original.__name__, bases, named | members)
+    return made

@@ -19,7 +19,7 @@ from torch import Tensor
 from parco.kernels.cast import DelayedScaling
 from parco.nn import blocks, groups, linears
 from parco.nn.linear import Linear as StoredLinear
-from parco.nn.linear import kind_of
+from parco.nn.linear import kind_of, under_its_name
 from parco.training.products import linear
 from parco.training.recipe import BF16, ROLES, Recipe
 
@@ -58,9 +58,10 @@ def prepare_(
     recipe = Recipe.parse(recipe)
     chosen: dict[str, tuple[torch.nn.Module, bool, Recipe]] = {}
     left: dict[str, str] = {}
-    ends = _ends(model, recipe)
+    repeated = [f"{name}." for name, _ in blocks(model)]
+    ends = _ends(repeated, recipe)
     kinds = {name: group.kind for group in groups(model) for name in group.members}
-    if recipe.ends and not blocks(model):
+    if recipe.ends and not repeated:
         left["ends"] = "no repeated blocks are found, so none at the ends stays in bf16"
     found = linears(model)
     for name, module in model.named_modules():
@@ -87,9 +88,8 @@ def prepare_(
     return Prepared({name: own for name, (_, _, own) in chosen.items()}, left)
 
 
-def _ends(model: torch.nn.Module, recipe: Recipe) -> tuple[str, ...]:
-    """Prefixes of the names of the layers in blocks that stay in bf16."""
-    names = [f"{name}." for name, _ in blocks(model)]
+def _ends(names: list[str], recipe: Recipe) -> tuple[str, ...]:
+    """Those of the repeated blocks that stay in bf16."""
     count = math.ceil(recipe.ends * len(names) - 1e-9)
     first = count // 4
     return tuple(names[:first] + names[len(names) - (count - first) :]) if count else ()
@@ -113,8 +113,7 @@ def _kept_in_fp32(module: Any, before: dict[str, Tensor]) -> None:
     for name, old in before.items():
         new: Tensor = module._buffers[name]
         if old.is_meta and not new.is_meta:
-            fresh = DelayedScaling.start(old.numel() if name.endswith("history") else 1, new.device)
-            module._buffers[name] = fresh.history if name.endswith("history") else fresh.scale
+            module._buffers[name] = getattr(DelayedScaling.start(old.numel(), new.device), name.rpartition("_")[2])
         elif new.dtype != torch.float32:
             module._buffers[name] = new.to(torch.float32) if new.is_meta else old.to(new.device)
 
@@ -147,19 +146,8 @@ def _class_of(original: type[torch.nn.Module], turned: bool) -> type[torch.nn.Mo
     def reduce(self: Any, protocol: int) -> Any:
         return _revived, (original, turned), self.__dict__
 
-    return type(
-        original.__name__,
-        (original,),
-        {
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__reduce_ex__": reduce,
-            "_original": original,
-            "_apply": moved,
-            "extra_repr": extra_repr,
-            "forward": forward,
-        },
-    )
+    members: dict[str, object] = {"__reduce_ex__": reduce, "extra_repr": extra_repr, "forward": forward}
+    return under_its_name(original, (original,), members | {"_apply": moved})
 
 
 def _revived(original: type[torch.nn.Module], turned: bool) -> torch.nn.Module:

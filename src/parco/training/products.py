@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parco import machine
-from parco.formats import ROW, Float, ScaleAbsmax, ScaleDelayed, integer, parse
+from parco.formats import DTYPE_NAMES, Float, parse
 from parco.kernels.cast import DelayedScaling, Encoded, Hadamard, decode, encode, encode_transposed
 from parco.kernels.linear import linear_coded_int8, linear_dense, takes_int8
 from parco.training.recipe import Operand, Pair, Recipe
@@ -25,6 +25,8 @@ Scales = Mapping[str, DelayedScaling]
 """The delayed scales of "x", "weight" and "grad"; their tensors are updated in place."""
 
 _HALVES = (torch.bfloat16, torch.float16)
+_BYTES = Operand.parse("int8:row")
+"""What `linear_coded_int8` makes of its x."""
 
 
 def draw_seed() -> int:
@@ -79,10 +81,7 @@ def multiply(left: Encoded, right: Encoded, dtype: torch.dtype) -> Tensor:
 
 def takes_bytes(pair: Pair) -> bool:
     """Whether the product takes int8 per row from its left operand's own numbers in one call."""
-    byte = pair.left.format.element == integer(8) and pair.left.format.block == ROW
-    plain = isinstance(pair.left.format.scale, ScaleAbsmax) and not pair.left.format.scale.power_of_two
-    exact = byte and plain and pair.left.rounding == "nearest" and not pair.left.hadamard
-    return exact and not pair.right.format.is_dense and takes_int8(pair.right.format)
+    return pair.left == _BYTES and not pair.right.reused and takes_int8(pair.right.format)
 
 
 def multiply_bytes(left: Tensor, right: Encoded, dtype: torch.dtype) -> Tensor:
@@ -258,7 +257,7 @@ def _product(
     sign_seed: int = 0,
 ) -> Tensor:
     """The product of `left` (its transpose where `transposed`) with a right operand that is written already."""
-    if takes_bytes(pair) and not pair.right.reused:
+    if takes_bytes(pair):
         return multiply_bytes(left.T if transposed else left, right, dtype)
     return multiply(_written(pair.left, left, scale, transposed=transposed, sign_seed=sign_seed), right, dtype)
 
@@ -266,7 +265,7 @@ def _product(
 def _turned(written: Encoded) -> Encoded:
     """The numbers of an operand, as they are, to be summed over its other dimension."""
     values = numbers(written).T
-    return Encoded(parse("bf16" if values.dtype == torch.bfloat16 else "fp32"), tuple(values.shape), {"values": values})
+    return Encoded(parse(DTYPE_NAMES[values.dtype]), tuple(values.shape), {"values": values})
 
 
 class _Delayed:
@@ -283,7 +282,7 @@ class _Delayed:
         whose history is empty, takes its own amax.
         """
         element = operand.format.element
-        if not isinstance(operand.format.scale, ScaleDelayed):
+        if not operand.is_delayed:
             return None
         assert self.scales is not None and isinstance(element, Float)
         if role not in self.found:

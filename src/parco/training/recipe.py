@@ -12,6 +12,7 @@ products, always from their own numbers and never from one another.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Operand:
             raise ValueError(f"rounding={self.rounding!r}: is one of {', '.join(ROUNDINGS)}")
         if self.hadamard:
             check_size("hadamard", self.hadamard)
-        if self.hadamard and isinstance(self.format.scale, ScaleDelayed):
+        if self.hadamard and self.is_delayed:
             raise ValueError(f"{self}: a delayed scale is that of numbers before a transform")
         if self.reused and (self.hadamard or self.rounding != "nearest"):
             raise ValueError(f"{self}: what is reused is neither rounded nor transformed again")
@@ -184,7 +185,7 @@ class Recipe:
         changes = {name: Pair.parse(p) if isinstance(p, str) else p for name, p in pairs.items() if p is not None}
         return dataclasses.replace(self, **changes, ends=self.ends if ends is None else ends)
 
-    @property
+    @functools.cached_property
     def is_dense(self) -> bool:
         """Whether every operand is written in a format of torch's own, such as bf16."""
         return all(operand.format.is_dense for name in PRODUCTS for operand in getattr(self, name))
@@ -198,7 +199,7 @@ class Recipe:
         }
         return of_role[role]
 
-    @property
+    @functools.cached_property
     def delayed(self) -> tuple[Role, ...]:
         """The operands whose scale comes from earlier steps."""
         return tuple(role for role in ROLES if any(operand.is_delayed for operand in self.operands(role)))

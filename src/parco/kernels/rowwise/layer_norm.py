@@ -6,31 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parco import _C, machine
+from parco import _C
 from parco.kernels import table
-from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate, undispatched
-from parco.kernels.rowwise.norm import NormCall
-
-
-def describe(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> NormCall:
-    """The table's key of a call."""
-    columns = weight.shape[0]
-    return NormCall(x.device.type, machine.isa(), x.dtype, x.numel() // max(columns, 1), columns)
+from parco.kernels.library import LIBRARY, TYPES, differentiate, undispatched
+from parco.kernels.rowwise.norm import check_columns, describe, fake, refuses
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
-    check_float("layer_norm", "x", x)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"layer_norm: {name} is {tensor.dtype}; {x.dtype}, which x is, is needed")
-        if tensor.ndim != 1 or x.ndim == 0 or x.shape[-1] != tensor.shape[0]:
-            raise ValueError(
-                f"layer_norm: {name} has the shape {tuple(tensor.shape)}; one number per column of x, which is "
-                f"{tuple(x.shape)}, is needed"
-            )
+    check_columns("layer_norm", x, weight=weight, bias=bias)
 
 
 def _normalized(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -69,28 +53,20 @@ def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
     return run
 
 
-def _refuses(call: NormCall) -> str | None:
-    return None if call.rows and call.columns else "one of the sizes is 0"
-
-
 table.register(
     table.Operation(
         "layer_norm",
         describe,
         (
-            table.Kernel("layer-norm-avx512", "avx512", _compiled(_C.layer_norm_avx512), _refuses),
-            table.Kernel("layer-norm-avx2", "avx2", _compiled(_C.layer_norm_avx2), _refuses),
-            table.Kernel("layer-norm-generic", "generic", _compiled(_C.layer_norm_generic), _refuses),
+            table.Kernel("layer-norm-avx512", "avx512", _compiled(_C.layer_norm_avx512), refuses),
+            table.Kernel("layer-norm-avx2", "avx2", _compiled(_C.layer_norm_avx2), refuses),
+            table.Kernel("layer-norm-generic", "generic", _compiled(_C.layer_norm_generic), refuses),
             table.Kernel("layer-norm-torch", table.TORCH, reference),
         ),
     )
 )
 
 LIBRARY.define("layer_norm(Tensor x, Tensor weight, Tensor? bias, float epsilon) -> Tensor")
-
-
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 def _needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> bool:
@@ -119,7 +95,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x.to(x.dtype), *sums, None
 
 
-_cpu = table.implement("layer_norm", check, _fake)
+_cpu = table.implement("layer_norm", check, fake)
 differentiate("layer_norm", _needs_grad, _setup, _backward)
 
 

@@ -12,7 +12,7 @@ from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate, un
 
 
 class NormCall(NamedTuple):
-    """One call of rms_norm on `rows` by `columns` numbers of `dtype`."""
+    """One call of a norm on `rows` by `columns` numbers of `dtype`."""
 
     device: str
     isa: str
@@ -24,7 +24,7 @@ class NormCall(NamedTuple):
         return f"{self.rows}x{self.columns} of {self.dtype}"
 
 
-def describe(x: Tensor, weight: Tensor, epsilon: float, offset: float, rounded: bool) -> NormCall:
+def describe(x: Tensor, weight: Tensor, *_: Any) -> NormCall:
     """The table's key of a call."""
     columns = weight.shape[0]
     return NormCall(x.device.type, machine.isa(), x.dtype, x.numel() // max(columns, 1), columns)
@@ -32,14 +32,24 @@ def describe(x: Tensor, weight: Tensor, epsilon: float, offset: float, rounded: 
 
 def check(x: Tensor, weight: Tensor, epsilon: float, offset: float, rounded: bool) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
-    check_float("rms_norm", "x", x)
-    if weight.dtype != x.dtype:
-        raise TypeError(f"rms_norm: weight is {weight.dtype}; {x.dtype}, which x is, is needed")
-    if weight.ndim != 1 or x.ndim == 0 or x.shape[-1] != weight.shape[0]:
-        raise ValueError(
-            f"rms_norm: weight has the shape {tuple(weight.shape)}; one number per column of x, which is "
-            f"{tuple(x.shape)}, is needed"
-        )
+    check_columns("rms_norm", x, weight=weight)
+
+
+def check_columns(operation: str, x: Tensor, **tensors: Tensor | None) -> None:
+    """Raise ValueError or TypeError, naming the argument, unless each of `tensors` that is there has x's dtype and one
+    number per column of x.
+    """
+    check_float(operation, "x", x)
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{operation}: {name} is {tensor.dtype}; {x.dtype}, which x is, is needed")
+        if tensor.ndim != 1 or x.ndim == 0 or x.shape[-1] != tensor.shape[0]:
+            raise ValueError(
+                f"{operation}: {name} has the shape {tuple(tensor.shape)}; one number per column of x, which is "
+                f"{tuple(x.shape)}, is needed"
+            )
 
 
 def _normalized(x: Tensor, epsilon: float) -> Tensor:
@@ -77,7 +87,8 @@ def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
     return run
 
 
-def _refuses(call: NormCall) -> str | None:
+def refuses(call: NormCall) -> str | None:
+    """Why compiled kernels do not run a call, or None."""
     return None if call.rows and call.columns else "one of the sizes is 0"
 
 
@@ -86,9 +97,9 @@ table.register(
         "rms_norm",
         describe,
         (
-            table.Kernel("rms-norm-avx512", "avx512", _compiled(_C.rms_norm_avx512), _refuses),
-            table.Kernel("rms-norm-avx2", "avx2", _compiled(_C.rms_norm_avx2), _refuses),
-            table.Kernel("rms-norm-generic", "generic", _compiled(_C.rms_norm_generic), _refuses),
+            table.Kernel("rms-norm-avx512", "avx512", _compiled(_C.rms_norm_avx512), refuses),
+            table.Kernel("rms-norm-avx2", "avx2", _compiled(_C.rms_norm_avx2), refuses),
+            table.Kernel("rms-norm-generic", "generic", _compiled(_C.rms_norm_generic), refuses),
             table.Kernel("rms-norm-torch", table.TORCH, reference),
         ),
     )
@@ -97,7 +108,8 @@ table.register(
 LIBRARY.define("rms_norm(Tensor x, Tensor weight, float epsilon, float offset, bool rounded) -> Tensor")
 
 
-def _fake(x: Tensor, weight: Tensor, epsilon: float, offset: float, rounded: bool) -> Tensor:
+def fake(x: Tensor, *_: Any) -> Tensor:
+    """As the result, without its numbers."""
     return x.new_empty(x.shape)
 
 
@@ -123,7 +135,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x.to(x.dtype), grad_weight, None, None, None
 
 
-_cpu = table.implement("rms_norm", check, _fake)
+_cpu = table.implement("rms_norm", check, fake)
 differentiate("rms_norm", _needs_grad, _setup, _backward)
 
 
