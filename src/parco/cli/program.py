@@ -1,7 +1,7 @@
 """The program: its commands, and what becomes of an error.
 
-Wrong input (ValueError, TypeError, OSError, a wrong option) is one line on stderr and exit code 2; `--debug` shows the
-traceback instead.
+Wrong input (ValueError, TypeError, OSError, a wrong option) and a training whose numbers stopped being finite
+(FloatingPointError) are one line on stderr and exit code 2; `--debug` shows the traceback instead.
 Ctrl-C exits with 130 and says how to go on. Any other exception is a defect of parco and keeps its traceback.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from parco.cli import bench, evaluate, explain, fit, generate, machine
+from parco.cli import bench, evaluate, explain, fit, generate, machine, train
 
 app = typer.Typer(
     name="parco",
@@ -20,13 +20,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Make a transformer smaller and faster on this machine, within a loss that you allow, and see what it cost.",
+    help="Make a transformer cheaper on this machine, in size, speed and training, and see what it cost.",
 )
 for name, command, summary in (
     ("fit", fit.fit, "Make a model smaller and faster."),
     ("eval", evaluate.evaluate, "Measure a model's loss and speed."),
     ("generate", generate.generate, "Let a model write."),
     ("explain", explain.explain, "Show what was chosen for each layer, and why."),
+    ("train", train.train, "Train a model by a recipe of low precision, or by several side by side."),
     ("bench", bench.bench, "Time every storage on a model's shapes, or the whole model, beside other libraries."),
     ("machine", machine.machine, "Show what this machine can do."),
 ):
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output (head, less) has gone; keep the interpreter from complaining again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (typer.TyperException, ValueError, TypeError, OSError) as error:
+    except (typer.TyperException, ValueError, TypeError, OSError, FloatingPointError) as error:
         if "--debug" in words:
             raise
         print(f"parco: {_one_line(error)}", file=sys.stderr)
@@ -65,7 +66,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _how_to_go_on(words: list[str]) -> str:
-    if words[:1] != ["fit"]:
-        return "parco: interrupted"
-    again = shlex.join(["parco", *(word for word in words if word != "--fresh")])
-    return f"parco: interrupted; every finished stage is kept. To go on from there: {again}"
+    if words[:1] == ["fit"]:
+        again = shlex.join(["parco", *(word for word in words if word != "--fresh")])
+        return f"parco: interrupted; every finished stage is kept. To go on from there: {again}"
+    if words[:1] == ["train"]:
+        again = shlex.join(["parco", *(word for word in words if word != "--resume"), "--resume"])
+        return f"parco: interrupted; checkpoints are kept. To go on from the last one: {again}"
+    return "parco: interrupted"

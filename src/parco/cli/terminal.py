@@ -93,6 +93,7 @@ def progress() -> Generator[Progress]:
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
         TextColumn("{task.fields[time]}", markup=False),
+        TextColumn("{task.fields[shown]}", markup=False, style="dim"),
     )
     with Bars(*columns, console=Console(stderr=True, markup=False, highlight=False, emoji=False)) as bars:
         drawn = Drawn(bars)
@@ -109,7 +110,7 @@ class Drawn:
 
     def stage(self, name: str, total: int | None = None) -> None:
         self.close()
-        self._task = self._bars.add_task(name, total=total, time="")
+        self._task = self._bars.add_task(name, total=total, time="", shown="")
 
     def advance(self, n: int = 1) -> None:
         if self._task is None:
@@ -121,6 +122,10 @@ class Drawn:
 
     def note(self, text: str) -> None:
         self._bars.console.print(text, style="dim")
+
+    def show(self, text: str) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, shown=text)
 
     def close(self) -> None:
         """A stage ends when the next begins, whether or not it counted its last step."""
@@ -135,7 +140,7 @@ class Lines:
     """Progress in a file or a pipe: the start of every stage, then a line now and then with the time left."""
 
     def __init__(self) -> None:
-        self._name = ""
+        self._name = self._shown = ""
         self._total: int | None = None
         self._done = 0
         self._start = self._began = self._last = time.monotonic()
@@ -143,7 +148,7 @@ class Lines:
 
     def stage(self, name: str, total: int | None = None) -> None:
         self._finish()
-        self._name, self._total, self._done = name, total, 0
+        self._name, self._total, self._done, self._shown = name, total, 0, ""
         self._began = self._last = time.monotonic()
         self._say(f"{name}: {total} steps" if total else name)
 
@@ -158,10 +163,13 @@ class Lines:
             left = (
                 f" of {self._total}, about {(now - self._began) / self._done * (self._total - self._done):.0f} s left"
             )
-        self._say(f"{self._name}: {self._done}{left}")
+        self._say(f"{self._name}: {self._done}{left}" + (f"; {self._shown}" if self._shown else ""))
 
     def note(self, text: str) -> None:
         self._say(text)
+
+    def show(self, text: str) -> None:
+        self._shown = text
 
     def close(self) -> None:
         """The job is done: say what was held back and how long the last stage took."""

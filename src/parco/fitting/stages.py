@@ -25,11 +25,14 @@ from torch import Tensor
 
 
 class Progress(Protocol):
-    """Who is told how far the job is. `total` is in the stage's own steps; None when unknown."""
+    """Who is told how far the job is. `total` is in the stage's own steps; None when unknown. A note stays, what is
+    shown belongs to the running stage until something else is shown.
+    """
 
     def stage(self, name: str, total: int | None = None) -> None: ...
     def advance(self, n: int = 1) -> None: ...
     def note(self, text: str) -> None: ...
+    def show(self, text: str) -> None: ...
 
 
 class Silent:
@@ -40,6 +43,8 @@ class Silent:
     def advance(self, n: int = 1) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def show(self, text: str) -> None: ...
 
 
 def digest(value: object) -> str:

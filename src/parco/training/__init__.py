@@ -7,8 +7,8 @@
 """
 
 from parco.training import recipe as recipes
-from parco.training.prepare import Prepared, prepare_
+from parco.training.prepare import Prepared, delayed_scales, prepare_
 from parco.training.products import linear
 from parco.training.recipe import RECIPES, Operand, Pair, Recipe
 
-__all__ = ["RECIPES", "Operand", "Pair", "Prepared", "Recipe", "linear", "prepare_", "recipes"]
+__all__ = ["RECIPES", "Operand", "Pair", "Prepared", "Recipe", "delayed_scales", "linear", "prepare_", "recipes"]

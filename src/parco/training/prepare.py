@@ -154,3 +154,15 @@ def _revived(original: type[torch.nn.Module], turned: bool) -> torch.nn.Module:
     """An empty converted layer, which unpickling and copying fill."""
     kind: Any = _class_of(original, turned)
     return kind.__new__(kind)
+
+
+def delayed_scales(model: torch.nn.Module) -> list[Tensor]:
+    """The scales and histories of all layers of `model` whose recipe delays them. The greatest over all ranks of each
+    is what one rank would have found in all ranks' tokens.
+    """
+    return [
+        module.get_buffer(f"{role}_{part}")
+        for module in model.modules()
+        for role in getattr(module, "_recipe", BF16).delayed
+        for part in DelayedScaling._fields
+    ]

@@ -1,0 +1,143 @@
+"""`parco train`: train a language model by a recipe, or by several and see what each costs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parco.cli import terminal
+
+_EMBEDDED = "Without it: the small model that comes with parco, with new weights."
+
+
+def train(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", show_default=False, help="Where checkpoints, model and page go.")
+    ],
+    steps: Annotated[int, typer.Option("--steps", metavar="N", show_default=False, help="Optimizer steps.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONFIG|DIR",
+            show_default=False,
+            help=f"A Transformers checkpoint whose weights are trained on, or a config.json: new weights. {_EMBEDDED}",
+        ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="TEXT",
+            show_default=False,
+            help="A text file, or a folder of them; may be given several times. Without it: the text that comes with "
+            "parco.",
+        ),
+    ] = None,
+    heldout: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TEXT",
+            show_default=False,
+            help="A text that judges and is not trained on. Without it: the last 5% of --data.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="bf16, fp16, fp8-current, mxfp8, nvfp4, int8, … or operands written out: see the guide on training.",
+        ),
+    ] = "bf16",
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            show_default=False,
+            help="Train by each of these recipes, separated by commas, on the same data in the same order, and show "
+            "each one's loss, speed and memory beside the first.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", help="With --compare: seeds that each recipe runs with.")] = 1,
+    batch: Annotated[int, typer.Option(metavar="N", help="Windows per step, over all ranks.")] = 8,
+    accumulate: Annotated[int, typer.Option(metavar="N", help="Passes in which a step's windows go.")] = 1,
+    seq: Annotated[int, typer.Option(metavar="N", help="Tokens per window.")] = 512,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE", show_default=False, help="Greatest learning rate. Default: 1e-3 for new weights, else 2e-5."
+        ),
+    ] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option(metavar="N", show_default=False, help="Steps in which the rate rises. Default: 2% of them."),
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(metavar="RATE", help="Of matrices, not of norms and biases.")] = 0.1,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="DIR", show_default=False, help="Default: the one beside the model.")
+    ] = None,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(metavar="N", show_default=False, help="Steps between looks at the held-out text. Default: 10%."),
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(metavar="N", show_default=False, help="Steps between checkpoints. Default: 10%.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of every random draw.")] = 0,
+    shard: Annotated[bool, typer.Option("--shard", help="Under torchrun: FSDP2 instead of DDP.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    as_json: terminal.Json = False,
+    debug: terminal.Debug = False,
+) -> None:
+    """Train a language model by a recipe of low precision, with Transformers' Trainer.
+
+    Writes --out/model, checkpoints and report.html. `torchrun --nproc-per-node N -m parco.cli train …` trains with DDP,
+    or FSDP2 with --shard.
+    """
+    terminal.quiet_libraries()
+    from parco import hub
+    from parco.fitting.stages import Silent
+    from parco.report import curves, tables
+    from parco.trainer import Settings, run
+    from parco.trainer import compare as compare_
+
+    shipped = hub.embedded_path()
+    settings = Settings(
+        model=model,
+        data=tuple(map(str, data or [shipped / "calibration.txt"])),
+        held=str(heldout) if heldout is not None else None if data else str(shipped / "heldout.txt"),
+        steps=steps,
+        recipe=recipe,
+        tokenizer=tokenizer,
+        batch=batch,
+        accumulate=accumulate,
+        seq=seq,
+        lr=lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        seed=seed,
+        eval_every=eval_every,
+        save_every=save_every,
+    )
+    first = os.environ.get("RANK", "0") == "0"
+    with terminal.progress() as shown:
+        progress = shown if first else Silent()
+        if compare is None:
+            done = run(settings, out, progress, resume=resume, shard=shard)
+            table = curves.run_table(done)
+        else:
+            names = [name.strip() for name in compare.split(",") if name.strip()]
+            done = compare_(settings, names, out, progress, seeds=seeds, resume=resume, shard=shard)
+            table = curves.gap_table(done["gaps"])
+    if not first:
+        return
+    if as_json:
+        terminal.print_json(done)
+        return
+    console = terminal.console()
+    console.print()
+    console.print(table)
+    console.print()
+    places = [("page", str(out / "report.html")), *([("model", str(out / "model"))] if compare is None else [])]
+    console.print(tables.pairs_table(places))

@@ -1,0 +1,367 @@
+"""One training run whole: a model, a text and a recipe in; checkpoints, the model, result.json and a page out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+import transformers
+from transformers.trainer_utils import get_last_checkpoint
+
+import parco
+from parco import hub, machine
+from parco.fitting.stages import Progress, write_json
+from parco.nn import linears
+from parco.report import curves, units
+from parco.trainer import disk
+from parco.trainer.gaps import gaps
+from parco.trainer.trainer import Trainer
+from parco.trainer.windows import Split, collate, split
+from parco.training import RECIPES, Recipe, prepare_
+
+GLANCE = 64
+"""Held-out windows that are looked at while a run goes on; at its end it is all of them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides every number of a run. `batch` counts windows of `seq` tokens per optimizer step, over all ranks and
+    `accumulate` passes each; `model` None is the small model that comes with parco, with new weights.
+    """
+
+    model: str | None
+    data: tuple[str, ...]
+    steps: int
+    recipe: str = "bf16"
+    held: str | None = None
+    tokenizer: str | None = None
+    batch: int = 8
+    accumulate: int = 1
+    seq: int = 512
+    lr: float | None = None
+    warmup: int | None = None
+    weight_decay: float = 0.1
+    seed: int = 0
+    eval_every: int | None = None
+    save_every: int | None = None
+
+    def __post_init__(self) -> None:
+        Recipe.parse(self.recipe)
+        for name in ("steps", "batch", "accumulate", "seq", "eval_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value} makes no sense: it must be at least 1")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(f"--lr {self.lr:g} makes no sense: it must be a positive number")
+        if self.batch % self.accumulate:
+            raise ValueError(f"--batch {self.batch} cannot be passed in --accumulate {self.accumulate} equal parts")
+
+    def to_json(self) -> dict[str, Any]:
+        """As settings.json and result.json hold it."""
+        return dataclasses.asdict(self) | {"data": list(self.data)}
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What autocast gives the operations between the layers."""
+        return torch.float16 if Recipe.parse(self.recipe) == RECIPES["fp16"] else torch.bfloat16
+
+
+class RunResult(TypedDict):
+    """What one run found, as result.json holds it. Losses are in nats per token: `train` and `held_out`, the latter of
+    the first 64 windows, are [step, loss] pairs, `loss` is that of all held-out windows at the end. Memory is in bytes
+    above what the process held before its first run; `mfu` is the share of the machine's measured bf16 peak.
+    """
+
+    recipe: str
+    settings: dict[str, Any]
+    parco: str
+    versions: dict[str, str]
+    cpu: str
+    threads: int
+    runs_on: str
+    layers: str
+    parameters: int
+    text: str
+    windows: int
+    tokens: int
+    held_out_windows: int
+    train: list[list[float]]
+    held_out: list[list[float]]
+    loss: float
+    tokens_per_second: float
+    mfu: float
+    peak_memory: int
+    skipped: int
+
+
+def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = False, shard: bool = False) -> RunResult:
+    """Train, and write checkpoint-N, model, report.html and result.json in `out`, each of them whole or absent.
+
+    A run that is done is not run again with `resume`, one that was interrupted goes on from its last checkpoint, to the
+    same bits. Raises ValueError where `out` holds another run or a setting does not fit, FloatingPointError for numbers
+    that are not finite, and OSError for a full disk.
+    """
+    _check_libraries()
+    machine.peaks()  # before the clock runs
+    _continue(settings, out, resume)
+    if resume and (out / "result.json").exists():
+        progress.note(f"{out}: done before")
+        return json.loads((out / "result.json").read_text())
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.batch % (ranks * settings.accumulate):
+        raise ValueError(f"--batch {settings.batch} is not the same for each of {ranks} ranks: give a multiple")
+    transformers.set_seed(settings.seed)
+    start = _memory_before()
+    model, tokenizer = _model(settings)
+    texts = split(settings.data, settings.held, tokenizer, settings.seq, progress)
+    prepared = prepare_(model, settings.recipe)
+    trainer = Trainer(
+        model,
+        _arguments(settings, out, ranks, new=not _has_weights(settings.model)),
+        precision=settings.precision,
+        shard=shard,
+        train_dataset=texts.train,
+        eval_dataset=texts.held.select(range(min(GLANCE, len(texts.held)))),
+        data_collator=collate,
+        processing_class=tokenizer,
+    )
+    meter = Meter(trainer, settings, progress)
+    trainer.pop_callback(transformers.PrinterCallback)
+    trainer.add_callback(meter)
+    checkpoint = get_last_checkpoint(str(out)) if out.exists() else None
+    first = trainer.args.should_save
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "settings.json", settings.to_json())
+        progress.note(f"{prepared}\n{trainer.describe()}")
+        progress.stage(f"train {settings.recipe}", settings.steps)
+        if checkpoint is not None:
+            progress.note(f"from {checkpoint}")
+            progress.advance(int(checkpoint.rpartition("-")[2]))
+    _forget_peak()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    peak = _memory("VmHWM") - start
+    progress.stage("held out", math.ceil(len(texts.held) / trainer.args.eval_batch_size / ranks))
+    meter.judging = True
+    loss = trainer.evaluate(texts.held)["eval_loss"]
+    result = _result(settings, trainer, texts, str(prepared), loss, peak, meter)
+    with disk.explained(out):
+        partial = out / ".model.partial"
+        trainer.save_model(str(partial))
+        if first:
+            disk.put_in_place(partial, out / "model")
+            curves.write([result], gaps([result]), out / "report.html")
+            write_json(out / "result.json", result)
+    return result
+
+
+def _check_libraries() -> None:
+    missing = [name for name in ("accelerate", "datasets") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"training needs {' and '.join(missing)}: pip install 'parco[train]'")
+
+
+def _continue(settings: Settings, out: Path, resume: bool) -> None:
+    """Refuses a folder that holds something else."""
+    made = out / "settings.json"
+    if not made.exists():
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise FileExistsError(f"--out {out} holds something that is no training run: name a new folder")
+        return
+    if not resume:
+        raise FileExistsError(f"--out {out} holds a training run: --resume goes on with it, or name a new folder")
+    before = json.loads(made.read_text())
+    now = settings.to_json()
+    changed = [f"--{name.replace('_', '-')} was {before.get(name)}" for name in now if now[name] != before.get(name)]
+    if changed:
+        raise ValueError(f"--out {out} holds another run: {', '.join(changed)}")
+
+
+def _has_weights(model: str | None) -> bool:
+    return model is not None and Path(model).is_dir() and any(Path(model).glob("*.safetensors"))
+
+
+def _model(settings: Settings) -> tuple[Any, Any]:
+    """The model in fp32 and its tokenizer. Raises ValueError where they do not fit each other or the window."""
+    given = settings.model
+    if _has_weights(given) or (given is not None and not Path(given).exists()):
+        loaded = hub.load(given or "", dtype=torch.float32, low_memory=False)
+        model, tokenizer = loaded.model, loaded.tokenizer
+    else:
+        place = hub.embedded_path() if given is None else Path(given)
+        config = transformers.AutoConfig.from_pretrained(place if place.is_file() else place / "config.json")
+        try:
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except ValueError as error:
+            raise ValueError(f"--model {place}: no language model has this configuration ({error})") from error
+        folder = place.parent if place.is_file() else place
+        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer or folder, local_files_only=True)
+    if settings.tokenizer is not None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer, local_files_only=True)
+    config: Any = model.config
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}: take its own")
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if most is not None and settings.seq > most:
+        raise ValueError(f"--seq {settings.seq}: this model knows {most} positions")
+    return model, tokenizer
+
+
+def _arguments(settings: Settings, out: Path, ranks: int, new: bool) -> transformers.TrainingArguments:
+    rate = settings.lr or (1e-3 if new else 2e-5)
+    warmup = max(1, settings.steps // 50) if settings.warmup is None else settings.warmup
+    every = settings.eval_every or max(1, settings.steps // 10)
+    rows = settings.batch // (ranks * settings.accumulate)
+    return transformers.TrainingArguments(
+        output_dir=str(out),
+        max_steps=settings.steps,
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=rows,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=rate,
+        warmup_steps=warmup,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        optim="adamw_torch",
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.95,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=settings.save_every or every,
+        save_total_limit=2,
+        logging_steps=max(1, settings.steps // 100),
+        disable_tqdm=True,
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if ranks > 1 and not torch.cuda.is_available() else None,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+class Meter(transformers.TrainerCallback):
+    """Tells the progress how far the run is, and the log how long its steps take."""
+
+    def __init__(self, trainer: Trainer, settings: Settings, progress: Progress) -> None:
+        self.trainer, self.progress = trainer, progress
+        self.tokens = settings.batch * settings.seq
+        model: Any = trainer.model
+        layers: list[Any] = [site.module for site in linears(model).values()]
+        matrices = sum(layer.weight.numel() for layer in layers)
+        config = model.config.get_text_config()
+        # Forward and backward: 6 per weight and token, and the two products of causal attention, half of them masked.
+        attention = 6 * config.num_hidden_layers * config.hidden_size * settings.seq
+        self.flops = 6 * matrices + attention
+        self.peak = 2 * machine.peaks().multiply_adds_per_second["bf16"]
+        self.seconds: list[float] = []
+        self.loss = math.nan
+        self.judging = False
+        """Whether the held-out windows are the stage that progress counts."""
+
+    def rate(self, seconds: float) -> tuple[float, float]:
+        """Tokens per second of a step of `seconds`, and their share of the peak."""
+        speed = self.tokens / seconds
+        return speed, speed * self.flops / self.peak
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.began = _now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds.append(_now() - self.began)
+        if self.trainer.check_scale():
+            scale = self.trainer.scaler.get_scale()
+            self.progress.note(f"step {state.global_step}: skipped, loss scale now {scale:g}")
+        self.progress.advance()
+        speed, share = self.rate(statistics.median(self.seconds[-20:]))
+        self.progress.show(f"loss {self.loss:.4f}, {units.speed(speed)}, {units.percent(share)} of the bf16 peak")
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.judging:
+            self.progress.advance()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        self.loss = logs["loss"]
+        entry = state.log_history[-1]
+        entry["step_seconds"] = statistics.median(self.seconds)
+        entry["skipped"] = self.trainer.skipped
+        if self.trainer.scaler is not None:
+            entry["loss_scale"] = self.trainer.scaler.get_scale()
+        self.seconds.clear()
+
+
+def _result(
+    settings: Settings, trainer: Trainer, texts: Split, layers: str, loss: float, peak: int, meter: Meter
+) -> RunResult:
+    logs: list[dict[str, Any]] = trainer.state.log_history
+    steps = [entry for entry in logs if "step_seconds" in entry]
+    timed = [entry["step_seconds"] for entry in (steps[1:] or steps)]
+    speed, share = meter.rate(statistics.median(timed))
+    tokens = settings.steps * settings.batch * settings.seq
+    model: Any = trainer.model
+    held = [[entry["step"], entry["eval_loss"]] for entry in logs if "eval_loss" in entry][:-1]
+    return RunResult(
+        recipe=settings.recipe,
+        settings=settings.to_json(),
+        parco=parco.__version__,
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        cpu=machine.detect().cpu,
+        threads=torch.get_num_threads(),
+        runs_on=trainer.describe(),
+        layers=layers,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        text=texts.digest,
+        windows=len(texts.train),
+        tokens=tokens,
+        held_out_windows=len(texts.held),
+        train=[[entry["step"], entry["loss"]] for entry in steps],
+        held_out=held,
+        loss=loss,
+        tokens_per_second=speed,
+        mfu=share,
+        peak_memory=peak,
+        skipped=int(trainer.skipped),
+    )
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _memory(name: str) -> int:
+    """Bytes that Linux gives for this process under `name`: VmRSS now, VmHWM at most."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+@functools.cache
+def _memory_before() -> int:
+    """Resident bytes of this process before its first run."""
+    return _memory("VmRSS")
+
+
+def _forget_peak() -> None:
+    """Lets VmHWM begin anew, where the kernel allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
