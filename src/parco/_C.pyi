@@ -243,6 +243,21 @@ def machine_copy_bytes_per_second(bytes: int, threads: int, repeats: int) -> flo
     Bytes copied per second (each read and written) between buffers of `bytes`: the median of `repeats` passes.
     """
 
+def adamw_generic(whole: Sequence[int], factors: Sequence[float], grad_factor: float, decay: float, first_weight: float, second_decay: float, second_weight: float, epsilon: float, seed: int, stochastic: bool, threads: int) -> None:
+    """
+    AdamW's step of several parameters, 12 whole numbers and 2 factors of each; csrc/optimizer/adamw.h.
+    """
+
+def adamw_avx2(whole: Sequence[int], factors: Sequence[float], grad_factor: float, decay: float, first_weight: float, second_decay: float, second_weight: float, epsilon: float, seed: int, stochastic: bool, threads: int) -> None:
+    """
+    AdamW's step of several parameters, 12 whole numbers and 2 factors of each; csrc/optimizer/adamw.h.
+    """
+
+def adamw_avx512(whole: Sequence[int], factors: Sequence[float], grad_factor: float, decay: float, first_weight: float, second_decay: float, second_weight: float, epsilon: float, seed: int, stochastic: bool, threads: int) -> None:
+    """
+    AdamW's step of several parameters, 12 whole numbers and 2 factors of each; csrc/optimizer/adamw.h.
+    """
+
 def rms_norm_generic(x: int, weight: int, y: int, rows: int, columns: int, epsilon: float, offset: float, rounded: bool, type: int, threads: int) -> None:
     """
     y = x / sqrt(mean(x * x) + epsilon) * (weight + offset), by rows; csrc/rowwise/rowwise.h.

@@ -94,6 +94,7 @@ def test_every_operation_is_under_the_laws() -> None:
     importlib.import_module("tests.kernels.linear.test_embedding")
     importlib.import_module("tests.kernels.linear.test_coded")
     importlib.import_module("tests.kernels.linear.test_int8")
+    importlib.import_module("tests.kernels.optimizer.test_adamw")
     importlib.import_module("tests.kernels.rowwise.test_rowwise")
     assert set(table.operations()) <= {laws.operation for laws in KernelLaws.__subclasses__()}
 

@@ -1,4 +1,4 @@
-"""Low-precision training: recipes, and the layers that follow them.
+"""Low-precision training: recipes, the layers that follow them, and an optimizer.
 
 >>> import torch, parco.training
 >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))
@@ -7,8 +7,9 @@
 """
 
 from parco.training import recipe as recipes
+from parco.training.optimizer import AdamW
 from parco.training.prepare import Prepared, delayed_scales, prepare_
 from parco.training.products import linear
 from parco.training.recipe import RECIPES, Operand, Pair, Recipe
 
-__all__ = ["RECIPES", "Operand", "Pair", "Prepared", "Recipe", "delayed_scales", "linear", "prepare_", "recipes"]
+__all__ = ["RECIPES", "AdamW", "Operand", "Pair", "Prepared", "Recipe", "delayed_scales", "linear", "prepare_", "recipes"]

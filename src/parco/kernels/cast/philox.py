@@ -37,8 +37,11 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     return word0, word1, word2, word3
 
 
-def random_bits(seed: int, rows: range, columns: int, *, call: int = 0, device: torch.device | None = None) -> Tensor:
-    """32 random bits for every element of the given rows of a matrix: int64 [len(rows), columns] in [0, 2**32).
+def random_bits(
+    seed: int, rows: range, columns: int | range, *, call: int = 0, device: torch.device | None = None
+) -> Tensor:
+    """32 random bits for every element of the given rows and columns (a number: the first ones) of a matrix: int64
+    [len(rows), len(columns)] in [0, 2**32).
 
     The counter of element (row, column) is (row mod 2**32, column >> 2, row >> 32, call) and its word is column & 3;
     the key is the low and the high half of `seed`. ValueError for a seed outside [0, 2**64) or a call outside [0,
@@ -49,7 +52,9 @@ def random_bits(seed: int, rows: range, columns: int, *, call: int = 0, device: 
     if not 0 <= call <= WORD:
         raise ValueError(f"call={call}: must lie in [0, 2**32)")
     row = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int64)[:, None]
-    quad = torch.arange(-(-columns // 4), device=device, dtype=torch.int64)[None, :]
+    columns = range(columns) if isinstance(columns, int) else columns
+    skipped = columns.start % 4
+    quad = torch.arange(columns.start // 4, -(-columns.stop // 4), device=device, dtype=torch.int64)[None, :]
     counter = torch.broadcast_tensors(row & WORD, quad, row >> 32, torch.full_like(quad, call))
     words = philox4x32((counter[0], counter[1], counter[2], counter[3]), (seed & WORD, seed >> 32))
-    return torch.stack(words, dim=-1).reshape(len(rows), -1)[:, :columns]
+    return torch.stack(words, dim=-1).reshape(len(rows), -1)[:, skipped : skipped + len(columns)]
