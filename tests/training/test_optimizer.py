@@ -292,6 +292,8 @@ def test_wrong_arguments_are_named() -> None:
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="sparse"):
         AdamW(table.parameters()).step()
+    with pytest.raises(ValueError, match=r"weight_decay=0.1 of Adam"):
+        AdamW([parameter()]).load_state_dict(torch.optim.Adam([parameter()], weight_decay=0.1).state_dict())
     for option in ("amsgrad", "maximize"):
         theirs = torch.optim.AdamW([parameter()], **{option: True})
         with pytest.raises(ValueError, match=f"{option}=True is not supported"):

@@ -11,5 +11,19 @@ from parco.training.optimizer import AdamW
 from parco.training.prepare import Prepared, delayed_scales, prepare_
 from parco.training.products import linear
 from parco.training.recipe import RECIPES, Operand, Pair, Recipe
+from parco.training.steps import optimizer_steps, weight_state
 
-__all__ = ["RECIPES", "AdamW", "Operand", "Pair", "Prepared", "Recipe", "delayed_scales", "linear", "prepare_", "recipes"]
+__all__ = [
+    "RECIPES",
+    "AdamW",
+    "Operand",
+    "Pair",
+    "Prepared",
+    "Recipe",
+    "delayed_scales",
+    "linear",
+    "optimizer_steps",
+    "prepare_",
+    "recipes",
+    "weight_state",
+]

@@ -96,14 +96,13 @@ class AdamW(torch.optim.Optimizer):
         factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
         number = 0
         for group in self.param_groups:
-            chosen: dict[bool, list[tuple[int, Tensor]]] = {False: [], True: []}
+            together: dict[tuple[bool, torch.device], list[tuple[int, Tensor]]] = {}
             for i, p in enumerate(group["params"], number):
                 if p.grad is not None:
-                    chosen[_is_coded(group, p)].append((i, p))
+                    together.setdefault((_is_coded(group, p), p.device), []).append((i, p))
             number += len(group["params"])
-            for coded, members in chosen.items():
-                if members:
-                    self._update(group, members, coded, factor)
+            for (coded, _), members in together.items():
+                self._update(group, members, coded, factor)
         return loss
 
     def _update(self, group: dict[str, Any], members: list[tuple[int, Tensor]], coded: bool, factor: float) -> None:
@@ -115,8 +114,6 @@ class AdamW(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p].update({"step": torch.tensor(0.0)} | _first_states(p, coded))
         found = [self.state[p] for _, p in members]
-        for state in found:
-            state["step"] += 1
         held = {name: [_local(state[name]) for state in found] for name in names}
         moments = [held[name] for name in names]
         firsts, first_scales, seconds, second_scales = moments if coded else (moments[0], [], moments[1], [])
@@ -127,7 +124,7 @@ class AdamW(torch.optim.Optimizer):
             seconds,
             first_scales,
             second_scales,
-            steps=[int(state["step"].item()) for state in found],
+            steps=[int(state["step"].item()) + 1 for state in found],
             offsets=[_first_number(p) for _, p in members],
             numbers=[number for number, _ in members],
             lr=float(group["lr"]),
@@ -138,6 +135,8 @@ class AdamW(torch.optim.Optimizer):
             rounding=group["rounding"],
             seed=group["seed"],
         )
+        for state in found:
+            state["step"] += 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """A state_dict of this class or of torch.optim.AdamW (or Adam). ValueError for amsgrad and whatever else this
@@ -155,7 +154,6 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-            group["decoupled_weight_decay"] = True
             _check_group(group)
             for p in group["params"]:
                 if self.state.get(p):
@@ -185,6 +183,12 @@ def _check_group(group: dict[str, Any]) -> None:
     for name in ("amsgrad", "maximize", "differentiable"):
         if group[name]:
             raise ValueError(f"AdamW: {name}={group[name]} is not supported; torch.optim.AdamW is needed for it")
+    if not group["decoupled_weight_decay"]:
+        if group["weight_decay"]:
+            raise ValueError(
+                f"AdamW: weight_decay={group['weight_decay']} of Adam, which adds it to gradients; 0 is needed"
+            )
+        group["decoupled_weight_decay"] = True
     for i, p in enumerate(group["params"]):
         if p.dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(f"AdamW: parameter {i} of a group is {p.dtype}; float32 or bfloat16 is needed")
@@ -266,7 +270,7 @@ def _settled(state: dict[str, Any], p: Tensor, coded: bool) -> dict[str, Any]:
             parts = dict(zip(parts, _encoded(p, moment, has_sign), strict=True)) if moment is not None else parts
             found |= {key: part.to(p.device) for key, part in parts.items()}
         else:
-            moment = _decoded(p, *parts.values(), has_sign) if moment is None else moment
+            moment = _decoded(p, parts, has_sign) if moment is None else moment
             found[name] = moment.to(p.device, torch.float32)
     return found
 
@@ -277,7 +281,8 @@ def _encoded(p: Tensor, moment: Any, has_sign: bool) -> tuple[Tensor, Tensor]:
     return _like(p, codes.reshape(local.shape)), _placed_as(p, scale, scale_shape(p))
 
 
-def _decoded(p: Tensor, codes: Any, scale: Any, has_sign: bool) -> Tensor:
+def _decoded(p: Tensor, parts: dict[str, Any], has_sign: bool) -> Tensor:
+    codes, scale = parts.values()
     local = _local(codes)
     return _like(p, decode_moment(local.reshape(shape_in_rows(local)), _local(scale), has_sign).reshape(local.shape))
 
