@@ -97,6 +97,21 @@ def test_the_loss_at_the_end_is_that_of_a_plain_loop(folder: Path, text: Path, t
     assert done["loss"] == pytest.approx(loss, rel=2e-3)
 
 
+def test_bf16_weights_and_8_bit_states_go_on_too(folder: Path, text: Path, tmp_path: Path) -> None:
+    given = settings(folder, text, recipe="int8", weights="bf16", states="8bit")
+    whole = run(given, tmp_path / "whole", Silent())
+    with pytest.raises(Killed):
+        run(given, tmp_path / "killed", KilledAfter(5))
+    state = torch.load(tmp_path / "killed" / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    assert state["lm_head.weight"]["exp_avg_codes"].dtype == torch.uint8
+    resumed = run(given, tmp_path / "killed", Silent(), resume=True)
+    assert resumed["train"] == whole["train"]
+    assert whole["train"][-1][1] < whole["train"][0][1] - 0.5
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(tensor.dtype == torch.bfloat16 for tensor in one.values())
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3", "gemma3_text"])
 def test_other_architectures_train(architecture: str, text: Path, tmp_path: Path) -> None:
     model = tiny.folder(tmp_path / "model", architecture)
@@ -248,6 +263,8 @@ def test_what_makes_no_sense_is_refused(folder: Path, text: Path, tmp_path: Path
         ({"steps": 0}, "--steps 0 makes no sense"),
         ({"batch": 3, "accumulate": 2}, "--batch 3 cannot be passed in --accumulate 2"),
         ({"lr": -1.0}, "--lr -1"),
+        ({"weights": "fp8"}, "--weights fp8: is one of fp32, bf16"),
+        ({"states": "4bit"}, "--states 4bit"),
         ({"seq": 65}, "this model knows 64 positions"),
         ({"tokenizer": str(hub.embedded_path())}, "take its own"),
     ):

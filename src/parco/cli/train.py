@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from parco.cli import terminal
+
+if TYPE_CHECKING:
+    from parco.training.optimizer import States
 
 _EMBEDDED = "Without it: the small model that comes with parco, with new weights."
 
@@ -74,6 +77,10 @@ def train(
         typer.Option(metavar="N", show_default=False, help="Steps in which the rate rises. Default: 2% of them."),
     ] = None,
     weight_decay: Annotated[float, typer.Option(metavar="RATE", help="Of matrices, not of norms and biases.")] = 0.1,
+    weights: Annotated[
+        str, typer.Option(metavar="fp32|bf16", help="What weights are kept in; bf16 ones are rounded stochastically.")
+    ] = "fp32",
+    states: Annotated[str, typer.Option(metavar="fp32|8bit", help="What AdamW's moments are kept in.")] = "fp32",
     tokenizer: Annotated[
         str | None, typer.Option(metavar="DIR", show_default=False, help="Default: the one beside the model.")
     ] = None,
@@ -116,6 +123,8 @@ def train(
         lr=lr,
         warmup=warmup,
         weight_decay=weight_decay,
+        weights=weights,
+        states=cast("States", states),
         seed=seed,
         eval_every=eval_every,
         save_every=save_every,

@@ -30,7 +30,10 @@ from parco.trainer.gaps import gaps
 from parco.trainer.trainer import Trainer
 from parco.trainer.windows import Split, collate, split
 from parco.training import RECIPES, Recipe, prepare_
+from parco.training.optimizer import STATES, States
 
+WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Dtypes that the trained weights may have; bf16 ones are rounded stochastically."""
 GLANCE = 64
 """Held-out windows that are looked at while a run goes on; at its end it is all of them."""
 
@@ -53,6 +56,8 @@ class Settings:
     lr: float | None = None
     warmup: int | None = None
     weight_decay: float = 0.1
+    weights: str = "fp32"
+    states: States = "fp32"
     seed: int = 0
     eval_every: int | None = None
     save_every: int | None = None
@@ -63,6 +68,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value} makes no sense: it must be at least 1")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"--weights {self.weights}: is one of {', '.join(WEIGHTS)}")
+        if self.states not in STATES:
+            raise ValueError(f"--states {self.states}: is one of {', '.join(STATES)}")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"--lr {self.lr:g} makes no sense: it must be a positive number")
         if self.batch % self.accumulate:
@@ -132,6 +141,7 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
         _arguments(settings, out, ranks, new=not _has_weights(settings.model)),
         precision=settings.precision,
         shard=shard,
+        states=settings.states,
         train_dataset=texts.train,
         eval_dataset=texts.held.select(range(min(GLANCE, len(texts.held)))),
         data_collator=collate,
@@ -194,16 +204,16 @@ def _has_weights(model: str | None) -> bool:
 
 
 def _model(settings: Settings) -> tuple[Any, Any]:
-    """The model in fp32 and its tokenizer. Raises ValueError where they do not fit each other or the window."""
-    given = settings.model
+    """The model and its tokenizer. Raises ValueError where they do not fit each other or the window."""
+    given, dtype = settings.model, WEIGHTS[settings.weights]
     if _has_weights(given) or (given is not None and not Path(given).exists()):
-        loaded = hub.load(given or "", dtype=torch.float32, low_memory=False)
+        loaded = hub.load(given or "", dtype=dtype, low_memory=False)
         model, tokenizer = loaded.model, loaded.tokenizer
     else:
         place = hub.embedded_path() if given is None else Path(given)
         config = transformers.AutoConfig.from_pretrained(place if place.is_file() else place / "config.json")
         try:
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
         except ValueError as error:
             raise ValueError(f"--model {place}: no language model has this configuration ({error})") from error
         folder = place.parent if place.is_file() else place
@@ -234,7 +244,6 @@ def _arguments(settings: Settings, out: Path, ranks: int, new: bool) -> transfor
         warmup_steps=warmup,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        optim="adamw_torch",
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,
         seed=settings.seed,

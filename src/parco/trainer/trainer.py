@@ -34,7 +34,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from parco.nn import blocks
 from parco.trainer import disk
-from parco.training import delayed_scales
+from parco.training import AdamW, delayed_scales
+from parco.training.optimizer import States
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
@@ -44,7 +45,8 @@ LEAST_SCALE = 2.0**-14
 
 class Trainer(transformers.Trainer):
     """As `transformers.Trainer`, whose arguments it takes, with `precision`, the dtype of autocast (None: none), and
-    `shard`: FSDP2 instead of DDP where there are several ranks.
+    `shard`: FSDP2 instead of DDP where there are several ranks. Where no `optimizers` are given it is
+    `parco.training.AdamW` with `states`, clipping within its pass.
 
     fp16 has a loss scaler. Raises ValueError where `args` asks Transformers for a precision or sharding of its own, and
     FloatingPointError for a loss or gradient that is not finite, naming the step, the batch's windows and the layer.
@@ -53,6 +55,7 @@ class Trainer(transformers.Trainer):
     model: Any
     args: Any
     lr_scheduler: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -61,12 +64,14 @@ class Trainer(transformers.Trainer):
         *,
         precision: torch.dtype | None = torch.bfloat16,
         shard: bool = False,
+        states: States = "fp32",
         **named: Any,
     ) -> None:
         if args.bf16 or args.fp16 or args.fsdp:
             raise ValueError("args: bf16, fp16 and fsdp are not for TrainingArguments here: give precision= and shard=")
         args.logging_nan_inf_filter = False
         self.precision = precision
+        self.states: States = states
         self.scaler: Any = None
         self.skipped = 0
         self._scale = 0.0
@@ -101,6 +106,24 @@ class Trainer(transformers.Trainer):
             scaler = ShardedGradScaler if self.args.world_size > 1 else torch.amp.GradScaler
             self.scaler = self.accelerator.scaler = scaler(kind, init_scale=2.0**16, growth_interval=2000)
             self._scale = self.scaler.get_scale()
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(self.model))
+            trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+            groups = [
+                {"params": [p for name, p in trained if name in decayed], "weight_decay": self.args.weight_decay},
+                {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+            ]
+            self.optimizer = AdamW(
+                [group for group in groups if group["params"]],
+                self.args.learning_rate,
+                (self.args.adam_beta1, self.args.adam_beta2),
+                self.args.adam_epsilon,
+                states=self.states,
+                seed=self.args.seed,
+            )
+        return self.optimizer
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
         if not training or self.args.world_size == 1 or self.sharded or isinstance(model, DistributedDataParallel):
@@ -143,8 +166,12 @@ class Trainer(transformers.Trainer):
             names = [n for n, p in self.model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
             # The backward pass came to the last of them first.
             raise FloatingPointError(f"{self._place(self._last)}: the gradient's norm is {norm.item()}, in {names[-1]}")
-        if 0 < self.args.max_grad_norm < norm.item():
-            nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+        if self.args.max_grad_norm > 0:
+            times = norm.item() / self.args.max_grad_norm
+            if self.scaler is None and isinstance(self._plain_optimizer, AdamW):
+                vars(self._plain_optimizer)["grad_scale"] = max(times, 1.0)  # the optimizer's own pass divides by it
+            elif times > 1:
+                nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
         return norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
