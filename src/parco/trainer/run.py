@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import parco
 from parco import hub, machine
+from parco.bench.record import best
 from parco.fitting.stages import Progress, write_json
 from parco.nn import linears
 from parco.report import curves, units
@@ -268,7 +269,7 @@ class Meter(transformers.TrainerCallback):
         # Forward and backward: 6 per weight and token, and the two products of causal attention, half of them masked.
         attention = 6 * config.num_hidden_layers * config.hidden_size * settings.seq
         self.flops = 6 * matrices + attention
-        self.peak = 2 * machine.peaks().multiply_adds_per_second["bf16"]
+        self.peaks = machine.peaks()
         self.seconds: list[float] = []
         self.loss = math.nan
         self.judging = False
@@ -277,7 +278,7 @@ class Meter(transformers.TrainerCallback):
     def rate(self, seconds: float) -> tuple[float, float]:
         """Tokens per second of a step of `seconds`, and their share of the peak."""
         speed = self.tokens / seconds
-        return speed, speed * self.flops / self.peak
+        return speed, speed * self.flops / (2 * self.peaks.multiply_adds_per_second["bf16"])
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.began = _now()
@@ -313,6 +314,7 @@ def _result(
     logs: list[dict[str, Any]] = trainer.state.log_history
     steps = [entry for entry in logs if "step_seconds" in entry]
     timed = [entry["step_seconds"] for entry in (steps[1:] or steps)]
+    meter.peaks = best(meter.peaks, machine.peaks(refresh=True))  # a probe too is slowed by what else runs
     speed, share = meter.rate(statistics.median(timed))
     tokens = settings.steps * settings.batch * settings.seq
     model: Any = trainer.model
