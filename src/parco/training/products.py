@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from parco import machine
 from parco.formats import DTYPE_NAMES, Float, parse
-from parco.kernels.cast import DelayedScaling, Encoded, Hadamard, decode, encode, encode_transposed
+from parco.kernels.cast import DelayedScaling, Encoded
 from parco.kernels.linear import linear_coded_int8, linear_dense, takes_int8
+from parco.training.operands import Written, estimator, restored, write
 from parco.training.recipe import Operand, Pair, Recipe
 
 Scales = Mapping[str, DelayedScaling]
@@ -34,43 +35,9 @@ def draw_seed() -> int:
     return int(torch.randint(1 << 62, ()))
 
 
-def write(
-    operand: Operand,
-    x: Tensor,
-    *,
-    transposed: bool = False,
-    seed: int = 0,
-    sign_seed: int = 0,
-    scale: Tensor | None = None,
-) -> Encoded:
-    """`x` [M, R], or its transpose where `transposed` (x is [R, M]), as an operand that is summed over R.
-
-    `seed` is that of stochastic rounding, `sign_seed` the Hadamard transform's, `scale` fp32 [1, 1] a delayed scale.
-    Before a transform zeros fill R up to a multiple of its size; they add nothing to a product.
-    """
-    if operand.hadamard:
-        extra = -x.shape[0 if transposed else 1] % operand.hadamard
-        x = torch.nn.functional.pad(x, (0, 0, 0, extra) if transposed else (0, extra)) if extra else x
-    hadamard = Hadamard(operand.hadamard, sign_seed) if operand.hadamard else None
-    if operand.format.dtype is not None and operand.rounding == "nearest" and hadamard is None:
-        # As torch casts, not saturating: a gradient that overflows fp16 must become inf for the loss scaler to see.
-        values = (x.T if transposed else x).to(operand.format.dtype)
-        return Encoded(operand.format, tuple(values.shape), {"values": values})
-    rounded: Any = {"rounding": operand.rounding, "seed": seed}
-    if scale is not None:
-        return encode(x.T if transposed else x, operand.format, scale=scale, **rounded)
-    written = encode_transposed if transposed else encode
-    return written(x, operand.format, hadamard=hadamard, **rounded)
-
-
-def numbers(written: Encoded) -> Tensor:
-    """What an operand stands for: in its dtype where its format is dense, in fp32 where it is not."""
-    return written.tensors["values"] if written.format.is_dense else decode(written)
-
-
-def multiply(left: Encoded, right: Encoded, dtype: torch.dtype) -> Tensor:
+def multiply(left: Written, right: Written, dtype: torch.dtype) -> Tensor:
     """left [M, R] · right [P, R]ᵀ in `dtype`, summed in fp32 and rounded once."""
-    a, b = numbers(left), numbers(right)
+    a, b = left.numbers(), right.numbers()
     if a.dtype == b.dtype == dtype and dtype in _HALVES:
         if a.is_cuda or (dtype == torch.bfloat16 and machine.isa() == "amx"):
             return a @ b.T
@@ -81,14 +48,15 @@ def multiply(left: Encoded, right: Encoded, dtype: torch.dtype) -> Tensor:
 
 def takes_bytes(pair: Pair) -> bool:
     """Whether the product takes int8 per row from its left operand's own numbers in one call."""
-    return pair.left == _BYTES and not pair.right.reused and takes_int8(pair.right.format)
+    right = pair.right
+    return pair.left == _BYTES and not (right.reused or right.clamp) and takes_int8(right.format)
 
 
-def multiply_bytes(left: Tensor, right: Encoded, dtype: torch.dtype) -> Tensor:
+def multiply_bytes(left: Tensor, right: Written, dtype: torch.dtype) -> Tensor:
     """As `multiply`, with the rows of `left` [M, R] rounded to int8 inside the call."""
     left = left.contiguous() if left.dtype == dtype else left.to(torch.float32)
     stored = (right.tensors.get(name) for name in ("codes", "scale", "zero", "global_scale"))
-    return linear_coded_int8(left, *stored, None, str(right.format), left.shape[1]).to(dtype)  # type: ignore[arg-type]
+    return linear_coded_int8(left, *stored, None, str(right.encoded.format), left.shape[1]).to(dtype)  # type: ignore[arg-type]
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -169,11 +137,15 @@ class _Linear(torch.autograd.Function):
             kept_x = (
                 left if operand.reused else _written(operand, rows, scale, transposed=True, sign_seed=ctx.sign_seed)
             )
-        if trains and ctx.needs_input_grad[0] and recipe.grad_input.right.reused:
+        reuses = ctx.needs_input_grad[0] and recipe.grad_input.right.reused
+        if trains and (reuses or (ctx.needs_input_grad[1] and recipe.output.right.dge)):
             kept_weight = right
         ctx.recipe, ctx.delayed, ctx.x_shape, ctx.x_dtype = recipe, delayed, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.kept = [None if e is None else (e.format, e.shape, tuple(e.tensors)) for e in (kept_x, kept_weight)]
+        ctx.kept = [
+            None if each is None else (each.encoded.format, each.encoded.shape, tuple(each.tensors))
+            for each in (kept_x, kept_weight)
+        ]
         ctx.save_for_backward(weight, *(t for e in (kept_x, kept_weight) if e is not None for t in e.tensors.values()))
         # y belongs to nobody else: not a view, of which autograd and FSDP2 would beware.
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))  # pyright: ignore[reportPrivateUsage]
@@ -187,7 +159,7 @@ class _Linear(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         tensors = iter(saved)
         kept_x, kept_weight = (
-            None if each is None else Encoded(each[0], each[1], {name: next(tensors) for name in each[2]})
+            None if each is None else restored(each[0], each[1], {name: next(tensors) for name in each[2]})
             for each in ctx.kept
         )
         rows = grad.reshape(-1, grad.shape[-1])
@@ -198,7 +170,7 @@ class _Linear(torch.autograd.Function):
             signs = _sign_seed(recipe.grad_input)
             right = (
                 _turned(kept_weight)
-                if kept_weight
+                if kept_weight and operand.reused
                 else _written(operand, weight, scale, transposed=True, sign_seed=signs)
             )
             scale = delayed.scale(recipe.grad_input.left, "grad", rows)
@@ -209,9 +181,13 @@ class _Linear(torch.autograd.Function):
             else:
                 right = _turned(kept_x) if recipe.grad_weight.right.reused else kept_x
                 scale = delayed.scale(recipe.grad_weight.left, "grad", rows)
+                dtype = torch.float32 if recipe.output.right.dge else weight.dtype
                 grad_weight = _product(
-                    recipe.grad_weight, rows, right, weight.dtype, scale, transposed=True, sign_seed=ctx.sign_seed
+                    recipe.grad_weight, rows, right, dtype, scale, transposed=True, sign_seed=ctx.sign_seed
                 )
+                if recipe.output.right.dge:
+                    assert kept_weight is not None
+                    grad_weight = grad_weight.mul_(estimator(recipe.output.right, weight, kept_weight)).to(weight.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         delayed.update()
@@ -240,7 +216,7 @@ def _show_overflow(grad: Tensor, *results: Tensor | None) -> None:
 
 def _written(
     operand: Operand, x: Tensor, scale: Tensor | None, *, transposed: bool = False, sign_seed: int = 0
-) -> Encoded:
+) -> Written:
     """`write` with a seed of its own."""
     seed = draw_seed() if operand.rounding == "stochastic" else 0
     return write(operand, x, transposed=transposed, seed=seed, sign_seed=sign_seed, scale=scale)
@@ -249,7 +225,7 @@ def _written(
 def _product(
     pair: Pair,
     left: Tensor,
-    right: Encoded,
+    right: Written,
     dtype: torch.dtype,
     scale: Tensor | None,
     *,
@@ -262,10 +238,10 @@ def _product(
     return multiply(_written(pair.left, left, scale, transposed=transposed, sign_seed=sign_seed), right, dtype)
 
 
-def _turned(written: Encoded) -> Encoded:
+def _turned(written: Written) -> Written:
     """The numbers of an operand, as they are, to be summed over its other dimension."""
-    values = numbers(written).T
-    return Encoded(parse(DTYPE_NAMES[values.dtype]), tuple(values.shape), {"values": values})
+    values = written.numbers().T
+    return Written(Encoded(parse(DTYPE_NAMES[values.dtype]), tuple(values.shape), {"values": values}))
 
 
 class _Delayed:
