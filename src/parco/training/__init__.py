@@ -7,8 +7,28 @@
 """
 
 from parco.training import recipe as recipes
-from parco.training.prepare import Prepared, delayed_scales, prepare_
+from parco.training.diagnose import Finding, diagnose, fall_back_
+from parco.training.prepare import Prepared, delayed_scales, prepare_, recipes_of
 from parco.training.products import linear
+from parco.training.readings import Reading, Readings
 from parco.training.recipe import RECIPES, Operand, Pair, Recipe
+from parco.training.watch import Watch
 
-__all__ = ["RECIPES", "Operand", "Pair", "Prepared", "Recipe", "delayed_scales", "linear", "prepare_", "recipes"]
+__all__ = [
+    "RECIPES",
+    "Finding",
+    "Operand",
+    "Pair",
+    "Prepared",
+    "Reading",
+    "Readings",
+    "Recipe",
+    "Watch",
+    "delayed_scales",
+    "diagnose",
+    "fall_back_",
+    "linear",
+    "prepare_",
+    "recipes",
+    "recipes_of",
+]

@@ -102,7 +102,7 @@ def clamped(x: Tensor, quantile: float) -> tuple[Tensor, Tensor | None, Tensor |
     x - clamp(x), both [M, 2c].
 
     c = floor((1 - a) R) numbers of a row lie above the upper quantile and c below the lower one; with c = 0 the row is
-    not clamped, and there are no residuals. Source: arXiv 2501.17116, section 3.2.
+    not clamped, and there are no residuals. Source: arXiv 2501.17116.
     """
     # R (1 - a) of a = 0.99 is a bit below or above a whole number as floats have it.
     count = int((1 - quantile) * x.shape[1] + 1e-6)
@@ -132,7 +132,7 @@ def estimator(operand: Operand, weight: Tensor, written: Written) -> Tensor:
 
     With k = `operand.dge`: min(1/k |2u/d - 1|^(1/k - 1), 3), u the offset of the scaled weight inside the interval of
     the element's grid around it and d the interval's width; 0 beyond the grid. Under a scale of its own amax nothing
-    lies beyond; under one that is rounded down, or delayed, numbers may. Source: arXiv 2501.17116, equation 8, with
+    lies beyond; under one that is rounded down, or delayed, numbers may. Source: arXiv 2501.17116, with
     the bound of its authors' MS-AMP.
     """
     k, grid = operand.dge, _grid(operand.format.element, weight.device)

@@ -26,6 +26,12 @@ ProductName = Literal["output", "grad_input", "grad_weight"]
 PRODUCTS: tuple[ProductName, ...] = ("output", "grad_input", "grad_weight")
 Role = Literal["x", "weight", "grad"]
 ROLES: tuple[Role, ...] = ("x", "weight", "grad")
+FACTORS: dict[ProductName, tuple[Role, Role]] = {
+    "output": ("x", "weight"),
+    "grad_input": ("grad", "weight"),
+    "grad_weight": ("grad", "x"),
+}
+"""What each product multiplies, left and right."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,10 @@ class Recipe:
         """Whether every operand is written in a format of torch's own, such as bf16."""
         return all(operand.format.is_dense for name in PRODUCTS for operand in getattr(self, name))
 
+    def pair(self, product: ProductName) -> Pair:
+        """The operands of a product."""
+        return getattr(self, product)  # type: ignore[no-any-return]
+
     def operands(self, role: Role) -> tuple[Operand, Operand]:
         """The two ways in which "x", "weight" or "grad" is written."""
         of_role: dict[Role, tuple[Operand, Operand]] = {
@@ -217,6 +227,10 @@ class Recipe:
             "grad": (self.grad_input.left, self.grad_weight.left),
         }
         return of_role[role]
+
+    def delayed_format(self, role: Role) -> Format | None:
+        """The format of "x", "weight" or "grad" whose scale comes from earlier steps; None where there is none."""
+        return next((operand.format for operand in self.operands(role) if operand.is_delayed), None)
 
     @functools.cached_property
     def delayed(self) -> tuple[Role, ...]:
