@@ -227,4 +227,6 @@ def test_wrong_use_is_said():
     with pytest.raises(ValueError, match="is watched already"):
         Watch(model)
     watch.close()
-    Watch(model)
+    other = Watch(model)
+    assert watch.step() is None
+    assert other.is_watching

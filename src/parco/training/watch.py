@@ -72,9 +72,10 @@ class Watch:
         return any(_probe(layer).sums is not None for layer in self.layers.values())
 
     def close(self) -> None:
-        """Ends watching; another Watch can begin."""
+        """Ends watching; another Watch can begin. `step` returns None from here on."""
         for layer in self.layers.values():
             _probe(layer).sums = None
+        self.layers = {}
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps and the history, in plain numbers and texts: to be saved between two steps."""
