@@ -2,14 +2,15 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from parco.nn import fuse_
-from parco.training import RECIPES, prepare_
-from parco.training.recipe import BF16, NVFP4
+from parco.training import RECIPES, prepare_, recipes_of
+from parco.training.recipe import BF16, MXFP8, NVFP4
 
 TOKENS = torch.randint(0, 90, (4, 24), generator=torch.Generator().manual_seed(0))
 
@@ -71,6 +72,47 @@ def test_the_recipe_reaches_the_layers_that_it_should():
     prepare_(again, "fp8-delayed")
     prepare_(again, "mxfp8")
     assert set(again.state_dict()) == set(llama().state_dict())
+
+
+def test_patterns_choose_recipes():
+    model = llama()
+    prepared = prepare_(model, {"*.mlp.*": "mxfp8", "model.layers.0.*": NVFP4, "*.v_proj": "bf16"})
+    assert prepared.recipes["model.layers.0.mlp.up_proj"] == MXFP8
+    assert prepared.recipes["model.layers.0.self_attn.v_proj"] == NVFP4
+    assert prepared.recipes["model.layers.1.self_attn.v_proj"] == BF16
+    assert set(prepared.left) == {
+        "lm_head", *(f"model.layers.{i}.self_attn.{name}_proj" for i in (1, 2, 3) for name in "qko")
+    }  # fmt: skip
+    assert prepared.left["lm_head"] == "matches none of *.mlp.*, model.layers.0.*, *.v_proj"
+    everywhere = prepare_(llama(), {"model.layers.3.*": "nvfp4", "*": "nvfp4"}).recipes
+    assert {everywhere["lm_head"], everywhere["model.layers.3.mlp.up_proj"]} == {BF16}
+    for pattern in ("*.mpl.*", "model.layers.9.mlp.up_proj"):
+        with pytest.raises(ValueError, match=re.escape(f"pattern {pattern!r} matches no linear layer")):
+            prepare_(llama(), {pattern: "mxfp8", "*": "bf16"})
+    with pytest.raises(ValueError, match="unknown recipe 'fp3'"):
+        prepare_(llama(), {"*": "fp3"})
+
+
+def test_recipes_are_restored_layer_by_layer():
+    model = llama()
+    prepare_(model, {"*": "fp8-delayed", "lm_head": "int8"})  # named in full: a head follows too
+    prepare_(model, {"*.3.mlp.*": "nvfp4", "*.0.*": NVFP4.with_(ends=0, output="bf16 @ bf16")})
+    saved = recipes_of(model)
+    assert saved["lm_head"] == "int8"
+    assert saved["model.layers.3.mlp.up_proj"] == "bf16"  # in a block at the ends
+    assert saved["model.layers.0.mlp.up_proj"].startswith("output=bf16 @ bf16; ")
+    assert saved["model.layers.1.mlp.up_proj"] == "fp8-delayed"
+    losses(model, 2)
+    twin = llama()
+    prepared = prepare_(twin, saved)
+    assert recipes_of(twin) == saved
+    assert {name: str(recipe) for name, recipe in prepared.recipes.items()} == saved
+    twin.load_state_dict(model.state_dict())
+    found = []
+    for each in (model, twin):
+        torch.manual_seed(1)
+        found.append(losses(each, 3))
+    assert found[0] == found[1]
 
 
 def test_experts_and_routers_stay():

@@ -35,6 +35,14 @@ def test_recipes_compose():
 
 
 @pytest.mark.parametrize(
+    "text", ["fp4_e2m1:row+clamp0.99", "nvfp4+stochastic+clamp0.9995", "mxfp4+dge5", "fp6_e3m2:row+dge2.5+reused"]
+)
+def test_operands_compose(text):
+    assert str(Operand.parse(text)) == text
+    assert Operand.parse("fp4_e2m1:row+clamp0.99") == Operand(parse("fp4_e2m1:row"), clamp=0.99)
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("fp7", "known are bf16, fp16, fp8-delayed"),
@@ -56,6 +64,13 @@ def test_recipes_compose():
             "output=bf16 @ bf16; grad_input=fp8_e5m2:tensor:delayed @ bf16; grad_weight=fp8_e4m3:tensor:delayed @ bf16",
             "it has one delayed scale",
         ),
+        ("output=mxfp4+clamp1.5 @ bf16; grad_input=bf16 @ bf16; grad_weight=bf16 @ bf16", "between 0.5 and 1"),
+        ("output=bf16+clamp0.99 @ bf16; grad_input=bf16 @ bf16; grad_weight=bf16 @ bf16", "with scales of its own"),
+        ("output=bf16 @ mxfp4+dge0.5; grad_input=bf16 @ bf16; grad_weight=bf16 @ bf16", "power, 1 to 100"),
+        ("output=bf16 @ int8:row+dge5; grad_input=bf16 @ bf16; grad_weight=bf16 @ bf16", "floats of 4 to 8 bits"),
+        ("output=bf16 @ mxfp4+clamp0.9+dge5; grad_input=bf16 @ bf16; grad_weight=bf16 @ bf16", "nor clamped"),
+        ("output=mxfp4+dge5 @ bf16; grad_input=bf16 @ bf16; grad_weight=bf16 @ bf16", "the W that `output` multiplies"),
+        ("output=bf16 @ bf16; grad_input=bf16 @ mxfp4+dge5; grad_weight=bf16 @ bf16", "the W that `output` multiplies"),
         (
             "output=bf16 @ bf16; grad_input=bf16 @ bf16; "
             "grad_weight=fp8_e5m2:tensor:delayed+hadamard16 @ bf16+hadamard16",

@@ -7,23 +7,33 @@
 """
 
 from parco.training import recipe as recipes
+from parco.training.diagnose import Finding, diagnose, fall_back_
 from parco.training.optimizer import AdamW
-from parco.training.prepare import Prepared, delayed_scales, prepare_
+from parco.training.prepare import Prepared, delayed_scales, prepare_, recipes_of
 from parco.training.products import linear
+from parco.training.readings import Reading, Readings
 from parco.training.recipe import RECIPES, Operand, Pair, Recipe
 from parco.training.steps import optimizer_steps, weight_state
+from parco.training.watch import Watch
 
 __all__ = [
     "RECIPES",
     "AdamW",
+    "Finding",
     "Operand",
     "Pair",
     "Prepared",
+    "Reading",
+    "Readings",
     "Recipe",
+    "Watch",
     "delayed_scales",
+    "diagnose",
+    "fall_back_",
     "linear",
     "optimizer_steps",
     "prepare_",
     "recipes",
+    "recipes_of",
     "weight_state",
 ]

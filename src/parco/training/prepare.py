@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from parco.nn import blocks, groups, linears
 from parco.nn.linear import Linear as StoredLinear
 from parco.nn.linear import kind_of, under_its_name
 from parco.training.products import linear
+from parco.training.readings import Probe
 from parco.training.recipe import BF16, ROLES, Recipe
 
 
@@ -40,10 +42,16 @@ class Prepared:
 
 
 def prepare_(
-    model: torch.nn.Module, recipe: Recipe | str, filter_fn: Callable[[torch.nn.Module, str], bool] | None = None
+    model: torch.nn.Module,
+    recipe: Recipe | str | Mapping[str, Recipe | str],
+    filter_fn: Callable[[torch.nn.Module, str], bool] | None = None,
 ) -> Prepared:
     """Makes the linear layers of `model` (`nn.Linear`, GPT-2's Conv1D) compute their three products by `recipe`, a
     Recipe or its text, in place.
+
+    A mapping gives recipes to the layers whose names match its patterns, those of shells (`{"*.mlp.*": "mxfp8", "*":
+    "bf16"}`); the first that matches counts, and layers that none matches are left. A layer that a key names in full
+    gets this very recipe, whether or not it is a head, a router or in a block at the ends: so `recipes_of` restores.
 
     `filter_fn(module, name)` says which layers take part; those of which it says no stay as they are. Without it the
     output head takes part in dense recipes (bf16, fp16) only and is bf16 otherwise, and routers stay as they are. The
@@ -51,41 +59,59 @@ def prepare_(
     recipe. Embeddings, norms and attention are not touched; gradients of stored weights (`parco.nn.Linear`), which do
     not train, neither.
 
-    Raises ValueError for an unknown recipe and where no layer takes part, TypeError where `model` is no module.
+    Raises ValueError for an unknown recipe, where no layer takes part and for a pattern that matches no layer,
+    TypeError where `model` is no module.
     """
     if not isinstance(model, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    recipe = Recipe.parse(recipe)
+    patterns = {"*": recipe} if isinstance(recipe, Recipe | str) else recipe
+    given = {pattern: Recipe.parse(each) for pattern, each in patterns.items()}
     chosen: dict[str, tuple[torch.nn.Module, bool, Recipe]] = {}
     left: dict[str, str] = {}
     repeated = [f"{name}." for name, _ in blocks(model)]
-    ends = _ends(repeated, recipe)
+    ends = {each: _ends(repeated, each) for each in given.values()}
     kinds = {name: group.kind for group in groups(model) for name in group.members}
-    if recipe.ends and not repeated:
+    if any(each.ends for each in ends) and not repeated:
         left["ends"] = "no repeated blocks are found, so none at the ends stays in bf16"
     found = linears(model)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name not in found:
             left[name] = "its class has a forward of its own, or is used by one that passes it by"
+    _check_patterns(given, {*found, *left})
     for name, site in found.items():
         module = site.module
+        pattern = name if name in given else next((each for each in given if fnmatchcase(name, each)), None)
         if "forward" in module.__dict__:
             left[name] = "its forward has been replaced"
         elif site.kind == "expert" or isinstance(module, StoredLinear):
             left[name] = "experts in one tensor are not converted" if site.kind == "expert" else "a stored weight"
         elif filter_fn is not None and not filter_fn(module, name):
             left[name] = "filter_fn says no"
-        elif filter_fn is None and kinds.get(name) == "router":
+        elif pattern is None:
+            left[name] = f"matches none of {', '.join(given)}"
+        elif filter_fn is None and kinds.get(name) == "router" and pattern != name:
             left[name] = "it decides which expert runs"
         else:
-            head = kinds.get(name) in ("head", "embed") and filter_fn is None
-            low = not (head or name.startswith(ends)) or recipe.is_dense
-            chosen[name] = module, site.kind == "conv1d", recipe if low else BF16
+            own = given[pattern]
+            high = (kinds.get(name) in ("head", "embed") and filter_fn is None) or name.startswith(ends[own])
+            chosen[name] = module, site.kind == "conv1d", BF16 if high and not own.is_dense and pattern != name else own
     if not chosen:
         raise ValueError(f"prepare_: {type(model).__name__} has no linear layer that takes part")
     for module, turned, own in chosen.values():
-        _convert(module, turned, own)
+        module.__class__ = _class_of(kind_of(module), turned)
+        follow(module, own)
     return Prepared({name: own for name, (_, _, own) in chosen.items()}, left)
+
+
+def _check_patterns(given: Mapping[str, Recipe], names: set[str]) -> None:
+    """ValueError unless every pattern matches one of the layers' names."""
+    if len(given) == 1 and "*" in given:
+        return  # a model without layers is told so in other words
+    for pattern in given:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"pattern {pattern!r} matches no linear layer: there are {', '.join(sorted(names)[:4]) or 'none'}, …"
+            )
 
 
 def _ends(names: list[str], recipe: Recipe) -> tuple[str, ...]:
@@ -95,15 +121,29 @@ def _ends(names: list[str], recipe: Recipe) -> tuple[str, ...]:
     return tuple(names[:first] + names[len(names) - (count - first) :]) if count else ()
 
 
-def _convert(module: Any, turned: bool, recipe: Recipe) -> None:
-    module.__class__ = _class_of(kind_of(module), turned)
+def recipes_of(model: torch.nn.Module) -> dict[str, str]:
+    """The text of the recipe of each prepared layer, by its name: what `prepare_` takes to make another model follow
+    the same, to be kept in a checkpoint beside the state dict.
+    """
+    return {name: str(module._recipe) for name, module in model.named_modules() if "_recipe" in module.__dict__}
+
+
+def follow(module: Any, recipe: Recipe, *, keeps_scales: bool = False) -> None:
+    """Has a converted layer multiply by `recipe`. Delayed scales start anew; with `keeps_scales` those of operands that
+    go on in the same format stay.
+    """
+    before: Recipe | None = module.__dict__.get("_recipe") if keeps_scales else None
+    kept = {role for role in ROLES if before and before.delayed_format(role) == recipe.delayed_format(role)}
     module._recipe = recipe
+    module.__dict__.setdefault("_probe", Probe())
     for role in ROLES:
-        for part in DelayedScaling._fields:
-            module._buffers.pop(f"{role}_{part}", None)
+        if role not in kept:
+            for part in DelayedScaling._fields:
+                module._buffers.pop(f"{role}_{part}", None)
     for role in recipe.delayed:
-        for part, tensor in DelayedScaling.start(device=module.weight.device)._asdict().items():
-            module.register_buffer(f"{role}_{part}", tensor)
+        if role not in kept:
+            for part, tensor in DelayedScaling.start(device=module.weight.device)._asdict().items():
+                module.register_buffer(f"{role}_{part}", tensor)
 
 
 def _kept_in_fp32(module: Any, before: dict[str, Tensor]) -> None:
@@ -131,7 +171,7 @@ def _class_of(original: type[torch.nn.Module], turned: bool) -> type[torch.nn.Mo
                 for role in recipe.delayed
             }
         weight = self.weight.T if turned else self.weight
-        return linear(x, weight, self.bias, recipe, scales, self.training)
+        return linear(x, weight, self.bias, recipe, scales, self.training, self._probe)
 
     def moved(self: Any, *arguments: Any, **named: Any) -> Any:
         names = (f"{role}_{part}" for role in self._recipe.delayed for part in DelayedScaling._fields)

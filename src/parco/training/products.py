@@ -17,9 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from parco import machine
 from parco.formats import DTYPE_NAMES, Float, parse
-from parco.kernels.cast import DelayedScaling, Encoded, Hadamard, decode, encode, encode_transposed
+from parco.kernels.cast import DelayedScaling, Encoded
 from parco.kernels.linear import linear_coded_int8, linear_dense, takes_int8
-from parco.training.recipe import Operand, Pair, Recipe
+from parco.training.operands import Written, estimator, restored, write
+from parco.training.readings import Probe, Sums
+from parco.training.recipe import FACTORS, Operand, Pair, ProductName, Recipe, Role
 
 Scales = Mapping[str, DelayedScaling]
 """The delayed scales of "x", "weight" and "grad"; their tensors are updated in place."""
@@ -34,43 +36,9 @@ def draw_seed() -> int:
     return int(torch.randint(1 << 62, ()))
 
 
-def write(
-    operand: Operand,
-    x: Tensor,
-    *,
-    transposed: bool = False,
-    seed: int = 0,
-    sign_seed: int = 0,
-    scale: Tensor | None = None,
-) -> Encoded:
-    """`x` [M, R], or its transpose where `transposed` (x is [R, M]), as an operand that is summed over R.
-
-    `seed` is that of stochastic rounding, `sign_seed` the Hadamard transform's, `scale` fp32 [1, 1] a delayed scale.
-    Before a transform zeros fill R up to a multiple of its size; they add nothing to a product.
-    """
-    if operand.hadamard:
-        extra = -x.shape[0 if transposed else 1] % operand.hadamard
-        x = torch.nn.functional.pad(x, (0, 0, 0, extra) if transposed else (0, extra)) if extra else x
-    hadamard = Hadamard(operand.hadamard, sign_seed) if operand.hadamard else None
-    if operand.format.dtype is not None and operand.rounding == "nearest" and hadamard is None:
-        # As torch casts, not saturating: a gradient that overflows fp16 must become inf for the loss scaler to see.
-        values = (x.T if transposed else x).to(operand.format.dtype)
-        return Encoded(operand.format, tuple(values.shape), {"values": values})
-    rounded: Any = {"rounding": operand.rounding, "seed": seed}
-    if scale is not None:
-        return encode(x.T if transposed else x, operand.format, scale=scale, **rounded)
-    written = encode_transposed if transposed else encode
-    return written(x, operand.format, hadamard=hadamard, **rounded)
-
-
-def numbers(written: Encoded) -> Tensor:
-    """What an operand stands for: in its dtype where its format is dense, in fp32 where it is not."""
-    return written.tensors["values"] if written.format.is_dense else decode(written)
-
-
-def multiply(left: Encoded, right: Encoded, dtype: torch.dtype) -> Tensor:
+def multiply(left: Written, right: Written, dtype: torch.dtype) -> Tensor:
     """left [M, R] · right [P, R]ᵀ in `dtype`, summed in fp32 and rounded once."""
-    a, b = numbers(left), numbers(right)
+    a, b = left.numbers(), right.numbers()
     if a.dtype == b.dtype == dtype and dtype in _HALVES:
         if a.is_cuda or (dtype == torch.bfloat16 and machine.isa() == "amx"):
             return a @ b.T
@@ -81,14 +49,15 @@ def multiply(left: Encoded, right: Encoded, dtype: torch.dtype) -> Tensor:
 
 def takes_bytes(pair: Pair) -> bool:
     """Whether the product takes int8 per row from its left operand's own numbers in one call."""
-    return pair.left == _BYTES and not pair.right.reused and takes_int8(pair.right.format)
+    right = pair.right
+    return pair.left == _BYTES and not (right.reused or right.clamp) and takes_int8(right.format)
 
 
-def multiply_bytes(left: Tensor, right: Encoded, dtype: torch.dtype) -> Tensor:
+def multiply_bytes(left: Tensor, right: Written, dtype: torch.dtype) -> Tensor:
     """As `multiply`, with the rows of `left` [M, R] rounded to int8 inside the call."""
     left = left.contiguous() if left.dtype == dtype else left.to(torch.float32)
     stored = (right.tensors.get(name) for name in ("codes", "scale", "zero", "global_scale"))
-    return linear_coded_int8(left, *stored, None, str(right.format), left.shape[1]).to(dtype)  # type: ignore[arg-type]
+    return linear_coded_int8(left, *stored, None, str(right.encoded.format), left.shape[1]).to(dtype)  # type: ignore[arg-type]
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -107,14 +76,15 @@ def linear(
     recipe: Recipe,
     scales: Scales | None = None,
     training: bool = False,
+    probe: Probe | None = None,
 ) -> Tensor:
     """y [..., N] = x [..., K] · weight [N, K]ᵀ + bias, forward and backward as `recipe` says.
 
     y has the dtype of x, under autocast that of autocast; the bias is added in fp32. Gradients have the dtypes of what
     they belong to. `scales` are needed by recipes with delayed scales. With `training` seeds are drawn without
-    gradients too, as for the first forward of a layer whose activations are checkpointed. torch.compile does not trace
-    it: a graph breaks here. Raises ValueError where x does not fit, or scales are missing, TypeError for numbers that
-    are no floats.
+    gradients too, as for the first forward of a layer whose activations are checkpointed. A `probe` that is watched
+    takes readings of the operands. torch.compile does not trace it: a graph breaks here. Raises ValueError where x does
+    not fit, or scales are missing, TypeError for numbers that are no floats.
     """
     if not (x.is_floating_point() and weight.is_floating_point()):
         raise TypeError(f"x is {x.dtype} and weight {weight.dtype}: both must be floating point")
@@ -124,9 +94,11 @@ def linear(
         raise ValueError(f"recipe {recipe} takes its scales from earlier steps: scales= are needed")
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    # Inside an autograd.Function gradients are off: whether they are wanted is seen here.
+    trains = torch.is_grad_enabled()
+    step = _Step(recipe, scales, probe.sums if probe is not None and (trains or training) else None)
     with torch.autocast(kind, enabled=False):
-        # Inside an autograd.Function gradients are off: whether they are wanted is seen here.
-        return _Linear.apply(x, weight, bias, recipe, scales, dtype, torch.is_grad_enabled(), training)  # type: ignore[no-any-return]
+        return _Linear.apply(x, weight, bias, step, dtype, trains, training)  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
@@ -136,24 +108,21 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        recipe: Recipe,
-        scales: Scales | None,
+        step: _Step,
         dtype: torch.dtype,
         trains: bool,
         draws: bool,
     ) -> Tensor:
-        delayed = _Delayed(scales)
+        recipe = step.recipe
         rows, matrix = x.detach().reshape(-1, x.shape[-1]), weight.detach()
         sum_dtype = dtype if bias is None else torch.float32
         signs = _sign_seed(recipe.output)
-        scale = delayed.scale(recipe.output.right, "weight", matrix)
-        right = _written(recipe.output.right, matrix, scale, sign_seed=signs)
-        scale = delayed.scale(recipe.output.left, "x", rows)
+        right = step.write("output", 1, matrix, sign_seed=signs)
         left = None
         if takes_bytes(recipe.output) and not recipe.grad_weight.right.reused:
-            y = multiply_bytes(rows, right, sum_dtype)
+            y = step.multiply_bytes("output", rows, right, sum_dtype)
         else:
-            left = _written(recipe.output.left, rows, scale, sign_seed=signs)
+            left = step.write("output", 0, rows, sign_seed=signs)
             y = multiply(left, right, sum_dtype)
         if bias is not None:
             y = (y + bias.detach()).to(dtype)
@@ -164,16 +133,17 @@ class _Linear(torch.autograd.Function):
         if keeps and (trains or draws):
             ctx.sign_seed = _sign_seed(recipe.grad_weight)
         if keeps and trains:
-            operand = recipe.grad_weight.right
-            scale = delayed.scale(operand, "x", rows)
-            kept_x = (
-                left if operand.reused else _written(operand, rows, scale, transposed=True, sign_seed=ctx.sign_seed)
-            )
-        if trains and ctx.needs_input_grad[0] and recipe.grad_input.right.reused:
+            reuses = recipe.grad_weight.right.reused
+            kept_x = left if reuses else step.write("grad_weight", 1, rows, transposed=True, sign_seed=ctx.sign_seed)
+        reuses = ctx.needs_input_grad[0] and recipe.grad_input.right.reused
+        if trains and (reuses or (ctx.needs_input_grad[1] and recipe.output.right.dge)):
             kept_weight = right
-        ctx.recipe, ctx.delayed, ctx.x_shape, ctx.x_dtype = recipe, delayed, x.shape, x.dtype
+        ctx.step, ctx.x_shape, ctx.x_dtype = step, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.kept = [None if e is None else (e.format, e.shape, tuple(e.tensors)) for e in (kept_x, kept_weight)]
+        ctx.kept = [
+            None if each is None else (each.encoded.format, each.encoded.shape, tuple(each.tensors))
+            for each in (kept_x, kept_weight)
+        ]
         ctx.save_for_backward(weight, *(t for e in (kept_x, kept_weight) if e is not None for t in e.tensors.values()))
         # y belongs to nobody else: not a view, of which autograd and FSDP2 would beware.
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))  # pyright: ignore[reportPrivateUsage]
@@ -182,42 +152,39 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         (grad,) = grad_outputs
-        recipe: Recipe = ctx.recipe
-        delayed: _Delayed = ctx.delayed
+        step: _Step = ctx.step
+        recipe = step.recipe
         weight, *saved = ctx.saved_tensors
         tensors = iter(saved)
         kept_x, kept_weight = (
-            None if each is None else Encoded(each[0], each[1], {name: next(tensors) for name in each[2]})
+            None if each is None else restored(each[0], each[1], {name: next(tensors) for name in each[2]})
             for each in ctx.kept
         )
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            operand = recipe.grad_input.right
-            scale = delayed.scale(operand, "weight", weight)
             signs = _sign_seed(recipe.grad_input)
-            right = (
-                _turned(kept_weight)
-                if kept_weight
-                else _written(operand, weight, scale, transposed=True, sign_seed=signs)
-            )
-            scale = delayed.scale(recipe.grad_input.left, "grad", rows)
-            grad_x = _product(recipe.grad_input, rows, right, ctx.x_dtype, scale, sign_seed=signs).reshape(ctx.x_shape)
+            if kept_weight is not None and recipe.grad_input.right.reused:
+                right = _turned(kept_weight)
+            else:
+                right = step.write("grad_input", 1, weight, transposed=True, sign_seed=signs)
+            grad_x = step.product("grad_input", rows, right, ctx.x_dtype, sign_seed=signs).reshape(ctx.x_shape)
         if ctx.needs_input_grad[1]:
             if kept_x is None:
                 grad_weight = torch.zeros_like(weight)  # no tokens
             else:
                 right = _turned(kept_x) if recipe.grad_weight.right.reused else kept_x
-                scale = delayed.scale(recipe.grad_weight.left, "grad", rows)
-                grad_weight = _product(
-                    recipe.grad_weight, rows, right, weight.dtype, scale, transposed=True, sign_seed=ctx.sign_seed
-                )
+                dtype = torch.float32 if recipe.output.right.dge else weight.dtype
+                grad_weight = step.product("grad_weight", rows, right, dtype, transposed=True, sign_seed=ctx.sign_seed)
+                if recipe.output.right.dge:
+                    assert kept_weight is not None
+                    grad_weight = grad_weight.mul_(estimator(recipe.output.right, weight, kept_weight)).to(weight.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        delayed.update()
+        step.update()
         if not recipe.is_dense:
             _show_overflow(rows, grad_x, grad_weight)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 def _sign_seed(pair: Pair) -> int:
@@ -238,46 +205,60 @@ def _show_overflow(grad: Tensor, *results: Tensor | None) -> None:
             result.view(-1)[0] += overflow
 
 
-def _written(
-    operand: Operand, x: Tensor, scale: Tensor | None, *, transposed: bool = False, sign_seed: int = 0
-) -> Encoded:
-    """`write` with a seed of its own."""
-    seed = draw_seed() if operand.rounding == "stochastic" else 0
-    return write(operand, x, transposed=transposed, seed=seed, sign_seed=sign_seed, scale=scale)
-
-
-def _product(
-    pair: Pair,
-    left: Tensor,
-    right: Encoded,
-    dtype: torch.dtype,
-    scale: Tensor | None,
-    *,
-    transposed: bool = False,
-    sign_seed: int = 0,
-) -> Tensor:
-    """The product of `left` (its transpose where `transposed`) with a right operand that is written already."""
-    if takes_bytes(pair):
-        return multiply_bytes(left.T if transposed else left, right, dtype)
-    return multiply(_written(pair.left, left, scale, transposed=transposed, sign_seed=sign_seed), right, dtype)
-
-
-def _turned(written: Encoded) -> Encoded:
+def _turned(written: Written) -> Written:
     """The numbers of an operand, as they are, to be summed over its other dimension."""
-    values = numbers(written).T
-    return Encoded(parse(DTYPE_NAMES[values.dtype]), tuple(values.shape), {"values": values})
+    values = written.numbers().T
+    return Written(Encoded(parse(DTYPE_NAMES[values.dtype]), tuple(values.shape), {"values": values}))
 
 
-class _Delayed:
-    """The delayed scales of one step: each role keeps its scale from forward to backward, and its history moves on when
-    the step's backward has run, once, whether or not the forward was computed twice (checkpointing).
+class _Step:
+    """One step of a layer, from forward to backward: writes its operands, with seeds of their own, and has them
+    measured where the step is watched (`sums`).
+
+    Each role keeps its delayed scale throughout, and its history moves on when the step's backward has run, once,
+    whether or not the forward was computed twice (checkpointing).
     """
 
-    def __init__(self, scales: Scales | None) -> None:
-        self.scales = scales
+    def __init__(self, recipe: Recipe, scales: Scales | None, sums: Sums | None) -> None:
+        self.recipe, self.scales, self.sums = recipe, scales, sums
         self.found: dict[str, tuple[Tensor, Tensor, Float]] = {}
 
-    def scale(self, operand: Operand, role: str, x: Tensor) -> Tensor | None:
+    def write(
+        self, product: ProductName, side: int, x: Tensor, *, transposed: bool = False, sign_seed: int = 0
+    ) -> Written:
+        """`x`, or its transpose, as the left (`side` 0) or right operand of `product`."""
+        operand, role = (*self.recipe.pair(product),)[side], FACTORS[product][side]
+        scale = self._scale(operand, role, x)
+        seed = draw_seed() if operand.rounding == "stochastic" else 0
+        written = write(operand, x, transposed=transposed, seed=seed, sign_seed=sign_seed, scale=scale)
+        if self.sums is not None:
+            self.sums.add(product, role, x, written, operand, transposed=transposed, sign_seed=sign_seed)
+        return written
+
+    def product(
+        self,
+        product: ProductName,
+        left: Tensor,
+        right: Written,
+        dtype: torch.dtype,
+        *,
+        transposed: bool = False,
+        sign_seed: int = 0,
+    ) -> Tensor:
+        """The product of `left` (its transpose where `transposed`) with a right operand that is written already."""
+        if takes_bytes(self.recipe.pair(product)):
+            return self.multiply_bytes(product, left, right, dtype, transposed=transposed)
+        return multiply(self.write(product, 0, left, transposed=transposed, sign_seed=sign_seed), right, dtype)
+
+    def multiply_bytes(
+        self, product: ProductName, left: Tensor, right: Written, dtype: torch.dtype, *, transposed: bool = False
+    ) -> Tensor:
+        """`multiply_bytes`, measured where the step is watched."""
+        if self.sums is not None:
+            self.sums.add_bytes(product, FACTORS[product][0], left, _BYTES, transposed=transposed)
+        return multiply_bytes(left.T if transposed else left, right, dtype)
+
+    def _scale(self, operand: Operand, role: Role, x: Tensor) -> Tensor | None:
         """The scale of `operand`, which is `x` or its transpose; None where its format finds its own. The first step,
         whose history is empty, takes its own amax.
         """

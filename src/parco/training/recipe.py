@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from parco.formats import Format, ScaleDelayed, parse
+from parco.formats import Float, Format, ScaleDelayed, parse
 from parco.kernels.cast import ROUNDINGS, Rounding
 from parco.kernels.cast.hadamard import check_size
 
@@ -26,6 +26,12 @@ ProductName = Literal["output", "grad_input", "grad_weight"]
 PRODUCTS: tuple[ProductName, ...] = ("output", "grad_input", "grad_weight")
 Role = Literal["x", "weight", "grad"]
 ROLES: tuple[Role, ...] = ("x", "weight", "grad")
+FACTORS: dict[ProductName, tuple[Role, Role]] = {
+    "output": ("x", "weight"),
+    "grad_input": ("grad", "weight"),
+    "grad_weight": ("grad", "x"),
+}
+"""What each product multiplies, left and right."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +39,19 @@ class Operand:
     """How one operand of a product is written.
 
     `hadamard` is the size of a random Hadamard transform along the summed dimension (0: none), which both operands of a
-    product have or neither. `reused` takes what was written for `output` as it is, instead of encoding anew along the
-    dimension that is summed over. Text: `nvfp4+stochastic+hadamard16`, `int8:row+reused`. ValueError for an unknown
-    rounding or size.
+    product have or neither. `clamp` is a quantile a (0: none): before the cast each row is clamped between its
+    quantiles 1 - a and a, and what lies beyond takes part in the product as it is, in fp32. `dge` is the power k of the
+    differentiable gradient estimator (0: none, straight through), which multiplies the weight's gradient. `reused`
+    takes what was written for `output` as it is, instead of encoding anew along the dimension that is summed over.
+    Text: `nvfp4+stochastic+hadamard16`, `fp4_e2m1:row+clamp0.99`, `fp4_e2m1:row+dge5`, `int8:row+reused`. ValueError
+    for an unknown rounding, size, quantile or power, and for options that do not go together.
     """
 
     format: Format
     rounding: Rounding = "nearest"
     hadamard: int = 0
+    clamp: float = 0.0
+    dge: float = 0.0
     reused: bool = False
 
     def __post_init__(self) -> None:
@@ -50,6 +61,15 @@ class Operand:
             check_size("hadamard", self.hadamard)
         if self.hadamard and self.is_delayed:
             raise ValueError(f"{self}: a delayed scale is that of numbers before a transform")
+        if self.clamp and not 0.5 < self.clamp < 1:
+            raise ValueError(f"clamp={self.clamp}: is a quantile between 0.5 and 1, such as 0.99")
+        if self.clamp and (self.hadamard or self.is_delayed or self.format.is_dense):
+            raise ValueError(f"{self}: only numbers in a format with scales of its own, not transformed, are clamped")
+        if self.dge and not 1 <= self.dge <= 100:
+            raise ValueError(f"dge={self.dge}: is the estimator's power, 1 to 100, such as 5")
+        element = self.format.element
+        if self.dge and (self.hadamard or self.clamp or not isinstance(element, Float) or element.bits > 8):
+            raise ValueError(f"{self}: the estimator is of floats of 4 to 8 bits, neither transformed nor clamped")
         if self.reused and (self.hadamard or self.rounding != "nearest"):
             raise ValueError(f"{self}: what is reused is neither rounded nor transformed again")
 
@@ -61,7 +81,8 @@ class Operand:
     def __str__(self) -> str:
         parts = [str(self.format)]
         parts += [self.rounding] * (self.rounding != "nearest")
-        parts += [f"hadamard{self.hadamard}"] * bool(self.hadamard) + ["reused"] * self.reused
+        parts += [f"hadamard{self.hadamard}"] * bool(self.hadamard) + [f"clamp{self.clamp!r}"] * bool(self.clamp)
+        parts += [f"dge{repr(self.dge).removesuffix('.0')}"] * bool(self.dge) + ["reused"] * self.reused
         return "+".join(parts)
 
     @classmethod
@@ -70,9 +91,10 @@ class Operand:
         name, *options = (part.strip() for part in text.split("+"))
         operand = cls(parse(name))
         for option in options:
-            transform = re.fullmatch(r"hadamard(\d+)", option)
-            if transform:
-                operand = dataclasses.replace(operand, hadamard=int(transform[1]))
+            sized = re.fullmatch(r"(hadamard(?=\d+$)|clamp|dge)(\d+\.?\d*)", option)
+            if sized:
+                size = int(sized[2]) if sized[1] == "hadamard" else float(sized[2])
+                operand = dataclasses.replace(operand, **{sized[1]: size})
             elif option in ROUNDINGS:
                 operand = dataclasses.replace(operand, rounding=option)
             elif option == "reused":
@@ -80,7 +102,7 @@ class Operand:
             else:
                 raise ValueError(
                     f"operand {text!r}: {option!r} is none of {', '.join(ROUNDINGS)}, hadamard16, hadamard32, "
-                    "hadamard64, hadamard128, reused"
+                    "hadamard64, hadamard128, clamp0.99, dge5, reused"
                 )
         return operand
 
@@ -120,7 +142,8 @@ class Recipe:
     `ends` is the share of the repeated blocks that `prepare_` keeps in bf16: a quarter of them, rounded down, at the
     model's beginning, the others at its end. Text: the name of a known recipe, or
     `output=A @ B; grad_input=A @ B; grad_weight=A @ B; ends=0.16`. ValueError for an operand that is reused and was not
-    written so for `output`, for x, W or g with delayed scales of two formats, and for `ends` outside 0 to 1.
+    written so for `output`, for x, W or g with delayed scales of two formats, for an estimator on anything but W of
+    `output`, and for `ends` outside 0 to 1.
     """
 
     output: Pair
@@ -138,6 +161,8 @@ class Recipe:
                 raise ValueError(f"{name}={pair}: only x and W are written for `output`, which itself comes first")
             if pair.right.reused and dataclasses.replace(pair.right, reused=False) != written[name]:
                 raise ValueError(f"{name}={pair}: `output` writes this operand as {written[name]}")
+            if pair.left.dge or (pair.right.dge and name != "output" and not pair.right.reused):
+                raise ValueError(f"{name}={pair}: an estimator is of the W that `output` multiplies")
         for role in ROLES:
             formats = {str(operand.format) for operand in self.operands(role) if operand.is_delayed}
             if len(formats) > 1:
@@ -190,6 +215,10 @@ class Recipe:
         """Whether every operand is written in a format of torch's own, such as bf16."""
         return all(operand.format.is_dense for name in PRODUCTS for operand in getattr(self, name))
 
+    def pair(self, product: ProductName) -> Pair:
+        """The operands of a product."""
+        return getattr(self, product)  # type: ignore[no-any-return]
+
     def operands(self, role: Role) -> tuple[Operand, Operand]:
         """The two ways in which "x", "weight" or "grad" is written."""
         of_role: dict[Role, tuple[Operand, Operand]] = {
@@ -198,6 +227,10 @@ class Recipe:
             "grad": (self.grad_input.left, self.grad_weight.left),
         }
         return of_role[role]
+
+    def delayed_format(self, role: Role) -> Format | None:
+        """The format of "x", "weight" or "grad" whose scale comes from earlier steps; None where there is none."""
+        return next((operand.format for operand in self.operands(role) if operand.is_delayed), None)
 
     @functools.cached_property
     def delayed(self) -> tuple[Role, ...]:
@@ -237,12 +270,19 @@ RECIPES: dict[str, Recipe] = {
     "nvfp4": _recipe(
         "nvfp4 @ nvfp4:16x16", "nvfp4+stochastic @ nvfp4:16x16", "nvfp4+stochastic+hadamard16 @ nvfp4+hadamard16", 0.16
     ),
+    "fp4-dge": _recipe(
+        "fp4_e2m1:row+clamp0.99 @ fp4_e2m1:row+dge5",
+        "fp8_e5m2:tensor @ fp4_e2m1:row+dge5+reused",
+        "fp8_e5m2:tensor @ fp4_e2m1:row+clamp0.99+reused",
+    ),
     "int8": _all("int8:row"),
     "bitnet": _recipe("int8:row @ ternary", "bf16 @ ternary+reused", "bf16 @ int8:row+reused"),
 }
 """Sources: NVFP4 arXiv 2509.25149; block fp8 arXiv 2412.19437; delayed scaling TransformerEngine; MX arXiv 2310.10537,
 with stochastic gradients and a transform for mxfp4 (arXiv 2502.20586); row scales of int8 arXiv 2304.13013; BitNet
-b1.58 arXiv 2402.17764.
+b1.58 arXiv 2402.17764. FP4 with an estimator and clamped activations arXiv 2501.17116; its backward products are those
+of its authors' MS-AMP: gradients in e5m2 by the forward's fp4 numbers, those of x with the residuals. MS-AMP casts the
+latter once more, into e4m3, which its hardware multiplies; here they are multiplied as they are.
 """
 
 BF16, NVFP4, MXFP8, INT8 = RECIPES["bf16"], RECIPES["nvfp4"], RECIPES["mxfp8"], RECIPES["int8"]
