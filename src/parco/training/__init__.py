@@ -7,8 +7,20 @@
 """
 
 from parco.training import recipe as recipes
+from parco.training.loss import fuse_loss_
 from parco.training.prepare import Prepared, delayed_scales, prepare_
 from parco.training.products import linear
 from parco.training.recipe import RECIPES, Operand, Pair, Recipe
 
-__all__ = ["RECIPES", "Operand", "Pair", "Prepared", "Recipe", "delayed_scales", "linear", "prepare_", "recipes"]
+__all__ = [
+    "RECIPES",
+    "Operand",
+    "Pair",
+    "Prepared",
+    "Recipe",
+    "delayed_scales",
+    "fuse_loss_",
+    "linear",
+    "prepare_",
+    "recipes",
+]
