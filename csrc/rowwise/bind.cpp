@@ -1,5 +1,5 @@
-// rms_norm, layer_norm, gated, rotate and attend of parco._C. Tensors come in as addresses; what they must be is
-// checked by parco.kernels.rowwise.
+// rms_norm, layer_norm, gated and their derivatives, cross_entropy, rotate and attend of parco._C. Tensors come in as
+// addresses; what they must be is checked by parco.kernels.rowwise.
 #include <nanobind/stl/array.h>
 
 #include "linear/coded_bind.h"
@@ -23,15 +23,16 @@ void define_norm(nb::module_& module, const char* name) {
   module.def(
       name,
       [](std::uintptr_t x, std::uintptr_t weight, std::uintptr_t y, std::int64_t rows, std::int64_t columns,
-         float epsilon, float offset, bool rounded, int type, int threads) {
+         float epsilon, float offset, bool rounded, int type, int weight_type, int y_type, int threads) {
         run(kernel,
             Norm{address<const void>(x), address<const void>(weight), address<void>(y), rows, columns, epsilon, offset,
-                 rounded, static_cast<Type>(type), threads},
+                 rounded, static_cast<Type>(type), threads, false, nullptr, static_cast<Type>(weight_type),
+                 static_cast<Type>(y_type)},
             rows * columns);
       },
       nb::arg("x"), nb::arg("weight"), nb::arg("y"), nb::arg("rows"), nb::arg("columns"), nb::arg("epsilon"),
-      nb::arg("offset"), nb::arg("rounded"), nb::arg("type"), nb::arg("threads"),
-      "y = x / sqrt(mean(x * x) + epsilon) * (weight + offset), by rows; csrc/rowwise/rowwise.h.");
+      nb::arg("offset"), nb::arg("rounded"), nb::arg("type"), nb::arg("weight_type"), nb::arg("y_type"),
+      nb::arg("threads"), "y = x / sqrt(mean(x * x) + epsilon) * (weight + offset), by rows; csrc/rowwise/rowwise.h.");
 }
 
 template <void (*kernel)(const Norm&)>
@@ -39,15 +40,48 @@ void define_layer_norm(nb::module_& module, const char* name) {
   module.def(
       name,
       [](std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t y, std::int64_t rows,
-         std::int64_t columns, float epsilon, int type, int threads) {
+         std::int64_t columns, float epsilon, int type, int weight_type, int y_type, int threads) {
         run(kernel,
             Norm{address<const void>(x), address<const void>(weight), address<void>(y), rows, columns, epsilon, 0.0f,
-                 false, static_cast<Type>(type), threads, true, address<const void>(bias)},
+                 false, static_cast<Type>(type), threads, true, address<const void>(bias),
+                 static_cast<Type>(weight_type), static_cast<Type>(y_type)},
             rows * columns);
       },
       nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("y"), nb::arg("rows"), nb::arg("columns"),
-      nb::arg("epsilon"), nb::arg("type"), nb::arg("threads"),
+      nb::arg("epsilon"), nb::arg("type"), nb::arg("weight_type"), nb::arg("y_type"), nb::arg("threads"),
       "y = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, by rows; csrc/rowwise/rowwise.h.");
+}
+
+template <void (*kernel)(const NormGrad&)>
+void define_norm_grad(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](std::uintptr_t grad, std::uintptr_t x, std::uintptr_t weight, std::uintptr_t grad_x,
+         std::uintptr_t grad_weight, std::uintptr_t grad_bias, std::int64_t rows, std::int64_t columns, float epsilon,
+         float offset, bool centered, int type, int weight_type, int y_type, int threads) {
+        const Norm norm{address<const void>(x),
+                        address<const void>(weight),
+                        nullptr,
+                        rows,
+                        columns,
+                        epsilon,
+                        offset,
+                        false,
+                        static_cast<Type>(type),
+                        threads,
+                        centered,
+                        nullptr,
+                        static_cast<Type>(weight_type),
+                        static_cast<Type>(y_type)};
+        run(kernel,
+            NormGrad{norm, address<const void>(grad), address<void>(grad_x), address<float>(grad_weight),
+                     address<float>(grad_bias)},
+            rows * columns);
+      },
+      nb::arg("grad"), nb::arg("x"), nb::arg("weight"), nb::arg("grad_x"), nb::arg("grad_weight"), nb::arg("grad_bias"),
+      nb::arg("rows"), nb::arg("columns"), nb::arg("epsilon"), nb::arg("offset"), nb::arg("centered"), nb::arg("type"),
+      nb::arg("weight_type"), nb::arg("y_type"), nb::arg("threads"),
+      "The gradients of a norm, those of weight and bias in fp32 and at 0 left out; csrc/rowwise/rowwise.h.");
 }
 
 template <void (*kernel)(const Gate&)>
@@ -65,6 +99,38 @@ void define_gate(nb::module_& module, const char* name) {
       nb::arg("threads"), "y = activation(gate) * up.");
 }
 
+template <void (*kernel)(const GateGrad&)>
+void define_gate_grad(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](std::uintptr_t grad, std::uintptr_t gate, std::uintptr_t up, std::uintptr_t grad_gate, std::uintptr_t grad_up,
+         std::int64_t count, int activation, int type, int threads) {
+        const Gate of{address<const void>(gate),           address<const void>(up), nullptr, count,
+                      static_cast<Activation>(activation), static_cast<Type>(type), threads};
+        run(kernel, GateGrad{of, address<const void>(grad), address<void>(grad_gate), address<void>(grad_up)}, count);
+      },
+      nb::arg("grad"), nb::arg("gate"), nb::arg("up"), nb::arg("grad_gate"), nb::arg("grad_up"), nb::arg("count"),
+      nb::arg("activation"), nb::arg("type"), nb::arg("threads"), "The gradients of activation(gate) * up.");
+}
+
+template <void (*kernel)(const CrossEntropy&)>
+void define_cross_entropy(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](std::uintptr_t logits, std::uintptr_t labels, std::uintptr_t factors, std::uintptr_t losses, std::int64_t rows,
+         std::int64_t columns, float softcap, float smoothing, bool gradient, int type, int rounded, int threads) {
+        run(kernel,
+            CrossEntropy{address<void>(logits), address<const std::int64_t>(labels), address<const float>(factors),
+                         address<float>(losses), rows, columns, softcap, smoothing, gradient, static_cast<Type>(type),
+                         static_cast<Type>(rounded), threads},
+            rows * columns);
+      },
+      nb::arg("logits"), nb::arg("labels"), nb::arg("factors"), nb::arg("losses"), nb::arg("rows"), nb::arg("columns"),
+      nb::arg("softcap"), nb::arg("smoothing"), nb::arg("gradient"), nb::arg("type"), nb::arg("rounded"),
+      nb::arg("threads"),
+      "Each row's cross entropy with its label; the logits become its derivative; csrc/rowwise/rowwise.h.");
+}
+
 template <void (*kernel)(const Rotation&)>
 void define_rotation(nb::module_& module, const char* name) {
   using Strides = std::array<std::int64_t, 4>;
@@ -73,7 +139,7 @@ void define_rotation(nb::module_& module, const char* name) {
       [](std::uintptr_t q, const Strides& q_stride, std::int64_t q_heads, std::uintptr_t turned_q, std::uintptr_t k,
          const Strides& k_stride, std::int64_t k_heads, std::uintptr_t turned_k, std::uintptr_t cos, std::uintptr_t sin,
          bool same_angles, std::int64_t batch, std::int64_t tokens, std::int64_t columns, std::int64_t rest, int type,
-         int threads) {
+         int angle_type, int threads) {
         const std::int64_t width = columns + rest;
         const auto heads = [&](std::uintptr_t x, const Strides& from, std::int64_t count, std::uintptr_t y) {
           return Heads{address<const void>(x),
@@ -92,12 +158,14 @@ void define_rotation(nb::module_& module, const char* name) {
                      rest,
                      {same_angles ? 0 : tokens * columns, columns},
                      static_cast<Type>(type),
-                     threads},
+                     threads,
+                     static_cast<Type>(angle_type)},
             batch * tokens * width * (q_heads + k_heads));
       },
       nb::arg("q"), nb::arg("q_stride"), nb::arg("q_heads"), nb::arg("turned_q"), nb::arg("k"), nb::arg("k_stride"),
       nb::arg("k_heads"), nb::arg("turned_k"), nb::arg("cos"), nb::arg("sin"), nb::arg("same_angles"), nb::arg("batch"),
-      nb::arg("tokens"), nb::arg("columns"), nb::arg("rest"), nb::arg("type"), nb::arg("threads"),
+      nb::arg("tokens"), nb::arg("columns"), nb::arg("rest"), nb::arg("type"), nb::arg("angle_type"),
+      nb::arg("threads"),
       "Queries and keys [batch, heads, tokens, columns + rest], of any strides but the last, turned; the results lie "
       "as "
       "[batch, tokens, heads, ...].");
@@ -149,6 +217,15 @@ void bind_rowwise(nb::module_& module) {
   define_gate<gate_generic>(module, "gated_generic");
   define_gate<gate_avx2>(module, "gated_avx2");
   define_gate<gate_avx512>(module, "gated_avx512");
+  define_norm_grad<norm_grad_generic>(module, "norm_grad_generic");
+  define_norm_grad<norm_grad_avx2>(module, "norm_grad_avx2");
+  define_norm_grad<norm_grad_avx512>(module, "norm_grad_avx512");
+  define_gate_grad<gate_grad_generic>(module, "gated_grad_generic");
+  define_gate_grad<gate_grad_avx2>(module, "gated_grad_avx2");
+  define_gate_grad<gate_grad_avx512>(module, "gated_grad_avx512");
+  define_cross_entropy<cross_entropy_generic>(module, "cross_entropy_generic");
+  define_cross_entropy<cross_entropy_avx2>(module, "cross_entropy_avx2");
+  define_cross_entropy<cross_entropy_avx512>(module, "cross_entropy_avx512");
   define_rotation<rotate_generic>(module, "rotate_generic");
   define_rotation<rotate_avx2>(module, "rotate_avx2");
   define_rotation<rotate_avx512>(module, "rotate_avx512");

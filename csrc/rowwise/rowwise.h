@@ -9,7 +9,7 @@ using linear::Activation;
 using linear::Type;
 
 // y = x / sqrt(mean(x^2) + epsilon) * (weight + offset) + bias, where `centered` of x less its mean. With `rounded` the
-// quotient is rounded to the type before it is multiplied.
+// quotient is rounded to x's type before it is multiplied.
 struct Norm {
   const void *x, *weight;  // [rows, columns], [columns]
   void* y;
@@ -20,7 +20,19 @@ struct Norm {
   int threads;
   bool centered = false;
   const void* bias = nullptr;  // [columns], or none
+  Type weight_type = type;     // of weight and bias
+  Type y_type = type;          // x's, or any where x is fp32
 };
+
+// Of a norm and the gradient of its y: the gradients of x, and, where they are wanted, of weight and bias, summed over
+// `rows_of_a_sum` rows at a time, and those sums one after the other, whatever the number of threads.
+struct NormGrad {
+  Norm norm;                       // of which y is not read
+  const void* grad;                // [rows, columns] of y's type
+  void* grad_x;                    // of x's type, as y has
+  float *grad_weight, *grad_bias;  // [columns], or none
+};
+constexpr std::int64_t rows_of_a_sum = 64;
 
 // y = activation(gate) * up, `count` numbers; without `up` the activation alone.
 struct Gate {
@@ -29,6 +41,29 @@ struct Gate {
   std::int64_t count;
   Activation activation;
   Type type;
+  int threads;
+};
+
+// Of a gate and the gradient of its y: those of gate and up.
+struct GateGrad {
+  Gate gate;  // of which y is not read
+  const void* grad;
+  void *grad_gate, *grad_up;
+};
+
+// The cross entropy of each row's softmax with its label; with `gradient` the logits become its derivative, times the
+// row's factor where there are factors, and rounded to a number of type `rounded`. Logits z count as
+// softcap * tanh(z / softcap) where that is not 0; of the target `smoothing` is spread over all columns. A row whose
+// label is no column has no loss and no gradient.
+struct CrossEntropy {
+  void* logits;                // [rows, columns]
+  const std::int64_t* labels;  // [rows]
+  const float* factors;        // [rows], or none
+  float* losses;               // [rows]
+  std::int64_t rows, columns;
+  float softcap, smoothing;
+  bool gradient;
+  Type type, rounded;  // `rounded` is the type, or any where that is fp32
   int threads;
 };
 
@@ -45,6 +80,7 @@ struct Rotation {
   std::int64_t batch, tokens, columns, rest, angle_stride[2];
   Type type;
   int threads;
+  Type angle_type = type;
 };
 
 // One query for every head: y = softmax(scale * q . keys) . values, of scores s as softcap * tanh(s / softcap) where
@@ -73,8 +109,17 @@ void norm_generic(const Norm& call);
 void norm_avx2(const Norm& call);
 void norm_avx512(const Norm& call);
 void gate_generic(const Gate& call);
+void norm_grad_generic(const NormGrad& call);
+void gate_grad_generic(const GateGrad& call);
+void cross_entropy_generic(const CrossEntropy& call);
 void gate_avx2(const Gate& call);
+void norm_grad_avx2(const NormGrad& call);
+void gate_grad_avx2(const GateGrad& call);
+void cross_entropy_avx2(const CrossEntropy& call);
 void gate_avx512(const Gate& call);
+void norm_grad_avx512(const NormGrad& call);
+void gate_grad_avx512(const GateGrad& call);
+void cross_entropy_avx512(const CrossEntropy& call);
 void rotate_generic(const Rotation& call);
 void rotate_avx2(const Rotation& call);
 void rotate_avx512(const Rotation& call);

@@ -26,7 +26,7 @@ void each_vector(std::int64_t columns, const F& f) {
   if (k < columns) f(k, static_cast<int>(columns - k));
 }
 
-template <class V, Type type>
+template <class V, Type type, Type y_type>
 void norm_rows(const Norm& call, std::int64_t first, std::int64_t last) {
   using F = typename V::F;
   for (std::int64_t m = first; m < last; m++) {
@@ -49,9 +49,9 @@ void norm_rows(const Norm& call, std::int64_t first, std::int64_t last) {
     each_vector<V>(call.columns, [&](std::int64_t k, int count) {
       F value = V::multiply(load(k, count), scale);
       if (call.rounded) value = V::template rounded<type>(value);
-      value = V::multiply(value, V::add(V::template load<type>(call.weight, k, count), offset));
-      if (call.bias) value = V::add(value, V::template load<type>(call.bias, k, count));
-      V::template store<type>(call.y, row + k, count, value);
+      value = V::multiply(value, V::add(V::load_floats(call.weight, call.weight_type, k, count), offset));
+      if (call.bias) value = V::add(value, V::load_floats(call.bias, call.weight_type, k, count));
+      V::template store<y_type>(call.y, row + k, count, value);
     });
   }
 }
@@ -72,13 +72,15 @@ void rotate_head(const Rotation& call, const Heads& heads, std::int64_t b, std::
   const std::int64_t y = b * heads.y_stride[0] + h * heads.y_stride[1] + t * heads.y_stride[2];
   const std::int64_t angle = b * call.angle_stride[0] + t * call.angle_stride[1], half = call.columns / 2;
   each_vector<V>(half, [&](std::int64_t k, int count) {
-    const auto load = [&](const void* from, std::int64_t at) { return V::template load<type>(from, at, count); };
-    const F low = load(heads.x, x + k), high = load(heads.x, x + half + k);
-    const F low_sin = V::multiply(high, load(call.sin, angle + k));
-    const F high_sin = V::multiply(low, load(call.sin, angle + half + k));
+    const auto load = [&](std::int64_t at) { return V::template load<type>(heads.x, at, count); };
+    const auto part = [&](const void* from, std::int64_t at) {
+      return V::load_floats(from, call.angle_type, angle + at, count);
+    };
+    const F low = load(x + k), high = load(x + half + k);
+    const F low_sin = V::multiply(high, part(call.sin, k)), high_sin = V::multiply(low, part(call.sin, half + k));
     const F minus_low_sin = V::multiply(low_sin, V::set(-1.0f));
-    V::template store<type>(heads.y, y + k, count, V::fma(low, load(call.cos, angle + k), minus_low_sin));
-    V::template store<type>(heads.y, y + half + k, count, V::fma(high, load(call.cos, angle + half + k), high_sin));
+    V::template store<type>(heads.y, y + k, count, V::fma(low, part(call.cos, k), minus_low_sin));
+    V::template store<type>(heads.y, y + half + k, count, V::fma(high, part(call.cos, half + k), high_sin));
   });
   constexpr int size = linear::size_of(type);
   if (call.rest)
@@ -87,11 +89,12 @@ void rotate_head(const Rotation& call, const Heads& heads, std::int64_t b, std::
                 static_cast<std::size_t>(call.rest * size));
 }
 
-template <class V, Type type>
+template <class V, Type type, Type y_type>
 void run_norm(const Norm& call) {
   const int threads = useful_threads(call.rows * call.columns, call.threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int t = 0; t < threads; t++) norm_rows<V, type>(call, call.rows * t / threads, call.rows * (t + 1) / threads);
+  for (int t = 0; t < threads; t++)
+    norm_rows<V, type, y_type>(call, call.rows * t / threads, call.rows * (t + 1) / threads);
 }
 
 template <class V, Type type, Activation activation>
@@ -127,9 +130,20 @@ void with_type(Type type, const F& f) {
   f(std::integral_constant<Type, Type::fp16>{});
 }
 
+// f(type, other) for pairs of which either both are the same or the first is fp32.
+template <class F>
+void with_types(Type type, Type other, const F& f) {
+  with_type(type, [&](auto first) {
+    if constexpr (first() == Type::fp32)
+      with_type(other, [&](auto second) { f(first, second); });
+    else
+      f(first, first);
+  });
+}
+
 template <class V>
 void norm(const Norm& call) {
-  with_type(call.type, [&](auto type) { run_norm<V, type()>(call); });
+  with_types(call.type, call.y_type, [&](auto type, auto y_type) { run_norm<V, type(), y_type()>(call); });
 }
 
 template <class V>

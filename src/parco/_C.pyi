@@ -258,32 +258,32 @@ def adamw_avx512(whole: Sequence[int], factors: Sequence[float], grad_factor: fl
     AdamW's step of several parameters, 12 whole numbers and 2 factors of each; csrc/optimizer/adamw.h.
     """
 
-def rms_norm_generic(x: int, weight: int, y: int, rows: int, columns: int, epsilon: float, offset: float, rounded: bool, type: int, threads: int) -> None:
+def rms_norm_generic(x: int, weight: int, y: int, rows: int, columns: int, epsilon: float, offset: float, rounded: bool, type: int, weight_type: int, y_type: int, threads: int) -> None:
     """
     y = x / sqrt(mean(x * x) + epsilon) * (weight + offset), by rows; csrc/rowwise/rowwise.h.
     """
 
-def rms_norm_avx2(x: int, weight: int, y: int, rows: int, columns: int, epsilon: float, offset: float, rounded: bool, type: int, threads: int) -> None:
+def rms_norm_avx2(x: int, weight: int, y: int, rows: int, columns: int, epsilon: float, offset: float, rounded: bool, type: int, weight_type: int, y_type: int, threads: int) -> None:
     """
     y = x / sqrt(mean(x * x) + epsilon) * (weight + offset), by rows; csrc/rowwise/rowwise.h.
     """
 
-def rms_norm_avx512(x: int, weight: int, y: int, rows: int, columns: int, epsilon: float, offset: float, rounded: bool, type: int, threads: int) -> None:
+def rms_norm_avx512(x: int, weight: int, y: int, rows: int, columns: int, epsilon: float, offset: float, rounded: bool, type: int, weight_type: int, y_type: int, threads: int) -> None:
     """
     y = x / sqrt(mean(x * x) + epsilon) * (weight + offset), by rows; csrc/rowwise/rowwise.h.
     """
 
-def layer_norm_generic(x: int, weight: int, bias: int, y: int, rows: int, columns: int, epsilon: float, type: int, threads: int) -> None:
+def layer_norm_generic(x: int, weight: int, bias: int, y: int, rows: int, columns: int, epsilon: float, type: int, weight_type: int, y_type: int, threads: int) -> None:
     """
     y = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, by rows; csrc/rowwise/rowwise.h.
     """
 
-def layer_norm_avx2(x: int, weight: int, bias: int, y: int, rows: int, columns: int, epsilon: float, type: int, threads: int) -> None:
+def layer_norm_avx2(x: int, weight: int, bias: int, y: int, rows: int, columns: int, epsilon: float, type: int, weight_type: int, y_type: int, threads: int) -> None:
     """
     y = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, by rows; csrc/rowwise/rowwise.h.
     """
 
-def layer_norm_avx512(x: int, weight: int, bias: int, y: int, rows: int, columns: int, epsilon: float, type: int, threads: int) -> None:
+def layer_norm_avx512(x: int, weight: int, bias: int, y: int, rows: int, columns: int, epsilon: float, type: int, weight_type: int, y_type: int, threads: int) -> None:
     """
     y = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, by rows; csrc/rowwise/rowwise.h.
     """
@@ -297,17 +297,56 @@ def gated_avx2(gate: int, up: int, y: int, count: int, activation: int, type: in
 def gated_avx512(gate: int, up: int, y: int, count: int, activation: int, type: int, threads: int) -> None:
     """y = activation(gate) * up."""
 
-def rotate_generic(q: int, q_stride: Sequence[int], q_heads: int, turned_q: int, k: int, k_stride: Sequence[int], k_heads: int, turned_k: int, cos: int, sin: int, same_angles: bool, batch: int, tokens: int, columns: int, rest: int, type: int, threads: int) -> None:
+def norm_grad_generic(grad: int, x: int, weight: int, grad_x: int, grad_weight: int, grad_bias: int, rows: int, columns: int, epsilon: float, offset: float, centered: bool, type: int, weight_type: int, y_type: int, threads: int) -> None:
+    """
+    The gradients of a norm, those of weight and bias in fp32 and at 0 left out; csrc/rowwise/rowwise.h.
+    """
+
+def norm_grad_avx2(grad: int, x: int, weight: int, grad_x: int, grad_weight: int, grad_bias: int, rows: int, columns: int, epsilon: float, offset: float, centered: bool, type: int, weight_type: int, y_type: int, threads: int) -> None:
+    """
+    The gradients of a norm, those of weight and bias in fp32 and at 0 left out; csrc/rowwise/rowwise.h.
+    """
+
+def norm_grad_avx512(grad: int, x: int, weight: int, grad_x: int, grad_weight: int, grad_bias: int, rows: int, columns: int, epsilon: float, offset: float, centered: bool, type: int, weight_type: int, y_type: int, threads: int) -> None:
+    """
+    The gradients of a norm, those of weight and bias in fp32 and at 0 left out; csrc/rowwise/rowwise.h.
+    """
+
+def gated_grad_generic(grad: int, gate: int, up: int, grad_gate: int, grad_up: int, count: int, activation: int, type: int, threads: int) -> None:
+    """The gradients of activation(gate) * up."""
+
+def gated_grad_avx2(grad: int, gate: int, up: int, grad_gate: int, grad_up: int, count: int, activation: int, type: int, threads: int) -> None:
+    """The gradients of activation(gate) * up."""
+
+def gated_grad_avx512(grad: int, gate: int, up: int, grad_gate: int, grad_up: int, count: int, activation: int, type: int, threads: int) -> None:
+    """The gradients of activation(gate) * up."""
+
+def cross_entropy_generic(logits: int, labels: int, factors: int, losses: int, rows: int, columns: int, softcap: float, smoothing: float, gradient: bool, type: int, rounded: int, threads: int) -> None:
+    """
+    Each row's cross entropy with its label; the logits become its derivative; csrc/rowwise/rowwise.h.
+    """
+
+def cross_entropy_avx2(logits: int, labels: int, factors: int, losses: int, rows: int, columns: int, softcap: float, smoothing: float, gradient: bool, type: int, rounded: int, threads: int) -> None:
+    """
+    Each row's cross entropy with its label; the logits become its derivative; csrc/rowwise/rowwise.h.
+    """
+
+def cross_entropy_avx512(logits: int, labels: int, factors: int, losses: int, rows: int, columns: int, softcap: float, smoothing: float, gradient: bool, type: int, rounded: int, threads: int) -> None:
+    """
+    Each row's cross entropy with its label; the logits become its derivative; csrc/rowwise/rowwise.h.
+    """
+
+def rotate_generic(q: int, q_stride: Sequence[int], q_heads: int, turned_q: int, k: int, k_stride: Sequence[int], k_heads: int, turned_k: int, cos: int, sin: int, same_angles: bool, batch: int, tokens: int, columns: int, rest: int, type: int, angle_type: int, threads: int) -> None:
     """
     Queries and keys [batch, heads, tokens, columns + rest], of any strides but the last, turned; the results lie as [batch, tokens, heads, ...].
     """
 
-def rotate_avx2(q: int, q_stride: Sequence[int], q_heads: int, turned_q: int, k: int, k_stride: Sequence[int], k_heads: int, turned_k: int, cos: int, sin: int, same_angles: bool, batch: int, tokens: int, columns: int, rest: int, type: int, threads: int) -> None:
+def rotate_avx2(q: int, q_stride: Sequence[int], q_heads: int, turned_q: int, k: int, k_stride: Sequence[int], k_heads: int, turned_k: int, cos: int, sin: int, same_angles: bool, batch: int, tokens: int, columns: int, rest: int, type: int, angle_type: int, threads: int) -> None:
     """
     Queries and keys [batch, heads, tokens, columns + rest], of any strides but the last, turned; the results lie as [batch, tokens, heads, ...].
     """
 
-def rotate_avx512(q: int, q_stride: Sequence[int], q_heads: int, turned_q: int, k: int, k_stride: Sequence[int], k_heads: int, turned_k: int, cos: int, sin: int, same_angles: bool, batch: int, tokens: int, columns: int, rest: int, type: int, threads: int) -> None:
+def rotate_avx512(q: int, q_stride: Sequence[int], q_heads: int, turned_q: int, k: int, k_stride: Sequence[int], k_heads: int, turned_k: int, cos: int, sin: int, same_angles: bool, batch: int, tokens: int, columns: int, rest: int, type: int, angle_type: int, threads: int) -> None:
     """
     Queries and keys [batch, heads, tokens, columns + rest], of any strides but the last, turned; the results lie as [batch, tokens, heads, ...].
     """

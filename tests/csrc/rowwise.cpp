@@ -119,6 +119,101 @@ void gates(const char* name, void (*kernel)(const Gate&), Type type) {
   }
 }
 
+void norm_grads(const char* name, void (*kernel)(const NormGrad&), Type type) {
+  for (std::int64_t columns : {1, 7, 16, 37}) {
+    for (const bool centered : {false, true}) {
+      const std::int64_t rows = 130;
+      Values x(rows * columns, type), weight(columns, type), grad(rows * columns, type), grad_x(rows * columns, type);
+      std::vector<float> grad_weight(columns), grad_bias(columns);
+      const Norm norm{x.data(), weight.data(), nullptr, rows, columns, 1e-3f, 0.5f, false, type, 3, centered};
+      kernel({norm, grad.data(), grad_x.data(), grad_weight.data(), grad_bias.data()});
+      std::vector<double> wanted(rows * columns), of_weight(columns), of_bias(columns);
+      const double width = static_cast<double>(columns);
+      for (std::int64_t m = 0; m < rows; m++) {
+        const double *row = x.exact.data() + m * columns, *g = grad.exact.data() + m * columns;
+        double mean = 0, square = 0, along = 0, inner = 0;
+        for (std::int64_t k = 0; k < columns; k++) mean += centered ? row[k] / width : 0;
+        for (std::int64_t k = 0; k < columns; k++) square += (row[k] - mean) * (row[k] - mean) / width;
+        const double scale = 1 / std::sqrt(square + 1e-3);
+        for (std::int64_t k = 0; k < columns; k++) {
+          const double own = g[k] * (weight.exact[k] + 0.5), normalized = (row[k] - mean) * scale;
+          along += own * normalized / width, inner += centered ? own / width : 0;
+          of_weight[k] += g[k] * normalized, of_bias[k] += g[k];
+        }
+        for (std::int64_t k = 0; k < columns; k++)
+          wanted[m * columns + k] = scale * (g[k] * (weight.exact[k] + 0.5) - inner - (row[k] - mean) * scale * along);
+      }
+      expect(name, grad_x, wanted, type, 5e-3);
+      for (std::int64_t k = 0; k < columns; k++) {
+        checks++;
+        if (std::abs(static_cast<double>(grad_weight[k]) - of_weight[k]) <= 2e-3 &&
+            std::abs(static_cast<double>(grad_bias[k]) - of_bias[k]) <= 2e-3)
+          continue;
+        std::printf("%s: sums of column %d are %g and %g, not %g and %g\n", name, static_cast<int>(k),
+                    static_cast<double>(grad_weight[k]), static_cast<double>(grad_bias[k]), of_weight[k], of_bias[k]);
+        failures++;
+      }
+    }
+  }
+}
+
+void gate_grads(const char* name, void (*kernel)(const GateGrad&), Type type) {
+  for (int number = 0; number < 5; number++) {
+    const Activation activation = static_cast<Activation>(number);
+    for (std::int64_t count : {1, 15, 1001, 70001}) {
+      Values gate(count, type), up(count, type), grad(count, type), of_gate(count, type), of_up(count, type);
+      kernel(
+          {{gate.data(), up.data(), nullptr, count, activation, type, 3}, grad.data(), of_gate.data(), of_up.data()});
+      std::vector<double> wanted_gate(count), wanted_up(count);
+      for (std::int64_t i = 0; i < count; i++) {
+        const double x = gate.exact[i], step = 1e-5;
+        const double slope = (activated(activation, x + step) - activated(activation, x - step)) / (2 * step);
+        wanted_gate[i] = grad.exact[i] * up.exact[i] * (x == 0 && number == 3 ? 0 : slope);
+        wanted_up[i] = grad.exact[i] * activated(activation, x);
+      }
+      expect(name, of_gate, wanted_gate, type, 1e-3);
+      expect(name, of_up, wanted_up, type, 1e-5);
+    }
+  }
+}
+
+void cross_entropies(const char* name, void (*kernel)(const CrossEntropy&), Type type) {
+  for (std::int64_t columns : {1, 7, 16, 37, 5001}) {
+    for (const float softcap : {0.0f, 3.0f}) {
+      const std::int64_t rows = 4, labels[] = {columns - 1, -1, columns / 2, columns};
+      const float smoothing = 0.125f, factors[] = {1.0f, 1.0f, 0.5f, 1.0f};
+      Values logits(rows * columns, type);
+      std::vector<float> losses(rows);
+      kernel({logits.data(), labels, factors, losses.data(), rows, columns, softcap, smoothing, true, type, type, 3});
+      std::vector<double> wanted(rows * columns);
+      for (const std::int64_t m : {0, 2}) {
+        std::vector<double> z(columns);
+        double sum = 0, mean = 0;
+        for (std::int64_t k = 0; k < columns; k++) {
+          const double raw = logits.exact[m * columns + k];
+          z[k] = softcap == 0 ? raw : static_cast<double>(softcap) * std::tanh(raw / static_cast<double>(softcap));
+          sum += std::exp(z[k]), mean += z[k] / static_cast<double>(columns);
+        }
+        const double spread = static_cast<double>(smoothing), kept = 1 - spread;
+        const double loss = std::log(sum) - kept * z[labels[m]] - spread * mean;
+        checks++;
+        if (std::abs(static_cast<double>(losses[m]) - loss) > 1e-4) {
+          std::printf("%s: the loss of row %d is %g, not %g\n", name, static_cast<int>(m),
+                      static_cast<double>(losses[m]), loss);
+          failures++;
+        }
+        for (std::int64_t k = 0; k < columns; k++) {
+          const double part = softcap == 0 ? 0 : z[k] / static_cast<double>(softcap);
+          const double target = spread / static_cast<double>(columns) + (k == labels[m] ? kept : 0);
+          wanted[m * columns + k] =
+              static_cast<double>(factors[m]) * (std::exp(z[k]) / sum - target) * (1 - part * part);
+        }
+      }
+      expect(name, logits, wanted, type, 1e-5);
+    }
+  }
+}
+
 void rotations(const char* name, void (*kernel)(const Rotation&), Type type) {
   for (std::int64_t columns : {2, 12, 32, 70}) {
     const std::int64_t batch = 2, tokens = 3, rest = columns % 4, width = columns + rest;
@@ -209,12 +304,18 @@ int main() {
   for (Type type : {Type::fp32, Type::bf16}) {
     norms("norm generic", norm_generic, type);
     gates("gate generic", gate_generic, type);
+    norm_grads("norm gradient generic", norm_grad_generic, type);
+    gate_grads("gate gradient generic", gate_grad_generic, type);
+    cross_entropies("cross entropy generic", cross_entropy_generic, type);
     rotations("rotate generic", rotate_generic, type);
     attentions("attend generic", attend_generic, type);
     sums("add generic", add_generic, type);
     if (parco::features().avx2) {
       norms("norm avx2", norm_avx2, type);
       gates("gate avx2", gate_avx2, type);
+      norm_grads("norm gradient avx2", norm_grad_avx2, type);
+      gate_grads("gate gradient avx2", gate_grad_avx2, type);
+      cross_entropies("cross entropy avx2", cross_entropy_avx2, type);
       rotations("rotate avx2", rotate_avx2, type);
       attentions("attend avx2", attend_avx2, type);
       sums("add avx2", add_avx2, type);
@@ -222,6 +323,9 @@ int main() {
     if (parco::features().avx512) {
       norms("norm avx512", norm_avx512, type);
       gates("gate avx512", gate_avx512, type);
+      norm_grads("norm gradient avx512", norm_grad_avx512, type);
+      gate_grads("gate gradient avx512", gate_grad_avx512, type);
+      cross_entropies("cross entropy avx512", cross_entropy_avx512, type);
       rotations("rotate avx512", rotate_avx512, type);
       attentions("attend avx512", attend_avx512, type);
       sums("add avx512", add_avx512, type);

@@ -16,6 +16,7 @@ from parco.nn.blocks import (
 from parco.nn.experts import Experts
 from parco.nn.fuse import Fusion, fuse_
 from parco.nn.linear import Embedding, Linear
+from parco.nn.loss import LinearCrossEntropy
 from parco.nn.product import set_product_
 from parco.nn.sites import Site
 from parco.nn.stored import StoredWeight, pack_, packed
@@ -26,6 +27,7 @@ __all__ = [
     "Fusion",
     "Group",
     "Linear",
+    "LinearCrossEntropy",
     "Site",
     "StoredWeight",
     "bias",

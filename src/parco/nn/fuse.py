@@ -25,7 +25,7 @@ from parco.nn import decode, joined, proofs
 from parco.nn.linear import under_its_name
 from parco.nn.parts import PROJECTIONS, gated_names, is_conv1d, is_rms_norm, rows
 from parco.nn.prepared import groups
-from parco.nn.proofs import ROTARY, Unlike
+from parco.nn.proofs import ROTARY, Rms, Unlike
 from parco.nn.together import keeps_its_input, standing_in
 
 Kind = Literal["norm", "gate", "rotation", "activation", "dense", "layer"]
@@ -170,9 +170,14 @@ def _looks_like(module: nn.Module) -> Kind | None:
 
 
 def _norm_forward(module: Any, x: Tensor) -> Tensor:
+    """Under autocast in its dtype, to which the linear layers that read it would round it one by one."""
     weight: Tensor = module.weight
-    if x.dtype == weight.dtype and weight.dtype in TYPES:
-        return rms_norm(x, weight, *module._fusion)
+    how: Rms = module._fusion
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    if x.dtype in TYPES and (weight.dtype == x.dtype or (autocast and weight.dtype == torch.float32)):
+        narrow = torch.get_autocast_dtype(kind) if autocast and x.dtype == torch.float32 else None
+        return rms_norm(x, weight, *how, dtype=narrow)
     return module._original.forward(module, x)
 
 

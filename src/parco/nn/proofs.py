@@ -255,7 +255,9 @@ def rotary(original: Callable[..., Any]) -> Callable[..., Any]:
             and cos.shape[0] in (1, q.shape[0])
             and cos.shape[1] == q.shape[2]
             and (cos.shape[2] == q.shape[3] or (partly and cos.shape[2] < q.shape[3]))
-            and q.dtype == k.dtype == cos.dtype == sin.dtype
+            and q.dtype == k.dtype
+            and cos.dtype == sin.dtype
+            and (cos.dtype == q.dtype or (cos.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type)))
             and q.dtype in TYPES
             and not (cos.requires_grad or sin.requires_grad)
             and not transformed()

@@ -8,6 +8,7 @@
 
 from parco.training import recipe as recipes
 from parco.training.diagnose import Finding, diagnose, fall_back_
+from parco.training.loss import fuse_loss_
 from parco.training.optimizer import AdamW
 from parco.training.prepare import Prepared, delayed_scales, prepare_, recipes_of
 from parco.training.products import linear
@@ -30,6 +31,7 @@ __all__ = [
     "delayed_scales",
     "diagnose",
     "fall_back_",
+    "fuse_loss_",
     "linear",
     "optimizer_steps",
     "prepare_",

@@ -93,12 +93,64 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(gate, up)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _check_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    check(gate, up, activation)
+    if grad.dtype != gate.dtype or grad.shape != gate.shape:
+        raise ValueError(
+            f"gated_backward: grad is {tuple(grad.shape)} of {grad.dtype}; {tuple(gate.shape)} of {gate.dtype}, as "
+            "gate, is needed"
+        )
+
+
+def _backward_reference(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """grad_gate = grad·up·activation′(gate), grad_up = grad·activation(gate); in fp32."""
-    gate, up = ctx.saved_tensors
     wide, held = grad.float(), gate.float()
-    grad_gate = (wide * up.float() * slope(held, ctx.activation)).to(gate.dtype)
-    return grad_gate, (wide * ACTIVATIONS[ctx.activation](held)).to(up.dtype), None
+    grad_gate = (wide * up.float() * slope(held, activation)).to(gate.dtype)
+    return grad_gate, (wide * ACTIVATIONS[activation](held)).to(up.dtype)
+
+
+def _compiled_backward(function: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def run(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+        grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        function(
+            *(each.data_ptr() for each in (grad, gate, up, grad_gate, grad_up)),
+            gate.numel(),
+            NUMBERS[activation],
+            TYPES[gate.dtype],
+            torch.get_num_threads(),
+        )
+        return grad_gate, grad_up
+
+    return run
+
+
+table.register(
+    table.Operation(
+        "gated_backward",
+        lambda grad, gate, up, activation: describe(gate, up, activation),
+        (
+            table.Kernel("gated-backward-avx512", "avx512", _compiled_backward(_C.gated_grad_avx512)),
+            table.Kernel("gated-backward-avx2", "avx2", _compiled_backward(_C.gated_grad_avx2)),
+            table.Kernel("gated-backward-generic", "generic", _compiled_backward(_C.gated_grad_generic)),
+            table.Kernel("gated-backward-torch", table.TORCH, _backward_reference),
+        ),
+    )
+)
+
+LIBRARY.define("gated_backward(Tensor grad, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)")
+
+
+def _fake_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+table.implement("gated_backward", _check_backward, _fake_backward)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gate, up = ctx.saved_tensors
+    return *torch.ops.parco.gated_backward.default(grad, gate, up, ctx.activation), None
 
 
 _cpu = table.implement("gated", check, _fake)

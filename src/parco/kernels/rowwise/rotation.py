@@ -40,9 +40,11 @@ def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(
             f"rotate: k has the shape {tuple(k.shape)}; [{batch}, heads, {tokens}, {columns}], as q, is needed"
         )
-    for name, tensor in (("k", k), ("cos", cos), ("sin", sin)):
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"rotate: {name} is {tensor.dtype}; {q.dtype}, which q is, is needed")
+    if k.dtype != q.dtype:
+        raise TypeError(f"rotate: k is {k.dtype}; {q.dtype}, which q is, is needed")
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        if tensor.dtype != cos.dtype or cos.dtype not in (q.dtype, torch.float32):
+            raise TypeError(f"rotate: {name} is {tensor.dtype}; {q.dtype}, which q is, or float32 is needed")
     turning = cos.shape[-1] if cos.ndim else 0
     for name, tensor in (("cos", cos), ("sin", sin)):
         if tensor.ndim != 3 or tensor.shape[0] not in (1, batch) or tuple(tensor.shape[1:]) != (tokens, turning):
@@ -101,6 +103,7 @@ def _compiled(function: Callable[..., None]) -> Callable[..., tuple[Tensor, Tens
             turning,
             columns - turning,
             TYPES[q.dtype],
+            TYPES[cos.dtype],
             torch.get_num_threads(),
         )
         return turned_q, turned_k
@@ -145,16 +148,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-    """The transpose of a rotation: grad·cos less the halves of grad·sin turned."""
-    cos, sin = (angles.float().unsqueeze(1) for angles in ctx.saved_tensors)
-
-    def back(grad: Tensor) -> Tensor:
-        turning = cos.shape[-1]
-        wide = grad[..., :turning].float()
-        turned = (wide * cos - _halves_turned(wide * sin)).to(grad.dtype)
-        return torch.cat((turned, grad[..., turning:]), dim=-1)
-
-    return back(grad_q), back(grad_k), None, None
+    """The transpose of a rotation is a rotation: the other way, with the sines of its halves exchanged."""
+    cos, sin = ctx.saved_tensors
+    low, high = sin.chunk(2, dim=-1)
+    back = torch.cat((-high, -low), dim=-1)
+    return *torch.ops.parco.rotate.default(grad_q, grad_k, cos, back), None, None
 
 
 _cpu = table.implement("rotate", check, _fake)
@@ -163,7 +161,8 @@ differentiate("rotate", _needs_grad, _setup, _backward)
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Queries q and keys k [B, heads, T, D], their first R columns turned by the angles whose cosines and sines are
-    [B or 1, T, R], R ≤ D: pair i is (x[i], x[i + R/2]). All of one dtype (fp32, bf16 or fp16); in fp32, rounded once.
+    [B or 1, T, R], R ≤ D: pair i is (x[i], x[i + R/2]). q and k are of one dtype (fp32, bf16 or fp16), cosines and
+    sines of that or fp32; in fp32, rounded once.
 
     Differentiable with respect to q and k. Raises ValueError or TypeError naming the argument.
     """
