@@ -226,3 +226,19 @@ def test_compiled_by_torch_it_gives_the_same() -> None:
     module, x, labels = LinearCrossEntropy(4, 7), inputs(9, 4), torch.arange(9) % 7
     compiled = torch.compile(lambda x: module(x * 2, labels) + 1, backend="aot_eager")
     assert torch.equal(compiled(x), module(x * 2, labels) + 1)
+
+
+def test_a_loss_scale_keeps_small_gradients_within_fp16() -> None:
+    rows, columns, vocabulary, scale = 256, 32, 64, 2.0**16
+    labels = torch.randint(vocabulary, (rows,))
+    x = (torch.randn(rows, columns) / 64).half().requires_grad_()
+    weight = (torch.randn(vocabulary, columns) / 4096).half().requires_grad_()
+    (linear_cross_entropy(x, weight, labels) * scale).backward()
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    (torch.nn.functional.cross_entropy(wide[0] @ wide[1].T, labels) * scale).backward()
+    assert x.grad is not None and weight.grad is not None
+    assert x.grad.dtype == torch.float16
+    assert wide[0].grad.abs().max() / scale < 2.0**-17, "in fp16 without the scale: subnormal numbers of few bits"
+    # The gradient of a logit and the result are each rounded to fp16: 2 · 2^-11 of the largest terms.
+    assert (x.grad - wide[0].grad).abs().max() < 2e-3 * wide[0].grad.abs().max()
+    assert (weight.grad - wide[1].grad).abs().max() < 2e-3 * wide[1].grad.abs().max()

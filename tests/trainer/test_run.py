@@ -58,6 +58,7 @@ def test_killed_and_resumed_is_never_interrupted(folder: Path, text: Path, tmp_p
         "checkpoint-2",
         "checkpoint-4",
         "settings.json",
+        "watch.jsonl",
     ]
     resumed = run(given, tmp_path / "killed", Silent(), resume=True)
     assert resumed["train"] == whole["train"] and resumed["held_out"] == whole["held_out"]
@@ -77,7 +78,15 @@ def test_a_run_learns_and_leaves_a_model(folder: Path, text: Path, tmp_path: Pat
     assert json.loads((out / "result.json").read_text()) == done
     assert (out / "report.html").stat().st_size > 1000
     kept = sorted(path.name for path in out.iterdir())
-    assert kept == ["checkpoint-18", "checkpoint-20", "model", "report.html", "result.json", "settings.json"]
+    assert kept == [
+        "checkpoint-18",
+        "checkpoint-20",
+        "model",
+        "report.html",
+        "result.json",
+        "settings.json",
+        "watch.jsonl",
+    ]
     assert not list(out.rglob("*.bin")), "no pickled arguments"
     model = hub.load(out / "model").model
     windows = torch.tensor([tiny.tokenizer()(text.read_text())["input_ids"][-65:-33]])
@@ -251,7 +260,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     with pytest.raises(OSError, match="the disk is full") as caught:
         run(given, out, Silent())
     assert caught.value.errno == errno.ENOSPC
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "settings.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-2", "settings.json", "watch.jsonl"]
     monkeypatch.undo()
     resumed = run(given, out, Silent(), resume=True)
     assert resumed["train"] == run(given, tmp_path / "whole", Silent())["train"]

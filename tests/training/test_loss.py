@@ -69,6 +69,17 @@ def test_evaluation_and_calls_without_labels_are_unchanged() -> None:
     assert torch.equal(generated, plain.generate(tokens(), max_new_tokens=3, do_sample=False))
 
 
+def test_in_evaluation_where_that_is_asked_for() -> None:
+    made = model("gemma2").eval()
+    with torch.no_grad():
+        wanted = made(tokens(), labels=LABELS).loss
+        output = fuse_loss_(made, evaluation=True)(tokens(), labels=LABELS)
+        assert output.logits is None
+        assert output.loss == pytest.approx(wanted.item(), rel=1e-6)
+        assert made(tokens()).logits is not None
+        assert fuse_loss_(made)(tokens(), labels=LABELS).logits is not None
+
+
 def test_other_ways_to_call() -> None:
     plain = model("llama").train()
     fused = fuse_loss_(copy.deepcopy(plain))

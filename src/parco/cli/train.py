@@ -84,6 +84,13 @@ def train(
     tokenizer: Annotated[
         str | None, typer.Option(metavar="DIR", show_default=False, help="Default: the one beside the model.")
     ] = None,
+    watch_every: Annotated[
+        int,
+        typer.Option(metavar="N", help="Steps between looks at what each layer's formats lose; 0 for none."),
+    ] = 50,
+    fallback: Annotated[
+        bool, typer.Option("--fallback", help="Move products that lose too much to a higher precision, saying so.")
+    ] = False,
     eval_every: Annotated[
         int | None,
         typer.Option(metavar="N", show_default=False, help="Steps between looks at the held-out text. Default: 10%."),
@@ -126,6 +133,8 @@ def train(
         weights=weights,
         states=cast("States", states),
         seed=seed,
+        watch_every=watch_every,
+        fallback=fallback,
         eval_every=eval_every,
         save_every=save_every,
     )

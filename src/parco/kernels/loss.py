@@ -176,17 +176,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         made: tuple[Tensor | None, ...] | None = ctx.made
         ctx.made = None  # whoever gets them may write into them; a second backward makes them anew
         terms: _Terms = ctx.terms
+        x, weight, bias, labels, chosen = ctx.saved_tensors
         if made is None:
             factors = grad.to(torch.float32).contiguous() if terms.reduction == "none" else None
             with torch.autocast(grad.device.type, enabled=False):
-                x, weight, bias, labels, chosen = ctx.saved_tensors
                 needed = tuple(ctx.needs_input_grad[:3])
                 made = _sweep(x, weight, bias, labels, chosen, factors, ctx.share, needed, terms)[1]
         if terms.reduction != "none" and (grad.is_cuda or float(grad) != 1.0):
             for each in made:
                 if each is not None:
                     each.mul_(grad)
-        return *made, None, None, None, None
+        owners: tuple[Tensor | None, ...] = (x, weight, bias)
+        grads = (None if m is None or o is None else m.to(o.dtype) for m, o in zip(made, owners, strict=True))
+        return *grads, None, None, None, None
 
 
 def _sweep(
@@ -201,12 +203,14 @@ def _sweep(
     terms: _Terms,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The losses of all rows, fp32, and the gradients, as `wanted`, of `share` times their sum, or that of the losses
-    times `factors`. Only the rows `chosen` are computed.
+    times `factors`: in the dtypes of their owners, or in fp32. Only the rows `chosen` are computed.
     """
     rows, columns = x.detach().reshape(-1, x.shape[-1]), weight.shape[0]
     held = _operand(weight.detach(), terms.dtype)
     wants_x, wants_weight, wants_bias = wanted
-    grad_x = torch.zeros_like(rows) if wants_x else None
+    # A factor that is yet to come, a loss scale, may be what keeps the gradient within fp16.
+    kept = torch.float32 if x.dtype == torch.float16 else x.dtype
+    grad_x = torch.zeros_like(rows, dtype=kept) if wants_x else None
     count = len(rows) if chosen is None else len(chosen)
     grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=x.device) if wants_weight else None
     if grad_weight is not None and count == 0:
@@ -228,15 +232,15 @@ def _sweep(
             logits, labels[part], own, terms.softcap, terms.smoothing, any(wanted), terms.dtype
         )
         if grad_x is not None:
-            grad_x[part] = torch.mm(logits, held).mul_(share).to(x.dtype)
+            grad_x[part] = torch.mm(logits, held).mul_(share).to(kept)
         if grad_weight is not None:
             _add_product(grad_weight, logits, a, share, anew=begin == 0)
         if grad_bias is not None:
             grad_bias.add_(logits.sum(0, dtype=torch.float32), alpha=share)
     return losses, (
         None if grad_x is None else grad_x.reshape(x.shape),
-        None if grad_weight is None else grad_weight.to(weight.dtype),
-        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        grad_weight if grad_weight is None or weight.dtype == torch.float16 else grad_weight.to(weight.dtype),
+        grad_bias,
     )
 
 

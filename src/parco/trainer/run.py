@@ -23,13 +23,14 @@ import parco
 from parco import hub, machine
 from parco.bench.record import best
 from parco.fitting.stages import Progress, write_json
-from parco.nn import linears
+from parco.nn import fuse_, linears
 from parco.report import curves, units
 from parco.trainer import disk
 from parco.trainer.gaps import gaps
 from parco.trainer.trainer import Trainer
+from parco.trainer.watching import Watched, Watching
 from parco.trainer.windows import Split, collate, split
-from parco.training import RECIPES, Recipe, prepare_
+from parco.training import RECIPES, Recipe, fuse_loss_, prepare_
 from parco.training.optimizer import STATES, States
 
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -41,7 +42,8 @@ GLANCE = 64
 @dataclass(frozen=True)
 class Settings:
     """What decides every number of a run. `batch` counts windows of `seq` tokens per optimizer step, over all ranks and
-    `accumulate` passes each; `model` None is the small model that comes with parco, with new weights.
+    `accumulate` passes each; `model` None is the small model that comes with parco, with new weights; `watch_every` 0
+    watches nothing.
     """
 
     model: str | None
@@ -59,6 +61,8 @@ class Settings:
     weights: str = "fp32"
     states: States = "fp32"
     seed: int = 0
+    watch_every: int = 50
+    fallback: bool = False
     eval_every: int | None = None
     save_every: int | None = None
 
@@ -68,6 +72,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value} makes no sense: it must be at least 1")
+        if self.watch_every < 0 or (self.fallback and not self.watch_every):
+            raise ValueError(f"--watch-every {self.watch_every}: 0 watches nothing, and --fallback needs watching")
         if self.weights not in WEIGHTS:
             raise ValueError(f"--weights {self.weights}: is one of {', '.join(WEIGHTS)}")
         if self.states not in STATES:
@@ -90,7 +96,8 @@ class Settings:
 class RunResult(TypedDict):
     """What one run found, as result.json holds it. Losses are in nats per token: `train` and `held_out`, the latter of
     the first 64 windows, are [step, loss] pairs, `loss` is that of all held-out windows at the end. Memory is in bytes
-    above what the process held before its first run; `mfu` is the share of the machine's measured bf16 peak.
+    above what the process held before its first run; `mfu` is the share of the machine's measured bf16 peak. `watched`
+    and `said` are what watching found.
     """
 
     recipe: str
@@ -113,6 +120,8 @@ class RunResult(TypedDict):
     mfu: float
     peak_memory: int
     skipped: int
+    watched: list[Watched]
+    said: list[str]
 
 
 def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = False, shard: bool = False) -> RunResult:
@@ -136,12 +145,18 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
     model, tokenizer = _model(settings)
     texts = split(settings.data, settings.held, tokenizer, settings.seq, progress)
     prepared = prepare_(model, settings.recipe)
+    layers = f"{prepared}\n{_fuse(model)}"
+    first = int(os.environ.get("RANK", "0")) == 0
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "settings.json", settings.to_json())
     trainer = Trainer(
         model,
         _arguments(settings, out, ranks, new=not _has_weights(settings.model)),
         precision=settings.precision,
         shard=shard,
         states=settings.states,
+        watching=_watching(settings, model, out, progress, first),
         train_dataset=texts.train,
         eval_dataset=texts.held.select(range(min(GLANCE, len(texts.held)))),
         data_collator=collate,
@@ -151,22 +166,18 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
     trainer.pop_callback(transformers.PrinterCallback)
     trainer.add_callback(meter)
     checkpoint = get_last_checkpoint(str(out)) if out.exists() else None
-    first = trainer.args.should_save
-    if first:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "settings.json", settings.to_json())
-        progress.note(f"{prepared}\n{trainer.describe()}")
-        progress.stage(f"train {settings.recipe}", settings.steps)
-        if checkpoint is not None:
-            progress.note(f"from {checkpoint}")
-            progress.advance(int(checkpoint.rpartition("-")[2]))
+    progress.note(f"{layers}\n{trainer.describe()}")
+    progress.stage(f"train {settings.recipe}", settings.steps)
+    if checkpoint is not None:
+        progress.note(f"from {checkpoint}")
+        progress.advance(int(checkpoint.rpartition("-")[2]))
     _forget_peak()
     trainer.train(resume_from_checkpoint=checkpoint)
     peak = _memory("VmHWM") - start
     progress.stage("held out", math.ceil(len(texts.held) / trainer.args.eval_batch_size / ranks))
     meter.judging = True
     loss = trainer.evaluate(texts.held)["eval_loss"]
-    result = _result(settings, trainer, texts, str(prepared), loss, peak, meter)
+    result = _result(settings, trainer, texts, layers, loss, peak, meter)
     with disk.explained(out):
         partial = out / ".model.partial"
         trainer.save_model(str(partial))
@@ -175,6 +186,28 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
             curves.write([result], gaps([result]), out / "report.html")
             write_json(out / "result.json", result)
     return result
+
+
+def _fuse(model: Any) -> str:
+    """Puts one operation where the model has many, in place, and says what was fused."""
+    fused: dict[str, int] = {kind: len(names) for kind, names in fuse_(model).fused.items()}
+    try:
+        fuse_loss_(model, evaluation=True)
+        fused["loss"] = 1
+    except ValueError as reason:
+        return f"fused: {_counted(fused)}; {reason}"
+    return f"fused: {_counted(fused)}"
+
+
+def _counted(fused: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in fused.items()) or "nothing"
+
+
+def _watching(settings: Settings, model: Any, out: Path, progress: Progress, first: bool) -> Watching | None:
+    if not settings.watch_every:
+        return None
+    file = out / "watch.jsonl" if first else None
+    return Watching(model, settings.watch_every, fallback=settings.fallback, progress=progress, file=file)
 
 
 def _check_libraries() -> None:
@@ -349,6 +382,8 @@ def _result(
         mfu=share,
         peak_memory=peak,
         skipped=int(trainer.skipped),
+        watched=trainer.watching.summary if trainer.watching else [],
+        said=trainer.watching.said if trainer.watching else [],
     )
 
 

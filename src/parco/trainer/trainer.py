@@ -34,6 +34,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from parco.nn import blocks
 from parco.trainer import disk
+from parco.trainer.watching import Watching
 from parco.training import AdamW, delayed_scales
 from parco.training.optimizer import States
 
@@ -46,7 +47,7 @@ LEAST_SCALE = 2.0**-14
 class Trainer(transformers.Trainer):
     """As `transformers.Trainer`, whose arguments it takes, with `precision`, the dtype of autocast (None: none), and
     `shard`: FSDP2 instead of DDP where there are several ranks. Where no `optimizers` are given it is
-    `parco.training.AdamW` with `states`, clipping within its pass.
+    `parco.training.AdamW` with `states`, clipping within its pass. `watching` takes part in steps and checkpoints.
 
     fp16 has a loss scaler. Raises ValueError where `args` asks Transformers for a precision or sharding of its own, and
     FloatingPointError for a loss or gradient that is not finite, naming the step, the batch's windows and the layer.
@@ -65,6 +66,7 @@ class Trainer(transformers.Trainer):
         precision: torch.dtype | None = torch.bfloat16,
         shard: bool = False,
         states: States = "fp32",
+        watching: Watching | None = None,
         **named: Any,
     ) -> None:
         if args.bf16 or args.fp16 or args.fsdp:
@@ -74,8 +76,8 @@ class Trainer(transformers.Trainer):
         self.states: States = states
         self.scaler: Any = None
         self.skipped = 0
+        self.watching = watching
         self._scale = 0.0
-        self._delayed = delayed_scales(model)
         if shard and args.world_size > 1:
             for _, block in blocks(model):
                 fully_shard(block)
@@ -155,10 +157,12 @@ class Trainer(transformers.Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if self.args.world_size > 1:
-            for tensor in self._delayed:
+            for tensor in delayed_scales(self.model):
                 dist.all_reduce(tensor, dist.ReduceOp.MAX)
         if self.scaler is not None:
             self.scaler.unscale_(self._plain_optimizer)
+        if self.watching is not None:
+            self.watching.step()
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         norm: Any = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -242,12 +246,16 @@ class Trainer(transformers.Trainer):
                 self.processing_class.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.watching is not None and self.args.should_save:
+            self.watching.save(Path(output_dir) / "watch.json")
         state = get_optimizer_state_dict(self.model, self._plain_optimizer, options=_FULL)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.watching is not None:
+            self.watching.load(Path(resume_from_checkpoint) / "watch.json")
         state: dict[str, Any] = {}
         for file in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
             state |= load_file(file)

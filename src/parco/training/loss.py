@@ -27,12 +27,12 @@ LOSS = "ForCausalLMLoss"
 """Transformers' loss of causal language models, which is the one that is fused."""
 
 
-def fuse_loss_(model: nn.Module) -> nn.Module:
+def fuse_loss_(model: nn.Module, *, evaluation: bool = False) -> nn.Module:
     """Makes `model(input_ids, labels=labels)` of a causal language model of Transformers compute its loss without its
-    logits, in place, while it trains (`model.train()`, gradients on); returns the model.
+    logits, in place, while it trains (`model.train()`, gradients on), and with `evaluation` always; returns the model.
 
-    Its output then has the loss, and None for logits; everything else is as it was: evaluation, calls without labels,
-    names, parameters and state dict. The loss is Transformers' (labels shifted, -100 ignored, `num_items_in_batch`),
+    Its output then has the loss, and None for logits; everything else is as it was: calls without labels, names,
+    parameters and state dict. The loss is Transformers' (labels shifted, -100 ignored, `num_items_in_batch`),
     the products are those of `linear_cross_entropy`, under the head's recipe where it was prepared.
 
     Raises TypeError where `model` is no module, ValueError where its forward has no head or no such loss, was replaced,
@@ -40,10 +40,10 @@ def fuse_loss_(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, _FusedLoss):
-        return model
-    _require(model)
-    model.__class__ = _class_of(type(model))
+    if not isinstance(model, _FusedLoss):
+        _require(model)
+        model.__class__ = _class_of(type(model))
+    vars(model)["_fused_in_evaluation"] = evaluation
     return model
 
 
@@ -102,7 +102,8 @@ def _class_of(original: type[nn.Module]) -> type[nn.Module]:
     whole: Any = original
 
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
-        if not (self.training and torch.is_grad_enabled() and _has_labels(whole, self, inputs, named)):
+        fused = self._fused_in_evaluation or (self.training and torch.is_grad_enabled())
+        if not (fused and _has_labels(whole, self, inputs, named)):
             return whole.forward(self, *inputs, **named)
         name = head_name(self)
         assert name is not None
