@@ -1,37 +1,84 @@
-"""`parco train` under torchrun: several ranks train as one, and each reads the other's checkpoints."""
+"""`parco train` on several ranks: they train as one, and each number of ranks reads the other's checkpoints."""
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.ranks import RANKS, on_two_ranks
+
+from parco.cli import main
 
 STEPS = 50
+CASES = [("DDP", "fp8-delayed"), ("FSDP2", "fp16")]
 
 
-def train(folder: Path, text: Path, out: Path, *words: str, ranks: int = 1) -> dict[str, Any]:
-    """result.json of the command line's own run."""
-    given = ["--model", folder, "--data", text, "--steps", STEPS, "--batch", 4, "--seq", 32, "--lr", "3e-4"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks] if ranks > 1 else []
-    command = [sys.executable, *launch, "-m", "parco.cli", "train", *given, "--save-every", 25, "--out", out, *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, env=environment, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((out / "result.json").read_text())
+def train(out: Path, *words: object) -> None:
+    given = [
+        "train",
+        "--steps",
+        STEPS,
+        "--batch",
+        4,
+        "--seq",
+        32,
+        "--lr",
+        "3e-4",
+        "--save-every",
+        25,
+        "--out",
+        out,
+        *words,
+    ]
+    assert main(list(map(str, given))) == 0
 
 
-@pytest.mark.parametrize(("way", "recipe"), [("DDP", "fp8-delayed"), ("FSDP2", "fp16")])
-def test_two_ranks_train_as_one(folder: Path, text: Path, tmp_path: Path, way: str, recipe: str) -> None:
-    words = ["--recipe", recipe, *(["--shard"] if way == "FSDP2" else [])]
-    alone = train(folder, text, tmp_path / "alone", *words)
-    both = train(folder, text, tmp_path / "both", *words, ranks=2)
-    assert f"2 ranks, {way}" in both["runs_on"]
+def options(way: str, recipe: str) -> list[str]:
+    return ["--recipe", recipe, *(["--shard"] if way == "FSDP2" else [])]
+
+
+def on_a_rank(rank: int, folder: str, *words: str) -> None:
+    """As torchrun starts it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    train(Path(folder), *words)
+
+
+def handed_on(source: Path, target: Path) -> None:
+    """A run's folder as it was at half of its steps."""
+    shutil.copytree(source / "checkpoint-25", target / "checkpoint-25")
+    shutil.copy(source / "settings.json", target)
+
+
+def trained(folder: Path, text: Path, root: Path) -> None:
+    """Runs below `root`: of one rank (`alone`), of two (`both`), and each gone on with by the other from half of the steps."""
+    given = ["--model", str(folder), "--data", str(text)]
+    cases: list[tuple[Any, ...]] = []
+    for way, recipe in CASES:
+        words = [*given, *options(way, recipe)]
+        train(root / way / "alone", *words)
+        handed_on(root / way / "alone", root / way / "on-two")
+        cases += [(str(root / way / "both"), *words), (str(root / way / "on-two"), *words, "--resume")]
+    on_two_ranks(on_a_rank, cases, root)
+    for way, recipe in CASES:
+        handed_on(root / way / "both", root / way / "on-one")
+        train(root / way / "on-one", *given, *options(way, recipe), "--resume")
+
+
+def test_two_ranks_train_as_one(folder: Path, text: Path, tmp_path: Path) -> None:
+    trained(folder, text, tmp_path)
+    for way, recipe in CASES:
+        check(tmp_path / way, way, recipe)
+
+
+def check(out: Path, way: str, recipe: str) -> None:
+    runs = {
+        name: json.loads((out / name / "result.json").read_text()) for name in ("alone", "both", "on-one", "on-two")
+    }
+    alone, both = runs["alone"], runs["both"]
+    assert f"2 ranks, {way}" in both["runs_on"] and "one process" in alone["runs_on"]
     steps, losses = zip(*both["train"], strict=True)
     assert steps == tuple(range(1, STEPS + 1))
     # The delayed scales of the first step are those of a rank's own tokens.
@@ -39,10 +86,7 @@ def test_two_ranks_train_as_one(folder: Path, text: Path, tmp_path: Path, way: s
     assert losses == pytest.approx([loss for _, loss in alone["train"]], rel=most)
     assert both["loss"] == pytest.approx(alone["loss"], rel=1e-3)
     assert both["loss"] < both["train"][0][1] - 0.2
-    for source, target, ranks in ((tmp_path / "both", "on-one", 1), (tmp_path / "alone", "on-two", 2)):
-        out = tmp_path / target
-        shutil.copytree(source / "checkpoint-25", out / "checkpoint-25")
-        shutil.copy(source / "settings.json", out)
-        other = train(folder, text, out, *words, "--resume", ranks=ranks)
-        assert other["loss"] == pytest.approx(alone["loss"], rel=1e-3)
-        assert other["train"][:25] == json.loads((source / "result.json").read_text())["train"][:25]
+    assert [row["step"] for row in both["watched"]] == [row["step"] for row in alone["watched"]]
+    for name, source in (("on-one", both), ("on-two", alone)):
+        assert runs[name]["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+        assert runs[name]["train"][:25] == source["train"][:25]

@@ -1,14 +1,12 @@
 """A model with the fused loss under PyTorch's own DDP and FSDP2, two ranks on gloo."""
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from tests.nn.models import model
+from tests.ranks import on_two_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -33,30 +31,22 @@ def sharded(made: Any) -> nn.Module:
     return fully_shard(made)
 
 
-def run(rank: int, kind: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    meeting = dist.FileStore(f"{folder}/meeting", 2)
-    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=2, timeout=timedelta(minutes=2))
+def run(rank: int, kind: str) -> dict[str, Tensor]:
     made: Any = fuse_loss_(model("llama tied").train())
     train(DistributedDataParallel(made) if kind == "ddp" else sharded(made), IDS[rank * 4 : rank * 4 + 4])
     state = get_model_state_dict(made, options=StateDictOptions(full_state_dict=True))
-    if rank == 0:
-        torch.save(state, f"{folder}/result.pt")
     if kind == "fsdp2":
         alone: Any = fuse_loss_(model("llama").train())
         fully_shard(alone.lm_head)
         with pytest.raises(ValueError, match="lm_head is sharded by itself"):
             train(sharded(alone), IDS)
-    dist.barrier()
-    dist.destroy_process_group()
+    return state
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_ranks_train_as_one(kind: str, tmp_path: Path) -> None:
-    mp.spawn(run, (kind, str(tmp_path)), nprocs=2)
-    state = torch.load(tmp_path / "result.pt", weights_only=True)
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     alone = model("llama tied").train()
     train(alone, IDS)
-    assert set(state) == set(alone.state_dict())
-    for name, tensor in alone.state_dict().items():
-        torch.testing.assert_close(state[name], tensor, atol=2e-5, rtol=1e-4, msg=name)
+    for state in on_two_ranks(run, [("ddp",), ("fsdp2",)], tmp_path).values():
+        assert set(state) == set(alone.state_dict())
+        for name, tensor in alone.state_dict().items():
+            torch.testing.assert_close(state[name], tensor, atol=2e-5, rtol=1e-4, msg=name)

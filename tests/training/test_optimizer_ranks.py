@@ -1,13 +1,10 @@
 """AdamW under FSDP2, two ranks on gloo: as one rank, bit for bit in the weights it is handed, and its checkpoints."""
 
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from tests.ranks import RANKS, on_two_ranks
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -18,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from parco.training import AdamW
 
-STEPS, RANKS = 5, 2
+STEPS = 5
 
 
 def network() -> torch.nn.Module:
@@ -47,10 +44,7 @@ def train(model: torch.nn.Module, optimizer: AdamW, steps: range, rank: int = 0,
         optimizer.zero_grad()
 
 
-def run(rank: int, states: Any, folder: str) -> None:
-    torch.set_num_threads(1)
-    meeting = dist.FileStore(f"{folder}/meeting", RANKS)
-    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=RANKS, timeout=timedelta(minutes=2))
+def run(rank: int, states: Any) -> Any:
     model = network()
     fully_shard(model)
     optimizer = AdamW(model.parameters(), lr=1e-2, states=states)
@@ -66,16 +60,17 @@ def run(rank: int, states: Any, folder: str) -> None:
     )
     train(model, again, range(STEPS, 2 * STEPS), rank, RANKS)
     later = get_model_state_dict(model, options=options)
-    if rank == 0:
-        torch.save((*state, later), f"{folder}/result.pt")
-    dist.barrier()  # nobody leaves while another still waits for an answer
-    dist.destroy_process_group()
+    return *state, later
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    return on_two_ranks(run, [("fp32",), ("8bit",)], tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("states", ["fp32", "8bit"])
-def test_two_ranks_are_one(states: Any, tmp_path: Path) -> None:
-    mp.spawn(run, (states, str(tmp_path)), nprocs=RANKS)
-    weights, state, later = torch.load(tmp_path / "result.pt", weights_only=True)
+def test_two_ranks_are_one(states: Any, ranks: dict[Any, Any]) -> None:
+    weights, state, later = ranks[(states,)]
     alone = network()
     optimizer = AdamW(alone.parameters(), lr=1e-2, states=states)
     train(alone, optimizer, range(STEPS))

@@ -1,19 +1,18 @@
 """A prepared model under PyTorch's own DDP and FSDP2, two ranks on gloo."""
 
-from datetime import timedelta
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from tests.ranks import RANKS, on_two_ranks
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from parco.training import Watch, prepare_
 
-STEPS, RANKS = 6, 2
+STEPS = 6
 X, Y = (torch.randn(STEPS, 128, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
 
 
@@ -43,10 +42,7 @@ def train(model: torch.nn.Module, rank: int, ranks: int, watch: Watch | None = N
     return losses
 
 
-def run(rank: int, kind: str, recipe: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    meeting = dist.FileStore(f"{folder}/meeting", RANKS)
-    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=RANKS, timeout=timedelta(minutes=2))
+def run(rank: int, kind: str, recipe: str) -> Any:
     model = prepared(recipe)
     if kind == "ddp":
         wrapped = DistributedDataParallel(model)
@@ -56,19 +52,19 @@ def run(rank: int, kind: str, recipe: str, folder: str) -> None:
         wrapped = fully_shard(model)
     watch = Watch(model, every=5, group=dist.group.WORLD)
     losses = train(wrapped, rank, RANKS, watch)
-    options = StateDictOptions(full_state_dict=True)
-    state = get_model_state_dict(model, options=options)
-    if rank == 0:
-        torch.save((losses, state, watch.state_dict()), f"{folder}/result.pt")
-    dist.barrier()  # nobody leaves while another still waits for an answer
-    dist.destroy_process_group()
+    return losses, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), watch.state_dict()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    cases = [(kind, recipe) for kind in ("ddp", "fsdp2") for recipe in ("mxfp8", "fp8-delayed")]
+    return on_two_ranks(run, cases, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("recipe", ["mxfp8", "fp8-delayed"])
-def test_two_ranks_train_as_one(kind, recipe, tmp_path: Path):
-    mp.spawn(run, (kind, recipe, str(tmp_path)), nprocs=RANKS)
-    losses, state, read = torch.load(tmp_path / "result.pt", weights_only=True)
+def test_two_ranks_train_as_one(kind: str, recipe: str, ranks: dict[Any, Any]) -> None:
+    losses, state, read = ranks[kind, recipe]
     alone = prepared(recipe)
     watch = Watch(alone, every=5)
     wanted = train(alone, 0, 1, watch)
@@ -76,9 +72,9 @@ def test_two_ranks_train_as_one(kind, recipe, tmp_path: Path):
     assert losses == pytest.approx(wanted, rel=1e-3)
     assert losses[-1] < losses[0]
     assert [each["step"] for each in read["history"]] == [1, 6]
-    for ranks, one in zip(read["history"], watch.history, strict=True):
-        assert ranks["grad_norms"] == pytest.approx(one.grad_norms, rel=1e-2)
-        for found, reading in zip(ranks["operands"], one.operands, strict=True):
+    for both, one in zip(read["history"], watch.history, strict=True):
+        assert both["grad_norms"] == pytest.approx(one.grad_norms, rel=1e-2)
+        for found, reading in zip(both["operands"], one.operands, strict=True):
             # A rank's loss is the mean of half of the tokens: its gradients are twice those of the whole batch.
             factor = RANKS if reading.operand == "grad" else 1
             assert found["amax"] == pytest.approx(factor * reading.amax, rel=5e-2)

@@ -35,6 +35,8 @@ from parco.training.optimizer import STATES, States
 
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Dtypes that the trained weights may have; bf16 ones are rounded stochastically."""
+PROBED = 60.0
+"""Seconds of a run after which two more seconds for measuring the machine's peaks again are worth it."""
 GLANCE = 64
 """Held-out windows that are looked at while a run goes on; at its end it is all of them."""
 
@@ -313,6 +315,7 @@ class Meter(transformers.TrainerCallback):
         self.flops = 6 * matrices + attention
         self.peaks = machine.peaks()
         self.seconds: list[float] = []
+        self.spent = 0.0
         self.loss = math.nan
         self.judging = False
         """Whether the held-out windows are the stage that progress counts."""
@@ -327,6 +330,7 @@ class Meter(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds.append(_now() - self.began)
+        self.spent += self.seconds[-1]
         if self.trainer.check_scale():
             scale = self.trainer.scaler.get_scale()
             self.progress.note(f"step {state.global_step}: skipped, loss scale now {scale:g}")
@@ -356,7 +360,8 @@ def _result(
     logs: list[dict[str, Any]] = trainer.state.log_history
     steps = [entry for entry in logs if "step_seconds" in entry]
     timed = [entry["step_seconds"] for entry in (steps[1:] or steps)]
-    meter.peaks = best(meter.peaks, machine.peaks(refresh=True))  # a probe too is slowed by what else runs
+    if meter.spent > PROBED:
+        meter.peaks = best(meter.peaks, machine.peaks(refresh=True))  # a probe too is slowed by what else runs
     speed, share = meter.rate(statistics.median(timed))
     tokens = settings.steps * settings.batch * settings.seq
     model: Any = trainer.model
