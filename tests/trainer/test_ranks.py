@@ -53,7 +53,7 @@ def handed_on(source: Path, target: Path) -> None:
 
 
 def trained(folder: Path, text: Path, root: Path) -> None:
-    """Runs below `root`: of one rank (`alone`), of two (`both`), and each gone on with by the other from half of the steps."""
+    """Runs below `root`: of one rank (`alone`), of two (`both`), and each gone on with by the other from its middle."""
     given = ["--model", str(folder), "--data", str(text)]
     cases: list[tuple[Any, ...]] = []
     for way, recipe in CASES:
