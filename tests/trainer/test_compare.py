@@ -42,6 +42,7 @@ def result(recipe: str, seed: int, loss: float, speed: float) -> Any:
         "recipe": recipe, "settings": {"seed": seed, "steps": 10}, "loss": loss, "tokens_per_second": speed, "mfu": 0.5,
         "peak_memory": 10**9, "skipped": 1, "held_out": [[5, loss + 1], [10, loss]], "train": [[5, loss]],
         "tokens": 100, "parameters": 7, "cpu": "<b>cpu</b>", "threads": 2,
+        "watched": [], "said": [],
     }  # fmt: skip
 
 
@@ -72,7 +73,12 @@ def test_the_page_shows_every_run(tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text()
     assert "int8" in page and not re.search(r"<script[^>]+src=", page)
     alone = curves.figure(runs[:1], gaps(runs[:1]))
-    assert [trace.name for trace in alone.data] == ["bf16", "training"]
+    assert [trace.name for trace in alone.data] == ["held out", "training"]
+    row = {"step": 5, "product": "output", "operand": "x", "median_snr_db": 30.0, "worst_snr_db": 20.0}
+    row |= {"worst_layer": "<i>layer", "underflow": 0.25, "saturated": 0.0}
+    watched = curves.figure([runs[0] | {"watched": [row]}], gaps(runs[:1])).data[-1]
+    assert (watched.name, watched.x, watched.y) == ("output: x", (50,), (20.0,))
+    assert watched.hovertext[0].startswith("&lt;i&gt;layer; over all layers 25.0% became 0")
 
 
 def test_the_command_prints_a_table(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from parco.report import tables, units
 
 if TYPE_CHECKING:
     from parco.trainer import Gap, RunResult
+
+_COLORS = ("#3d6fb6", "#d1652b", "#3f8f4f", "#b03a4c", "#7a5ca8", "#8a6a4f", "#c46fa8", "#6b6b6b", "#a8a033", "#3aa0a8")
 
 
 def run_table(run: RunResult) -> Table:
@@ -62,59 +65,111 @@ def write(runs: Sequence[RunResult], gaps: Sequence[Gap], path: Path) -> None:
 
 
 def figure(runs: Sequence[RunResult], gaps: Sequence[Gap]) -> Any:
-    """Losses over tokens; where there are several recipes also each one's gap over tokens, speed and memory."""
-    import plotly.graph_objects as graph
-    from plotly.colors import qualitative
+    """Losses over tokens; of several recipes also each one's gap, speed and memory, of one what its formats lose."""
     from plotly.subplots import make_subplots
 
     several = len(gaps) > 1
-    heights = [0.34, 0.3, 0.18, 0.18] if several else [1.0]
+    watched = runs[0]["watched"] if not several else []
+    heights = [0.34, 0.3, 0.18, 0.18] if several else [0.5, 0.5] if watched else [1.0]
     drawn = make_subplots(rows=len(heights), cols=1, row_heights=heights, vertical_spacing=0.09)
-    colors = {gap["recipe"]: qualitative.D3[i % len(qualitative.D3)] for i, gap in enumerate(gaps)}
-    first = {
-        run["settings"]["seed"]: {step: loss for step, loss in run["held_out"]}  # noqa: C416
-        for run in runs
-        if run["recipe"] == gaps[0]["recipe"]
-    }
+    colors = {gap["recipe"]: _COLORS[i % len(_COLORS)] for i, gap in enumerate(gaps)}
+    _add_losses(drawn, runs, colors)
+    if several:
+        _add_gaps(drawn, runs, gaps[0]["recipe"], colors)
+        _add_bars(drawn, gaps, colors)
+    elif watched:
+        _add_watched(drawn, runs[0])
+    one = runs[0]
+    where = f"{escape(one['cpu'])}, {one['threads']} threads"
+    title = f"{one['parameters']:,} parameters, {one['tokens']:,} tokens; {where}"
+    drawn.update_layout(title=title, height=200 + 300 * len(heights), template="plotly_white")
+    return drawn
+
+
+def _tokens(run: RunResult, points: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    """Points of [step, number] as tokens and numbers."""
+    step = run["tokens"] / run["settings"]["steps"]
+    return [at * step for at, _ in points], [value for _, value in points]
+
+
+def _add_losses(drawn: Any, runs: Sequence[RunResult], colors: Mapping[str, str]) -> None:
+    import plotly.graph_objects as graph
+
     shown: set[str] = set()
     for run in runs:
-        name, seed = run["recipe"], run["settings"]["seed"]
-        step = run["tokens"] / run["settings"]["steps"]
-        look: dict[str, Any] = {
-            "name": name,
-            "legendgroup": name,
-            "showlegend": name not in shown,
-            "line": {"color": colors[name]},
-            "hovertext": f"seed {seed}",
-        }
-        shown.add(name)
-        steps, losses = zip(*run["held_out"], strict=True)
-        drawn.add_trace(graph.Scatter(x=[s * step for s in steps], y=losses, mode="lines+markers", **look), 1, 1)
-        if not several:
-            steps, losses = zip(*run["train"], strict=True)
-            line = look | {"name": "training", "line": {"color": "#9a9a9a"}, "showlegend": True}
-            drawn.add_trace(graph.Scatter(x=[s * step for s in steps], y=losses, mode="lines", **line), 1, 1)
-        elif name != gaps[0]["recipe"]:
-            points = [(s * step, 100 * (y / first[seed][s] - 1)) for s, y in run["held_out"] if s in first[seed]]
-            x, y = zip(*points, strict=True)
-            drawn.add_trace(graph.Scatter(x=x, y=y, mode="lines+markers", **look | {"showlegend": False}), 2, 1)
+        x, y = _tokens(run, run["held_out"])
+        look = _look(run, colors) | {"showlegend": run["recipe"] not in shown}
+        look |= {"name": "held out"} if len(runs) == 1 else {}
+        shown.add(run["recipe"])
+        drawn.add_trace(graph.Scatter(x=x, y=y, mode="lines+markers", **look), 1, 1)
+    if len(runs) == 1:
+        x, y = _tokens(runs[0], runs[0]["train"])
+        drawn.add_trace(graph.Scatter(x=x, y=y, mode="lines", name="training", line={"color": "#9a9a9a"}), 1, 1)
     drawn.update_yaxes(title="held-out loss, nats per token", row=1, col=1)
     drawn.update_xaxes(title="tokens", row=1, col=1)
-    if several:
-        drawn.update_yaxes(title=f"loss beside {gaps[0]['recipe']}, %", zeroline=True, row=2, col=1)
-        drawn.update_xaxes(title="tokens", row=2, col=1)
-        bars = (("tokens_per_second", 1.0, "tokens per second"), ("peak_memory", 1e9, "peak memory, GB"))
-        for row, (field, unit, title) in enumerate(bars, start=3):
-            names = [gap["recipe"] for gap in gaps]
-            bar = graph.Bar(
-                x=names,
-                y=[gap[field] / unit for gap in gaps],
-                marker={"color": [colors[name] for name in names]},
-                showlegend=False,
-            )
-            drawn.add_trace(bar, row, 1)
-            drawn.update_yaxes(title=title, rangemode="tozero", row=row, col=1)
-    one = runs[0]
-    title = f"{one['parameters']:,} parameters, {one['tokens']:,} tokens; {one['cpu']}, {one['threads']} threads"
-    drawn.update_layout(title=title, height=1400 if several else 600, template="plotly_white")
-    return drawn
+
+
+def _look(run: RunResult, colors: Mapping[str, str]) -> dict[str, Any]:
+    name = run["recipe"]
+    return {
+        "name": name,
+        "legendgroup": name,
+        "line": {"color": colors[name]},
+        "hovertext": f"seed {run['settings']['seed']}",
+    }
+
+
+def _add_gaps(drawn: Any, runs: Sequence[RunResult], first: str, colors: Mapping[str, str]) -> None:
+    import plotly.graph_objects as graph
+
+    beside: dict[int, dict[float, float]] = {
+        run["settings"]["seed"]: {at: loss for at, loss in run["held_out"]}  # noqa: C416
+        for run in runs
+        if run["recipe"] == first
+    }
+    for run in runs:
+        losses = beside.get(run["settings"]["seed"], {})
+        points = [(at, 100 * (loss / losses[at] - 1)) for at, loss in run["held_out"] if at in losses]
+        if run["recipe"] != first and points:
+            x, y = _tokens(run, points)
+            look = _look(run, colors) | {"showlegend": False}
+            drawn.add_trace(graph.Scatter(x=x, y=y, mode="lines+markers", **look), 2, 1)
+    drawn.update_yaxes(title=f"loss beside {first}, %", zeroline=True, row=2, col=1)
+    drawn.update_xaxes(title="tokens", row=2, col=1)
+
+
+def _add_bars(drawn: Any, gaps: Sequence[Gap], colors: Mapping[str, str]) -> None:
+    import plotly.graph_objects as graph
+
+    names = [gap["recipe"] for gap in gaps]
+    bars = (("tokens_per_second", 1.0, "tokens per second"), ("peak_memory", 1e9, "peak memory, GB"))
+    for row, (field, unit, title) in enumerate(bars, start=3):
+        values = [gap[field] / unit for gap in gaps]
+        marker = {"color": [colors[name] for name in names]}
+        drawn.add_trace(graph.Bar(x=names, y=values, marker=marker, showlegend=False), row, 1)
+        drawn.update_yaxes(title=title, rangemode="tozero", row=row, col=1)
+
+
+def _add_watched(drawn: Any, run: RunResult) -> None:
+    """Of each operand the signal to noise of the layer that loses most; the layer's name is in the hover text."""
+    import plotly.graph_objects as graph
+
+    places = dict.fromkeys((row["product"], row["operand"]) for row in run["watched"])
+    for index, (product, operand) in enumerate(places):
+        mine = [row for row in run["watched"] if (row["product"], row["operand"]) == (product, operand)]
+        x, _ = _tokens(run, [(row["step"], 0.0) for row in mine])
+        trace = graph.Scatter(
+            x=x,
+            y=[row["worst_snr_db"] for row in mine],
+            mode="lines+markers",
+            name=f"{product}: {operand}",
+            line={"color": _COLORS[index % len(_COLORS)]},
+            hovertext=[
+                f"{escape(row['worst_layer'])}; over all layers {row['underflow']:.1%} became 0, "
+                f"{row['saturated']:.1%} beyond the greatest"
+                for row in mine
+            ],
+        )
+        drawn.add_trace(trace, 2, 1)
+    drawn.update_yaxes(title="signal to noise of the worst layer, dB", row=2, col=1)
+    drawn.update_xaxes(title="tokens", row=2, col=1)

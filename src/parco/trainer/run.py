@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
+import gc
 import importlib.util
 import json
 import math
@@ -411,7 +413,11 @@ def _memory_before() -> int:
 
 
 def _forget_peak() -> None:
-    """Lets VmHWM begin anew, where the kernel allows it."""
+    """Lets VmHWM begin anew, without what a run before left to the allocator; where C library and kernel allow it."""
+    gc.collect()
+    trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
