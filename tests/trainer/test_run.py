@@ -20,6 +20,7 @@ from tests.hub import tiny
 
 from parco import hub
 from parco.fitting.stages import Silent
+from parco.report import curves
 from parco.trainer import Settings, Trainer, run
 from parco.training import RECIPES
 
@@ -424,3 +425,24 @@ def test_the_log_of_a_run_that_goes_on_is_whole(folder: Path, text: Path, tmp_pa
         run(given, tmp_path / "killed", KilledAfter(100))
     resumed = run(given, tmp_path / "killed", Silent(), resume=True)
     assert resumed["train"] == run(given, tmp_path / "whole", Silent())["train"]
+
+
+def test_a_page_that_a_full_disk_cuts_short_is_absent(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(runs: Any, gaps: Any, path: Path) -> None:
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(curves, "write", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        run(settings(folder, text, steps=1), tmp_path / "out", Silent())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "checkpoint-1",
+        "model",
+        "settings.json",
+        "watch.jsonl",
+    ]
+    monkeypatch.undo()
+    run(settings(folder, text, steps=1), tmp_path / "out", Silent(), resume=True)
+    assert (tmp_path / "out" / "report.html").stat().st_size > 1000

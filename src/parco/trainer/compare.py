@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from parco.fitting.stages import Progress, digest, write_json
+from parco.fitting.stages import Progress, digest, write_json, write_whole
 from parco.report import curves
 from parco.trainer import folder
 from parco.trainer.gaps import Gap, gaps
@@ -76,7 +77,7 @@ def compare(
                 raise ValueError(f"{place} was trained on another text than the runs before: name a new folder")
         found["gaps"] = gaps(found["runs"])
         write_json(out / "result.json", found)
-        curves.write(found["runs"], found["gaps"], out / "report.html")
+        write_whole(out / "report.html", functools.partial(curves.write, found["runs"], found["gaps"]))
     return found
 
 

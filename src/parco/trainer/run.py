@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import parco
 from parco import hub, machine
 from parco.bench.record import best
-from parco.fitting.stages import Progress, write_json
+from parco.fitting.stages import Progress, write_json, write_whole
 from parco.nn import fuse_
 from parco.report import curves
 from parco.trainer import disk, folder
@@ -191,7 +191,7 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
             trainer.save_model(str(partial))
             if first:
                 disk.put_in_place(partial, out / "model")
-                curves.write([result], gaps([result]), out / "report.html")
+                write_whole(out / "report.html", functools.partial(curves.write, [result], gaps([result])))
                 write_json(out / "result.json", result)
     return result
 
