@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from parco.cli import main
 from parco.fitting.stages import Silent
 from parco.report import curves
-from parco.trainer import Settings, compare, gaps
+from parco.trainer import Settings, Trainer, compare, gaps, run
 from parco.training import RECIPES
 
 
@@ -35,6 +36,68 @@ def test_recipes_train_on_the_same_weights_and_order(folder: Path, text: Path, t
         )
         == found
     )
+
+
+def test_a_recipe_that_fails_leaves_the_others(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Trainer.training_step
+
+    def injected(self: Any, *arguments: Any) -> torch.Tensor:
+        loss = step(self, *arguments)
+        if "int8" in self.args.output_dir and self.state.global_step == 2:
+            next(iter(self.model.parameters())).grad[0, 0] = math.nan
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", injected)
+    given = [
+        "train",
+        "--model",
+        folder,
+        "--data",
+        text,
+        "--steps",
+        4,
+        "--batch",
+        2,
+        "--seq",
+        32,
+        "--out",
+        tmp_path / "a",
+    ]
+    assert main([*map(str, given), "--compare", "bf16,int8,mxfp8"]) == 2
+    shown = capsys.readouterr()
+    assert re.search(r"bf16 +\d\.\d{4}", shown.out) and re.search(r"mxfp8 +\d\.\d{4} +[+-]\d", shown.out)
+    assert "int8" not in shown.out
+    assert "1 of the runs failed, the others are above: int8, seed 0, stopped at step 3" in shown.err
+    found = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert [gap["recipe"] for gap in found["gaps"]] == ["bf16", "mxfp8"]
+    assert [(each["recipe"], each["seed"]) for each in found["failed"]] == [("int8", 0)]
+    with pytest.raises(FloatingPointError):  # nothing can be beside it
+        compare(settings(folder, text), ["int8", "bf16"], tmp_path / "b", Silent())
+
+
+def test_a_folder_that_holds_something_else_is_refused(folder: Path, text: Path, tmp_path: Path) -> None:
+    one = settings(folder, text, steps=1)
+    run(one, tmp_path / "one", Silent())
+    before = (tmp_path / "one" / "result.json").read_text()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine").touch()
+    for place, resume, error, words in (
+        ("one", False, FileExistsError, "holds a run of one recipe"),
+        ("one", True, FileExistsError, "holds a run of one recipe"),
+        ("notes", False, FileExistsError, "no training run"),
+        ("absent", True, FileNotFoundError, "holds no training run"),
+    ):
+        with pytest.raises(error, match=words):
+            compare(one, ["bf16", "int8"], tmp_path / place, Silent(), resume=resume)
+    assert (tmp_path / "one" / "result.json").read_text() == before
+
+
+def test_long_recipes_have_folders(folder: Path, text: Path, tmp_path: Path) -> None:
+    long = str(RECIPES["nvfp4"].with_(ends=0.3)).replace(" @ ", " " * 40 + " @ ")
+    compare(settings(folder, text, steps=1), ["bf16", long], tmp_path / "out", Silent())
+    assert all(len(path.name) < 130 for path in (tmp_path / "out").iterdir())
 
 
 def result(recipe: str, seed: int, loss: float, speed: float) -> Any:

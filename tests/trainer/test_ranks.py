@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +92,40 @@ def check(out: Path, way: str, recipe: str) -> None:
     for name, source in (("on-one", both), ("on-two", alone)):
         assert runs[name]["loss"] == pytest.approx(alone["loss"], rel=1e-3)
         assert runs[name]["train"][:25] == source["train"][:25]
+
+
+def test_a_loss_of_one_rank_that_is_not_finite_stops_all_by_its_windows(
+    folder: Path, text: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(BROKEN)
+    given = ["train", "--model", folder, "--data", text, "--steps", 4, "--batch", 4, "--seq", 32, "--shard"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, program]
+    done = subprocess.run(
+        list(map(str, [*launch, *given, "--eval-every", 4, "--out", tmp_path / "out"])),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        timeout=200,
+    )
+    assert done.returncode != 0
+    said = {line for line in done.stderr.splitlines() if "of the data: the loss is nan" in line}
+    assert len(said) == 1, done.stderr[-3000:]
+    assert said.pop().startswith("parco: step 3, batch 2, windows ")
+
+
+BROKEN = """
+import math, os, sys
+from parco.cli import main
+from parco.trainer import Trainer
+
+compute_loss = Trainer.compute_loss
+
+def broken(self, *arguments, **named):
+    loss = compute_loss(self, *arguments, **named)
+    return loss * math.nan if os.environ["RANK"] == "1" and self.state.global_step == 2 else loss
+
+Trainer.compute_loss = broken
+sys.exit(main(sys.argv[1:]))
+"""

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tests.hub import tiny
 from parco import hub
 from parco.cli import main
 from parco.fitting.stages import Silent
+from parco.report import curves
 from parco.trainer import Settings, Trainer, run
 from parco.training import RECIPES
 
@@ -33,9 +35,13 @@ class KilledAfter(Silent):
 
     def __init__(self, steps: int) -> None:
         self.left = steps
+        self.trains = False
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        self.trains = name.startswith("train")
 
     def advance(self, n: int = 1) -> None:
-        self.left -= n
+        self.left -= n if self.trains else 0
         if self.left < 0:
             raise Killed
 
@@ -122,7 +128,7 @@ def test_bf16_weights_and_8_bit_states_go_on_too(folder: Path, text: Path, tmp_p
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3", "gemma3_text", "mixtral"])
 def test_other_architectures_train(architecture: str, text: Path, tmp_path: Path) -> None:
     model = tiny.folder(tmp_path / "model", architecture)
     given = settings(model, text, recipe="mxfp8", steps=4, accumulate=2)
@@ -280,9 +286,18 @@ def test_what_makes_no_sense_is_refused(folder: Path, text: Path, tmp_path: Path
         ({"states": "4bit"}, "--states 4bit"),
         ({"seq": 65}, "this model knows 64 positions"),
         ({"tokenizer": str(hub.embedded_path())}, "take its own"),
+        ({"warmup": 9}, "--warmup 9 makes no sense: it must lie between 0 and 8"),
+        ({"seed": -1}, "--seed -1"),
+        ({"weight_decay": math.nan}, "--weight-decay nan"),
+        ({"batch": 4096}, "windows to train on, and a pass takes 4096"),
     ):
         with pytest.raises(ValueError, match=words):
             run(settings(folder, text, **changes), tmp_path / "out", Silent())
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        run(settings(tmp_path, text), tmp_path / "out", Silent())
+    with pytest.raises(FileNotFoundError, match="holds no training run"):
+        run(settings(folder, text), tmp_path / "out", Silent(), resume=True)
+    assert not (tmp_path / "out").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes").write_text("mine")
     with pytest.raises(FileExistsError, match="no training run"):
@@ -297,3 +312,141 @@ def test_a_run_that_is_done_is_kept(folder: Path, text: Path, tmp_path: Path) ->
     changed = os.stat(tmp_path / "out" / "result.json").st_mtime_ns
     assert run(given, tmp_path / "out", Silent(), resume=True) == done
     assert os.stat(tmp_path / "out" / "result.json").st_mtime_ns == changed
+
+
+def test_models_that_do_not_learn_to_go_on_are_refused(text: Path, tmp_path: Path) -> None:
+    hub.save(tiny.store(tiny.model("llama")), tiny.tokenizer(), tmp_path / "stored")
+    for given in (tmp_path / "stored", tmp_path / "stored" / "config.json"):
+        with pytest.raises(ValueError, match="stored weights, which do not train"):
+            run(settings(given, text), tmp_path / "out", Silent())
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    encoder = transformers.BertConfig(vocab_size=tiny.VOCABULARY, max_position_embeddings=64, **sizes)
+    transformers.BertForMaskedLM(encoder).save_pretrained(tmp_path / "encoder")
+    tiny.tokenizer().save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="sees the tokens that it is to predict"):
+        run(settings(tmp_path / "encoder", text), tmp_path / "out", Silent())
+
+
+def test_pickled_weights_are_trained_on_too(folder: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "pickled" / "pytorch_model.bin")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    one, other = (
+        run(settings(model, text, steps=1, lr=None), tmp_path / f"of-{model.name}", Silent())
+        for model in (folder, tmp_path / "pickled")
+    )
+    assert one["train"] == other["train"] and one["loss"] == other["loss"]
+
+
+def test_every_held_out_window_judges(folder: Path, text: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("import torch\n" * 30)
+    given = [settings(folder, text, steps=1, held=str(short), batch=batch) for batch in (1, 3, 8)]
+    found = [run(each, tmp_path / str(each.batch), Silent()) for each in given]
+    assert found[0]["held_out_windows"] % 3 and found[0]["held_out_windows"] < 8
+    # The first held-out windows, before and after other first steps: as many as there are in every batch size.
+    model = hub.load(tmp_path / "3" / "model").model
+    tokens = tiny.tokenizer()(short.read_text())["input_ids"] + [1]
+    rows = torch.tensor(tokens[: len(tokens) // 32 * 32]).view(-1, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=rows, labels=rows).loss.item()
+    assert found[1]["loss"] == pytest.approx(loss, rel=1e-3)
+    assert math.isfinite(found[2]["loss"])
+
+
+@pytest.mark.parametrize("recipe", ["mxfp8", "fp16"])
+def test_a_broken_checkpoint_names_the_file_and_the_checkpoint_before(
+    folder: Path, text: Path, tmp_path: Path, recipe: str
+) -> None:
+    given = settings(folder, text, recipe=recipe)
+    with pytest.raises(Killed):
+        run(given, tmp_path / "out", KilledAfter(5))
+    last = tmp_path / "out" / "checkpoint-4"
+    read = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "watch.json"}
+    for name in read | ({"scaler.pt"} if recipe == "fp16" else set()):
+        whole = (last / name).read_bytes()
+        (last / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=rf"{name} is damaged: remove .*checkpoint-4, .*goes on from checkpoint-2"):
+            run(given, tmp_path / "out", KilledAfter(8), resume=True)
+        (last / name).write_bytes(whole)
+    shutil.rmtree(last)
+    resumed = run(given, tmp_path / "out", Silent(), resume=True)
+    assert resumed["train"] == run(given, tmp_path / "whole", Silent())["train"]
+
+
+def test_what_a_run_was_made_of_must_not_change(folder: Path, text: Path, tmp_path: Path) -> None:
+    data, model = tmp_path / "text.txt", tmp_path / "model"
+    shutil.copytree(folder, model)
+    data.write_text(text.read_text())
+    given = settings(model, data)
+    with pytest.raises(Killed):
+        run(given, tmp_path / "out", KilledAfter(5))
+    data.write_text(text.read_text() + "more")
+    with pytest.raises(ValueError, match="holds a run whose text has changed since"):
+        run(given, tmp_path / "out", Silent(), resume=True)
+    data.write_text(text.read_text())
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(ValueError, match="holds a run whose model has changed since"):
+        run(given, tmp_path / "out", Silent(), resume=True)
+
+
+def test_one_process_at_a_time_trains_in_a_folder(folder: Path, text: Path, tmp_path: Path) -> None:
+    class Another(Silent):
+        refused = ""
+
+        def advance(self, n: int = 1) -> None:
+            if not self.refused:
+                with pytest.raises(ValueError, match="another process trains in --out") as caught:
+                    run(settings(folder, text), tmp_path / "out", Silent(), resume=True)
+                self.refused = str(caught.value)
+
+    progress = Another()
+    short = tmp_path / "windows"  # made before, so that the first advance is a step's
+    run(settings(folder, text, steps=1), short, Silent())
+    run(settings(folder, text), tmp_path / "out", progress)
+    assert progress.refused
+
+
+def test_a_norm_beyond_fp32_is_told_from_a_gradient_that_is_not_finite(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.training_step
+
+    def injected(self: Any, *arguments: Any) -> torch.Tensor:
+        loss = step(self, *arguments)
+        next(iter(self.model.parameters())).grad.fill_(1e30)
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", injected)
+    with pytest.raises(FloatingPointError, match="norm is inf, its squares are beyond fp32"):
+        run(settings(folder, text), tmp_path / "out", Silent())
+
+
+def test_the_log_of_a_run_that_goes_on_is_whole(folder: Path, text: Path, tmp_path: Path) -> None:
+    given = settings(folder, text, steps=200, batch=1, seq=16, save_every=95, eval_every=150, watch_every=0)
+    with pytest.raises(Killed):
+        run(given, tmp_path / "killed", KilledAfter(100))
+    resumed = run(given, tmp_path / "killed", Silent(), resume=True)
+    assert resumed["train"] == run(given, tmp_path / "whole", Silent())["train"]
+
+
+def test_a_page_that_a_full_disk_cuts_short_is_absent(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(runs: Any, gaps: Any, path: Path) -> None:
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(curves, "write", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        run(settings(folder, text, steps=1), tmp_path / "out", Silent())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "checkpoint-1",
+        "model",
+        "settings.json",
+        "watch.jsonl",
+    ]
+    monkeypatch.undo()
+    run(settings(folder, text, steps=1), tmp_path / "out", Silent(), resume=True)
+    assert (tmp_path / "out" / "report.html").stat().st_size > 1000

@@ -11,6 +11,7 @@ import typer
 from parco.cli import terminal
 
 if TYPE_CHECKING:
+    from parco.trainer import Failure
     from parco.training.optimizer import States
 
 _EMBEDDED = "Without it: the small model that comes with parco, with new weights."
@@ -110,12 +111,15 @@ def train(
     or FSDP2 with --shard.
     """
     terminal.quiet_libraries()
+    from transformers.utils.logging import disable_progress_bar
+
     from parco import hub
     from parco.fitting.stages import Silent
     from parco.report import curves, tables
     from parco.trainer import Settings, run
     from parco.trainer import compare as compare_
 
+    disable_progress_bar()
     shipped = hub.embedded_path()
     settings = Settings(
         model=model,
@@ -138,6 +142,7 @@ def train(
         eval_every=eval_every,
         save_every=save_every,
     )
+    failed: list[Failure] = []
     first = os.environ.get("RANK", "0") == "0"
     with terminal.progress() as shown:
         progress = shown if first else Silent()
@@ -147,15 +152,18 @@ def train(
         else:
             names = [name.strip() for name in compare.split(",") if name.strip()]
             done = compare_(settings, names, out, progress, seeds=seeds, resume=resume, shard=shard)
-            table = curves.gap_table(done["gaps"])
+            table, failed = curves.gap_table(done["gaps"]), done["failed"]
     if not first:
         return
     if as_json:
         terminal.print_json(done)
-        return
-    console = terminal.console()
-    console.print()
-    console.print(table)
-    console.print()
-    places = [("page", str(out / "report.html")), *([("model", str(out / "model"))] if compare is None else [])]
-    console.print(tables.pairs_table(places))
+    else:
+        console = terminal.console()
+        console.print()
+        console.print(table)
+        console.print()
+        places = [("page", str(out / "report.html")), *([("model", str(out / "model"))] if compare is None else [])]
+        console.print(tables.pairs_table(places))
+    if failed:
+        said = "; ".join(f"{each['recipe']}, seed {each['seed']}, stopped at {each['said']}" for each in failed)
+        raise FloatingPointError(f"{len(failed)} of the runs failed, the others are above: {said}")

@@ -1,8 +1,8 @@
 """Training runs whole: texts, Transformers' Trainer with what it lacks, and several recipes side by side."""
 
-from parco.trainer.compare import Comparison, compare
+from parco.trainer.compare import Comparison, Failure, compare
 from parco.trainer.gaps import Gap, gaps
 from parco.trainer.run import RunResult, Settings, run
 from parco.trainer.trainer import Trainer
 
-__all__ = ["Comparison", "Gap", "RunResult", "Settings", "Trainer", "compare", "gaps", "run"]
+__all__ = ["Comparison", "Failure", "Gap", "RunResult", "Settings", "Trainer", "compare", "gaps", "run"]

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Generator
 from pathlib import Path
+from pickle import UnpicklingError
 
 from safetensors import SafetensorError
 
@@ -50,3 +51,22 @@ def explained(target: Path) -> Generator[None]:
         raise OSError(
             errno.ENOSPC, "the disk is full: this was not written, what was saved before is whole", str(target)
         ) from error
+
+
+@contextlib.contextmanager
+def read(file: Path) -> Generator[Path]:
+    """`file` of a checkpoint, to be read. Whatever a library raises of one that is missing or broken becomes a
+    ValueError that names it and the checkpoint to go on from instead.
+    """
+    try:
+        yield file
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        folder = file.parent
+        others = [each.name for each in folder.parent.glob("checkpoint-*") if each != folder]
+        instead = f"goes on from {max(others, key=_number)}" if others else "begins anew"
+        state = "damaged" if file.exists() else "missing"
+        raise ValueError(f"{file} is {state}: remove the folder {folder}, and --resume {instead}") from error
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition("-")[2])

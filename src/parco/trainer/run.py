@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -12,7 +13,6 @@ import math
 import os
 import re
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -24,11 +24,12 @@ from transformers.trainer_utils import get_last_checkpoint
 import parco
 from parco import hub, machine
 from parco.bench.record import best
-from parco.fitting.stages import Progress, write_json
-from parco.nn import fuse_, linears
-from parco.report import curves, units
-from parco.trainer import disk
+from parco.fitting.stages import Progress, write_json, write_whole
+from parco.nn import fuse_
+from parco.report import curves
+from parco.trainer import disk, folder
 from parco.trainer.gaps import gaps
+from parco.trainer.meter import Meter
 from parco.trainer.trainer import Trainer
 from parco.trainer.watching import Watched, Watching
 from parco.trainer.windows import Split, collate, split
@@ -82,6 +83,11 @@ class Settings:
             raise ValueError(f"--weights {self.weights}: is one of {', '.join(WEIGHTS)}")
         if self.states not in STATES:
             raise ValueError(f"--states {self.states}: is one of {', '.join(STATES)}")
+        for name, value, most in (("warmup", self.warmup, self.steps), ("seed", self.seed, 2**32 - 1)):
+            if value is not None and not 0 <= value <= most:
+                raise ValueError(f"--{name} {value} makes no sense: it must lie between 0 and {most}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"--weight-decay {self.weight_decay:g} makes no sense: it must be a number of at least 0")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"--lr {self.lr:g} makes no sense: it must be a positive number")
         if self.batch % self.accumulate:
@@ -137,7 +143,7 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
     """
     _check_libraries()
     machine.peaks()  # before the clock runs
-    _continue(settings, out, resume)
+    folder.check(settings.to_json(), out, resume)
     if resume and (out / "result.json").exists():
         progress.note(f"{out}: done before")
         return json.loads((out / "result.json").read_text())
@@ -148,12 +154,16 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
     start = _memory_before()
     model, tokenizer = _model(settings)
     texts = split(settings.data, settings.held, tokenizer, settings.seq, progress)
+    least = settings.batch // settings.accumulate
+    if len(texts.train) < least:
+        raise ValueError(
+            f"--data gives {len(texts.train)} windows to train on, and a pass takes {least}: give more text, or a "
+            "smaller --batch or --seq"
+        )
+    made_of = {"text": texts.digest, "model": folder.digest_of(model.config)}
     prepared = prepare_(model, settings.recipe)
     layers = f"{prepared}\n{_fuse(model)}"
     first = int(os.environ.get("RANK", "0")) == 0
-    if first:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "settings.json", settings.to_json())
     trainer = Trainer(
         model,
         _arguments(settings, out, ranks, new=not _has_weights(settings.model)),
@@ -166,30 +176,40 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
         data_collator=collate,
         processing_class=tokenizer,
     )
-    meter = Meter(trainer, settings, progress)
+    meter = Meter(trainer, settings.batch, settings.seq, progress)
     trainer.pop_callback(transformers.PrinterCallback)
     trainer.add_callback(meter)
+    trainer.meet()  # before a rank writes where another looks whether there is a run
+    taken = folder.taken(out, settings.to_json(), made_of, ranks, resume, progress)
+    with taken if first else contextlib.nullcontext():
+        progress.note(f"{layers}\n{trainer.describe()}")
+        _forget_peak()
+        _train(trainer, settings, out, progress)
+        peak = _memory("VmHWM") - start
+        progress.stage("held out", math.ceil(len(texts.held) / trainer.args.eval_batch_size / ranks))
+        meter.judging = True
+        loss = trainer.evaluate(texts.held)["eval_loss"]
+        result = _result(settings, trainer, texts, layers, loss, peak, meter)
+        with disk.explained(out):
+            partial = out / ".model.partial"
+            trainer.save_model(str(partial))
+            if first:
+                disk.put_in_place(partial, out / "model")
+                write_whole(out / "report.html", functools.partial(curves.write, [result], gaps([result])))
+                write_json(out / "result.json", result)
+    return result
+
+
+def _train(trainer: Trainer, settings: Settings, out: Path, progress: Progress) -> None:
+    """All steps, or those after the last checkpoint."""
     checkpoint = get_last_checkpoint(str(out)) if out.exists() else None
-    progress.note(f"{layers}\n{trainer.describe()}")
     progress.stage(f"train {settings.recipe}", settings.steps)
     if checkpoint is not None:
         progress.note(f"from {checkpoint}")
         progress.advance(int(checkpoint.rpartition("-")[2]))
-    _forget_peak()
+        with disk.read(Path(checkpoint) / "trainer_state.json") as file:
+            json.loads(file.read_text())
     trainer.train(resume_from_checkpoint=checkpoint)
-    peak = _memory("VmHWM") - start
-    progress.stage("held out", math.ceil(len(texts.held) / trainer.args.eval_batch_size / ranks))
-    meter.judging = True
-    loss = trainer.evaluate(texts.held)["eval_loss"]
-    result = _result(settings, trainer, texts, layers, loss, peak, meter)
-    with disk.explained(out):
-        partial = out / ".model.partial"
-        trainer.save_model(str(partial))
-        if first:
-            disk.put_in_place(partial, out / "model")
-            curves.write([result], gaps([result]), out / "report.html")
-            write_json(out / "result.json", result)
-    return result
 
 
 def _fuse(model: Any) -> str:
@@ -220,41 +240,32 @@ def _check_libraries() -> None:
         raise ValueError(f"training needs {' and '.join(missing)}: pip install 'parco[train]'")
 
 
-def _continue(settings: Settings, out: Path, resume: bool) -> None:
-    """Refuses a folder that holds something else."""
-    made = out / "settings.json"
-    if not made.exists():
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
-            raise FileExistsError(f"--out {out} holds something that is no training run: name a new folder")
-        return
-    if not resume:
-        raise FileExistsError(f"--out {out} holds a training run: --resume goes on with it, or name a new folder")
-    before = json.loads(made.read_text())
-    now = settings.to_json()
-    changed = [f"--{name.replace('_', '-')} was {before.get(name)}" for name in now if now[name] != before.get(name)]
-    if changed:
-        raise ValueError(f"--out {out} holds another run: {', '.join(changed)}")
-
-
 def _has_weights(model: str | None) -> bool:
-    return model is not None and Path(model).is_dir() and any(Path(model).glob("*.safetensors"))
+    """Whether `model` is a folder with weights, or the name of a model on the hub."""
+    if model is None or Path(model).is_file():
+        return False
+    return not Path(model).exists() or any(any(Path(model).glob(kind)) for kind in ("*.safetensors", "*.bin"))
 
 
 def _model(settings: Settings) -> tuple[Any, Any]:
     """The model and its tokenizer. Raises ValueError where they do not fit each other or the window."""
     given, dtype = settings.model, WEIGHTS[settings.weights]
-    if _has_weights(given) or (given is not None and not Path(given).exists()):
-        loaded = hub.load(given or "", dtype=dtype, low_memory=False)
+    if given is not None and _has_weights(given):
+        loaded = hub.load(given, dtype=dtype, low_memory=False)
         model, tokenizer = loaded.model, loaded.tokenizer
+        _refuse_stored(model.config, given)
     else:
         place = hub.embedded_path() if given is None else Path(given)
+        if not (place if place.is_file() else place / "config.json").exists():
+            raise FileNotFoundError(f"--model {place} has no config.json: give a model's folder or a config.json")
         config = transformers.AutoConfig.from_pretrained(place if place.is_file() else place / "config.json")
+        _refuse_stored(config, place)
         try:
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
         except ValueError as error:
             raise ValueError(f"--model {place}: no language model has this configuration ({error})") from error
-        folder = place.parent if place.is_file() else place
-        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer or folder, local_files_only=True)
+        beside = place.parent if place.is_file() else place
+        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer or beside, local_files_only=True)
     if settings.tokenizer is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer, local_files_only=True)
     config: Any = model.config
@@ -263,7 +274,22 @@ def _model(settings: Settings) -> tuple[Any, Any]:
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if most is not None and settings.seq > most:
         raise ValueError(f"--seq {settings.seq}: this model knows {most} positions")
+    if not _is_causal(model):
+        raise ValueError(f"--model {given} sees the tokens that it is to predict: give a language model, no encoder")
     return model, tokenizer
+
+
+def _refuse_stored(config: Any, place: object) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"--model {place} has stored weights, which do not train: give the model it was made from")
+
+
+def _is_causal(model: Any) -> bool:
+    """Whether what a model says of a token does not depend on those after it."""
+    tokens = torch.arange(8)[None] % model.config.get_text_config().vocab_size
+    embedded = model.eval().get_input_embeddings()(tokens).detach().requires_grad_()
+    said = model(inputs_embeds=embedded).logits[0, 0].float().square().sum()
+    return not torch.autograd.grad(said, embedded)[0][0, 1:].any()
 
 
 def _arguments(settings: Settings, out: Path, ranks: int, new: bool) -> transformers.TrainingArguments:
@@ -302,60 +328,6 @@ def _arguments(settings: Settings, out: Path, ranks: int, new: bool) -> transfor
     )
 
 
-class Meter(transformers.TrainerCallback):
-    """Tells the progress how far the run is, and the log how long its steps take."""
-
-    def __init__(self, trainer: Trainer, settings: Settings, progress: Progress) -> None:
-        self.trainer, self.progress = trainer, progress
-        self.tokens = settings.batch * settings.seq
-        model: Any = trainer.model
-        layers: list[Any] = [site.module for site in linears(model).values()]
-        matrices = sum(layer.weight.numel() for layer in layers)
-        config = model.config.get_text_config()
-        # Forward and backward: 6 per weight and token, and the two products of causal attention, half of them masked.
-        attention = 6 * config.num_hidden_layers * config.hidden_size * settings.seq
-        self.flops = 6 * matrices + attention
-        self.peaks = machine.peaks()
-        self.seconds: list[float] = []
-        self.spent = 0.0
-        self.loss = math.nan
-        self.judging = False
-        """Whether the held-out windows are the stage that progress counts."""
-
-    def rate(self, seconds: float) -> tuple[float, float]:
-        """Tokens per second of a step of `seconds`, and their share of the peak."""
-        speed = self.tokens / seconds
-        return speed, speed * self.flops / (2 * self.peaks.multiply_adds_per_second["bf16"])
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.began = _now()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds.append(_now() - self.began)
-        self.spent += self.seconds[-1]
-        if self.trainer.check_scale():
-            scale = self.trainer.scaler.get_scale()
-            self.progress.note(f"step {state.global_step}: skipped, loss scale now {scale:g}")
-        self.progress.advance()
-        speed, share = self.rate(statistics.median(self.seconds[-20:]))
-        self.progress.show(f"loss {self.loss:.4f}, {units.speed(speed)}, {units.percent(share)} of the bf16 peak")
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.judging:
-            self.progress.advance()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        self.loss = logs["loss"]
-        entry = state.log_history[-1]
-        entry["step_seconds"] = statistics.median(self.seconds)
-        entry["skipped"] = self.trainer.skipped
-        if self.trainer.scaler is not None:
-            entry["loss_scale"] = self.trainer.scaler.get_scale()
-        self.seconds.clear()
-
-
 def _result(
     settings: Settings, trainer: Trainer, texts: Split, layers: str, loss: float, peak: int, meter: Meter
 ) -> RunResult:
@@ -392,12 +364,6 @@ def _result(
         watched=trainer.watching.summary if trainer.watching else [],
         said=trainer.watching.said if trainer.watching else [],
     )
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _memory(name: str) -> int:

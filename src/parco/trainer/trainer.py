@@ -140,16 +140,32 @@ class Trainer(transformers.Trainer):
             return contextlib.nullcontext()
         return torch.autocast(self.args.device.type, self.precision, cache_enabled=cache_enabled)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # what judges is all of it
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropped
+
     # Numbers that are not finite.
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, dict(inputs), num_items_in_batch)
-        if not math.isfinite(loss.item()):
+        is_finite = math.isfinite(loss.item())
+        if not all(self._of_all_ranks(is_finite)):
             with torch.no_grad(), self.compute_loss_context_manager():
                 layer = first_not_finite(self.model, lambda: self.compute_loss(model, self._prepare_inputs(inputs)))
-            raise FloatingPointError(f"{self._place(inputs)}: the loss is {loss.item()}, first in {layer}")
+            said = "" if is_finite else f"{self._place(inputs)}: the loss is {loss.item()}, first in {layer}"
+            raise FloatingPointError(next(filter(None, self._of_all_ranks(said))))
         self._last = inputs
         return loss
+
+    def _of_all_ranks(self, value: Any) -> list[Any]:
+        """The values that the ranks give, of which all have to ask."""
+        values = [value] * self.args.world_size
+        if self.args.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def compute_loss(self, model: nn.Module, inputs: Any, *arguments: Any, **named: Any) -> Any:
         inputs = {name: tensor for name, tensor in inputs.items() if name != "window"}
@@ -169,7 +185,8 @@ class Trainer(transformers.Trainer):
         if self.scaler is None and not math.isfinite(norm.item()):
             names = [n for n, p in self.model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
             # The backward pass came to the last of them first.
-            raise FloatingPointError(f"{self._place(self._last)}: the gradient's norm is {norm.item()}, in {names[-1]}")
+            place = f"in {names[-1]}" if names else "its squares are beyond fp32: a smaller --lr may help"
+            raise FloatingPointError(f"{self._place(self._last)}: the gradient's norm is {norm.item()}, {place}")
         if self.args.max_grad_norm > 0:
             times = norm.item() / self.args.max_grad_norm
             if self.scaler is None and isinstance(self._plain_optimizer, AdamW):
@@ -215,11 +232,11 @@ class Trainer(transformers.Trainer):
             if self.args.should_save:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-            self._meet()
+            self.meet()
             try:
                 with self._output_dir(partial):
                     super()._save_checkpoint(model, trial)
-                self._meet()
+                self.meet()
                 if self.args.should_save:
                     disk.put_in_place(partial / final.name, final)
             finally:
@@ -227,7 +244,7 @@ class Trainer(transformers.Trainer):
                     shutil.rmtree(partial, ignore_errors=True)
             if self.args.should_save:
                 rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=self.args.save_total_limit)
-            self._meet()
+            self.meet()
 
     @contextlib.contextmanager
     def _output_dir(self, folder: Path) -> Generator[None]:
@@ -241,7 +258,8 @@ class Trainer(transformers.Trainer):
         state = get_model_state_dict(self.model, options=_FULL if self.sharded else None)
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
-            self.model.save_pretrained(folder, state_dict=state)
+            # A checkpoint has the model's own names, the model those that its family is published under.
+            self.model.save_pretrained(folder, state_dict=state, save_original_format=not _internal_call)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
@@ -254,11 +272,14 @@ class Trainer(transformers.Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
         if self.watching is not None:
-            self.watching.load(Path(resume_from_checkpoint) / "watch.json")
+            with disk.read(folder / "watch.json") as file:
+                self.watching.load(file)
         state: dict[str, Any] = {}
-        for file in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
-            state |= load_file(file)
+        for each in sorted(folder.glob("*.safetensors")):
+            with disk.read(each) as file:
+                state |= load_file(file)
         tied = {name: state[same] for name, same in self._tied().items() if name not in state and same in state}
         set_model_state_dict(self.model, state | tied, options=_SPREAD)
 
@@ -270,19 +291,31 @@ class Trainer(transformers.Trainer):
         return {name: other for same in names.values() for name in same for other in same if name != other}
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        super()._load_scaler(checkpoint)
-        if self.scaler is not None:
-            self._scale = self.scaler.get_scale()
-            self.skipped = max([0, *(int(entry.get("skipped", 0)) for entry in self.state.log_history)])
+        if checkpoint is None or self.scaler is None:
+            return
+        with disk.read(Path(checkpoint) / "scaler.pt") as file:
+            self.scaler.load_state_dict(torch.load(file, weights_only=True))
+        self._scale = self.scaler.get_scale()
+        self.skipped = max([0, *(int(entry.get("skipped", 0)) for entry in self.state.log_history)])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        with disk.read(Path(checkpoint) / name):
+            super()._load_rng_state(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        state = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True)
+        with disk.read(Path(checkpoint) / "optimizer.pt") as file:
+            state = torch.load(file, weights_only=True)
         set_optimizer_state_dict(self.model, self._plain_optimizer, state, options=_SPREAD)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        with disk.read(Path(checkpoint) / "scheduler.pt") as file:
+            self.lr_scheduler.load_state_dict(torch.load(file, weights_only=True))
 
-    def _meet(self) -> None:
+    def meet(self) -> None:
+        """Waits until every rank is here."""
         if self.args.world_size > 1:
             dist.barrier()
 

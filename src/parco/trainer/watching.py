@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 import torch.distributed as dist
 
 from parco.fitting.stages import Progress, Silent
+from parco.trainer import disk
 from parco.training import Readings, Watch, diagnose, fall_back_, prepare_, recipes_of
 
 MOST_NAMED = 3
@@ -80,7 +81,7 @@ class Watching:
 
     def _write(self, readings: Readings) -> None:
         if self.file is not None:
-            with self.file.open("a") as opened:
+            with disk.explained(self.file), self.file.open("a") as opened:
                 scalars = {
                     name: value if math.isfinite(value) else None for name, value in readings.scalars("").items()
                 }

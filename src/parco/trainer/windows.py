@@ -173,8 +173,8 @@ def _pieces(file: Path) -> Iterator[str]:
     tokenizers join anything across such a place.
     """
     left = ""
-    try:
-        with file.open(encoding="utf-8", newline="") as opened:
+    with file.open(encoding="utf-8", newline="") as opened:
+        try:
             while read := opened.read(PIECE):
                 left += read
                 cut = len(left)
@@ -183,7 +183,9 @@ def _pieces(file: Path) -> Iterator[str]:
                 if cut:
                     yield left[:cut]
                     left = left[cut:]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--data {file} is not UTF-8 text: byte {error.start} cannot be read") from error
+        except UnicodeDecodeError as error:
+            buffer: Any = opened.buffer
+            at = buffer.tell() - len(error.object) + error.start
+            raise ValueError(f"--data {file} is not UTF-8 text: byte {at} cannot be read") from error
     if left:
         yield left
