@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import parco
+from parco import machine
 from parco.fitting.stages import Progress, write_json
 
 _SETTINGS = "settings.json"
@@ -68,6 +69,7 @@ def taken(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "ranks": ranks,
+            "instructions": machine.isa(),
         }
         if has_run(out):
             check(settings, out, resume)
