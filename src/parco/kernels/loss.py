@@ -72,7 +72,8 @@ def linear_cross_entropy(
     products are rounded to `dtype` (fp32, bf16 or fp16; by default autocast's, else that of x and weight) and summed in
     fp32; logits are fp32, or of `dtype` on a GPU and where the processor multiplies bf16 in tiles. `softcap` and
     `label_smoothing` as in `cross_entropy_`. Gradients of x, weight and bias have their dtypes; the weight's is summed
-    in fp32. torch.compile does not trace it: a graph breaks here. Raises ValueError or TypeError naming the argument.
+    in fp32 over the pieces, whose products have the logits' dtype. torch.compile does not trace it: a graph breaks
+    here. Raises ValueError or TypeError naming the argument.
     """
     _check(x, weight, labels, bias)
     if softcap is not None and not softcap > 0:

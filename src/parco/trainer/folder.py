@@ -26,9 +26,10 @@ def has_run(out: Path) -> bool:
     return (out / _SETTINGS).exists()
 
 
-def check(settings: dict[str, Any], out: Path, resume: bool) -> None:
+def check(settings: dict[str, Any], defaults: dict[str, Any], out: Path, resume: bool) -> None:
     """Raises FileExistsError where `out` holds something else or `resume` is not asked for, FileNotFoundError where
-    there is nothing to go on with, and ValueError where the run there has other `settings`.
+    there is nothing to go on with, and ValueError where the run there has other `settings`; those that came after it
+    had their `defaults`.
     """
     if not has_run(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -38,7 +39,7 @@ def check(settings: dict[str, Any], out: Path, resume: bool) -> None:
         return
     if not resume:
         raise FileExistsError(f"--out {out} holds a training run: --resume goes on with it, or name a new folder")
-    before = _read(out)
+    before = defaults | _read(out)
     changed = [
         f"--{name.replace('_', '-')} was {before.get(name)}" for name in settings if settings[name] != before.get(name)
     ]
@@ -48,7 +49,13 @@ def check(settings: dict[str, Any], out: Path, resume: bool) -> None:
 
 @contextlib.contextmanager
 def taken(
-    out: Path, settings: dict[str, Any], made_of: dict[str, str], ranks: int, resume: bool, progress: Progress
+    out: Path,
+    settings: dict[str, Any],
+    defaults: dict[str, Any],
+    made_of: dict[str, str],
+    ranks: int,
+    resume: bool,
+    progress: Progress,
 ) -> Generator[None]:
     """Works in `out` as the only process, for the run of these `settings` that is `made_of` what the digests say.
 
@@ -72,7 +79,7 @@ def taken(
             "instructions": machine.isa(),
         }
         if has_run(out):
-            check(settings, out, resume)
+            check(settings, defaults, out, resume)
             _compare(_read(out), made_of, runs_on, out, progress)
         else:
             write_json(out / _SETTINGS, settings | {"made_of": made_of, "runs_on": runs_on})

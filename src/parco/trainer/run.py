@@ -97,6 +97,12 @@ class Settings:
         """As settings.json and result.json hold it."""
         return dataclasses.asdict(self) | {"data": list(self.data)}
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The settings that need not be given."""
+        fields = dataclasses.fields(cls)
+        return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+
     @property
     def precision(self) -> torch.dtype:
         """What autocast gives the operations between the layers."""
@@ -143,7 +149,7 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
     """
     _check_libraries()
     machine.peaks()  # before the clock runs
-    folder.check(settings.to_json(), out, resume)
+    folder.check(settings.to_json(), settings.defaults(), out, resume)
     if resume and (out / "result.json").exists():
         progress.note(f"{out}: done before")
         return json.loads((out / "result.json").read_text())
@@ -180,7 +186,7 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
     trainer.pop_callback(transformers.PrinterCallback)
     trainer.add_callback(meter)
     trainer.meet()  # before a rank writes where another looks whether there is a run
-    taken = folder.taken(out, settings.to_json(), made_of, ranks, resume, progress)
+    taken = folder.taken(out, settings.to_json(), settings.defaults(), made_of, ranks, resume, progress)
     with taken if first else contextlib.nullcontext():
         progress.note(f"{layers}\n{trainer.describe()}")
         _forget_peak()

@@ -280,15 +280,18 @@ class Trainer(transformers.Trainer):
         for each in sorted(folder.glob("*.safetensors")):
             with disk.read(each) as file:
                 state |= load_file(file)
-        tied = {name: state[same] for name, same in self._tied().items() if name not in state and same in state}
-        set_model_state_dict(self.model, state | tied, options=_SPREAD)
+        set_model_state_dict(self.model, state | self._tied(state), options=_SPREAD)
 
-    def _tied(self) -> dict[str, str]:
-        """Names of tensors that are another's, whose name a file keeps, and that name."""
+    def _tied(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What a file keeps under one of its names only: the other names of tensors in `state`."""
         names: dict[int, list[str]] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             names.setdefault(id(tensor), []).append(name)
-        return {name: other for same in names.values() for name in same for other in same if name != other}
+        found: dict[str, Any] = {}
+        for same in names.values():
+            kept = [name for name in same if name in state]
+            found |= {name: state[kept[0]] for name in same if kept and name not in state}
+        return found
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.scaler is None:

@@ -14,7 +14,6 @@ from parco.training.prepare import Prepared, delayed_scales, prepare_, recipes_o
 from parco.training.products import linear
 from parco.training.readings import Reading, Readings
 from parco.training.recipe import RECIPES, Operand, Pair, Recipe
-from parco.training.steps import optimizer_steps, weight_state
 from parco.training.watch import Watch
 
 __all__ = [
@@ -33,9 +32,7 @@ __all__ = [
     "fall_back_",
     "fuse_loss_",
     "linear",
-    "optimizer_steps",
     "prepare_",
     "recipes",
     "recipes_of",
-    "weight_state",
 ]
