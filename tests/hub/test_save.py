@@ -172,7 +172,7 @@ def test_a_full_disk_is_called_that(fitted: Any, tmp_path: Path, monkeypatch: py
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("moment", ["_flush", "_put_in_place"])
+@pytest.mark.parametrize("moment", ["flush", "put_in_place"])
 def test_killed_while_saving(fitted: Any, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["parco.hub.save"], moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))

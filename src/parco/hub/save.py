@@ -60,8 +60,8 @@ def save(
         _write_weights(temporary, content, shard_bytes)
         _write_settings(temporary, model, tokenizer)
         _write_extra(temporary, plan, extra or {})
-        _flush(temporary)
-        _put_in_place(temporary, target)
+        flush(temporary)
+        put_in_place(temporary, target)
     except (OSError, SafetensorError) as error:
         _explain(error, target)
     finally:
@@ -161,7 +161,7 @@ def _write_extra(folder: Path, plan: str | Mapping[str, Any] | None, extra: Mapp
             (folder / name).write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def _flush(folder: Path) -> None:
+def flush(folder: Path) -> None:
     """Waits until the files and the folder's own entries are on the disk."""
     for path in [*sorted(folder.iterdir()), folder]:
         _synchronize(path)
@@ -175,8 +175,8 @@ def _synchronize(path: Path) -> None:
         os.close(descriptor)
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """Renames; a former target steps aside first and is removed last, or comes back if the rename fails."""
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Renames a flushed folder; a former target steps aside first and is removed last, or comes back if that fails."""
     former = target.parent / f".{target.name}.parco-{os.getpid()}-former"
     had_former = target.exists()
     if had_former:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -116,3 +116,11 @@ def check_matrix(operation: str, argument: str, tensor: Tensor, shape: tuple[int
         raise TypeError(f"{operation}: {argument} is {tensor.dtype}; {dtype} is needed")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{operation}: {argument} has the shape {tuple(tensor.shape)}; {shape} is needed")
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def graph_break(function: F) -> F:
+    """`function` behind a break of torch.compile's graph, with its own type."""
+    return cast(F, torch.compiler.disable(function))

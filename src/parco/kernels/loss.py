@@ -8,16 +8,15 @@ Liger (arXiv 2410.10989); rows whose label is ignored take no part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parco import machine
-from parco.kernels.library import check_float
+from parco.kernels.library import check_float, graph_break
 from parco.kernels.rowwise.cross_entropy import cross_entropy_
 
 Reduction = Literal["mean", "sum", "none"]
@@ -41,14 +40,6 @@ class _Terms:
     reduction: Reduction
     dtype: torch.dtype
     trains: bool
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _untraced(function: F) -> F:
-    """`function` behind a break of torch.compile's graph, with its own type."""
-    return cast(F, torch.compiler.disable(function))
 
 
 def linear_cross_entropy(
@@ -118,7 +109,7 @@ def _check(x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> No
         )
 
 
-@_untraced
+@graph_break
 def _run(
     x: Tensor,
     weight: Tensor,

@@ -1,11 +1,9 @@
-"""Folders that are whole or absent, and errors that say so."""
+"""What goes wrong on a disk, in words that say what is still whole."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import shutil
 from collections.abc import Generator
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,29 +11,6 @@ from pickle import UnpicklingError
 from safetensors import SafetensorError
 
 from parco.fitting.stages import is_full
-
-
-def put_in_place(whole: Path, target: Path) -> None:
-    """Renames the folder `whole`, after all of it is on the disk, to `target`, whose old content goes."""
-    for place in [*whole.rglob("*"), whole]:
-        handle = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        whole.rename(target)
-        shutil.rmtree(old)
-    else:
-        whole.rename(target)
-    handle = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ import parco
 from parco import hub, machine
 from parco.bench.record import best
 from parco.fitting.stages import Progress, write_json, write_whole
+from parco.hub.save import flush, put_in_place
 from parco.nn import fuse_
 from parco.report import curves
 from parco.trainer import disk, folder
@@ -200,7 +201,8 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
             partial = out / ".model.partial"
             trainer.save_model(str(partial))
             if first:
-                disk.put_in_place(partial, out / "model")
+                flush(partial)
+                put_in_place(partial, out / "model")
                 write_whole(out / "report.html", functools.partial(curves.write, [result], gaps([result])))
                 write_json(out / "result.json", result)
     return result
@@ -258,7 +260,7 @@ def _model(settings: Settings) -> tuple[Any, Any]:
     given, dtype = settings.model, WEIGHTS[settings.weights]
     if given is not None and _has_weights(given):
         loaded = hub.load(given, dtype=dtype, low_memory=False)
-        model, tokenizer = loaded.model, loaded.tokenizer
+        model, tokenizer, beside = loaded.model, loaded.tokenizer, given
         _refuse_stored(model.config, given)
     else:
         place = hub.embedded_path() if given is None else Path(given)
@@ -270,10 +272,10 @@ def _model(settings: Settings) -> tuple[Any, Any]:
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
         except ValueError as error:
             raise ValueError(f"--model {place}: no language model has this configuration ({error})") from error
-        beside = place.parent if place.is_file() else place
+        tokenizer = None
+        beside = str(place.parent if place.is_file() else place)
+    if tokenizer is None or settings.tokenizer is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer or beside, local_files_only=True)
-    if settings.tokenizer is not None:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer, local_files_only=True)
     config: Any = model.config
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}: take its own")

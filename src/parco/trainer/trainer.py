@@ -32,6 +32,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_utils import rotate_checkpoints
 
+from parco.hub.save import flush, put_in_place
 from parco.nn import blocks
 from parco.trainer import disk
 from parco.trainer.watching import Watching
@@ -238,7 +239,8 @@ class Trainer(transformers.Trainer):
                     super()._save_checkpoint(model, trial)
                 self.meet()
                 if self.args.should_save:
-                    disk.put_in_place(partial / final.name, final)
+                    flush(partial / final.name)
+                    put_in_place(partial / final.name, final)
             finally:
                 if self.args.should_save:
                     shutil.rmtree(partial, ignore_errors=True)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch.distributed as dist
 
-from parco.fitting.stages import Progress, Silent
+from parco.fitting.stages import Progress, Silent, void, write_whole
 from parco.trainer import disk
 from parco.training import Readings, Watch, diagnose, fall_back_, prepare_, recipes_of
 
@@ -113,9 +111,8 @@ class Watching:
         if self.file is not None and self.file.exists():
             lines = [line for line in self.file.read_text().splitlines() if _is_whole(line)]
             kept = [line for line in lines if json.loads(line)["step"] <= self.watch.steps]
-            partial = self.file.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text("".join(f"{line}\n" for line in kept))
-            partial.replace(self.file)
+            text = "".join(f"{line}\n" for line in kept)
+            write_whole(self.file, lambda partial: void(partial.write_text(text)))
 
 
 def _is_whole(line: str) -> bool:
@@ -137,8 +134,8 @@ def summarized(readings: Readings) -> list[Watched]:
                 median_snr_db=_finite(statistics.median(one.snr_db for one in mine)),
                 worst_snr_db=_finite(worst.snr_db),
                 worst_layer=worst.layer,
-                underflow=_mean(one.underflow for one in mine),
-                saturated=_mean(one.saturated for one in mine),
+                underflow=statistics.mean(one.underflow for one in mine),
+                saturated=statistics.mean(one.saturated for one in mine),
             )
         )
     return found
@@ -146,7 +143,3 @@ def summarized(readings: Readings) -> list[Watched]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.mean(values)

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -149,7 +148,6 @@ def _write(files: Sequence[Path], tokenizer: Any, length: int, folder: Path, dig
         rows, features=features, cache_dir=str(folder / "cache"), fingerprint=digest[:32]
     )
     made.save_to_disk(str(folder / "whole"))
-    shutil.rmtree(folder / "cache", ignore_errors=True)
 
 
 def _tokens(files: Sequence[Path], tokenizer: Any, progress: Progress) -> Iterator[list[int]]:

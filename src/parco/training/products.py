@@ -8,8 +8,8 @@ threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from parco import machine
 from parco.formats import DTYPE_NAMES, Float, parse
 from parco.kernels.cast import DelayedScaling, Encoded
+from parco.kernels.library import graph_break
 from parco.kernels.linear import linear_coded_int8, linear_dense, takes_int8
 from parco.training.operands import Written, estimator, restored, write
 from parco.training.readings import Probe, Sums
@@ -60,15 +61,7 @@ def multiply_bytes(left: Tensor, right: Written, dtype: torch.dtype) -> Tensor:
     return linear_coded_int8(left, *stored, None, str(right.encoded.format), left.shape[1]).to(dtype)  # type: ignore[arg-type]
 
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _untraced(function: F) -> F:
-    """`function` behind a break of torch.compile's graph, with its own type."""
-    return cast(F, torch.compiler.disable(function))
-
-
-@_untraced
+@graph_break
 def linear(
     x: Tensor,
     weight: Tensor,
