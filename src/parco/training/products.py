@@ -8,6 +8,7 @@ threads.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,11 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parco import machine
-from parco.formats import DTYPE_NAMES, Float, parse
-from parco.kernels.cast import DelayedScaling, Encoded
+from parco.formats import Float
+from parco.kernels.cast import DelayedScaling
 from parco.kernels.library import graph_break
 from parco.kernels.linear import linear_coded_int8, linear_dense, takes_int8
-from parco.training.operands import Written, estimator, restored, write
+from parco.training.operands import Written, estimator, has_bf16, restored, write
 from parco.training.readings import Probe, Sums
 from parco.training.recipe import FACTORS, Operand, Pair, ProductName, Recipe, Role
 
@@ -37,15 +38,35 @@ def draw_seed() -> int:
     return int(torch.randint(1 << 62, ()))
 
 
+def has_tiles(device: torch.device) -> bool:
+    """Whether AMX tiles multiply there, bf16 by bf16 into fp32."""
+    return device.type == "cpu" and machine.isa() == "amx"
+
+
 def multiply(left: Written, right: Written, dtype: torch.dtype) -> Tensor:
     """left [M, R] · right [P, R]ᵀ in `dtype`, summed in fp32 and rounded once."""
+    if has_tiles(left.device) and has_bf16(left.encoded.format) and has_bf16(right.encoded.format):
+        a, b = left.in_bf16(), right.in_bf16()
+        if a is not None and b is not None:
+            return _multiply_bf16(*a, *b, dtype)
     a, b = left.numbers(), right.numbers()
     if a.dtype == b.dtype == dtype and dtype in _HALVES:
-        if a.is_cuda or (dtype == torch.bfloat16 and machine.isa() == "amx"):
+        if a.is_cuda:
             return a @ b.T
         if b.is_contiguous():
             return linear_dense(a.contiguous(), b)
     return (a.to(torch.float32) @ b.to(torch.float32).T).to(dtype)
+
+
+def _multiply_bf16(a: Tensor, rows: Tensor | None, b: Tensor, columns: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """a [M, R] · b [P, R]ᵀ of bf16 numbers, the sums times the fp32 scales `rows` [M or 1, 1] and `columns` [P or 1, 1]
+    one after the other, since their product may be too small a number.
+    """
+    scales = [each for each in (rows, None if columns is None else columns.T) if each is not None]
+    y = linear_dense(a.contiguous(), b.contiguous(), dtype=torch.float32 if scales else dtype)
+    for scale in scales:
+        y = y.mul_(scale)
+    return y.to(dtype)
 
 
 def takes_bytes(pair: Pair) -> bool:
@@ -158,7 +179,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             signs = _sign_seed(recipe.grad_input)
             if kept_weight is not None and recipe.grad_input.right.reused:
-                right = _turned(kept_weight)
+                right = dataclasses.replace(kept_weight, turned=True)
             else:
                 right = step.write("grad_input", 1, weight, transposed=True, sign_seed=signs)
             grad_x = step.product("grad_input", rows, right, ctx.x_dtype, sign_seed=signs).reshape(ctx.x_shape)
@@ -166,7 +187,7 @@ class _Linear(torch.autograd.Function):
             if kept_x is None:
                 grad_weight = torch.zeros_like(weight)  # no tokens
             else:
-                right = _turned(kept_x) if recipe.grad_weight.right.reused else kept_x
+                right = dataclasses.replace(kept_x, turned=True) if recipe.grad_weight.right.reused else kept_x
                 dtype = torch.float32 if recipe.output.right.dge else weight.dtype
                 grad_weight = step.product("grad_weight", rows, right, dtype, transposed=True, sign_seed=ctx.sign_seed)
                 if recipe.output.right.dge:
@@ -196,12 +217,6 @@ def _show_overflow(grad: Tensor, *results: Tensor | None) -> None:
     for result in results:
         if result is not None and result.numel():
             result.view(-1)[0] += overflow
-
-
-def _turned(written: Written) -> Written:
-    """The numbers of an operand, as they are, to be summed over its other dimension."""
-    values = written.numbers().T
-    return Written(Encoded(parse(DTYPE_NAMES[values.dtype]), tuple(values.shape), {"values": values}))
 
 
 class _Step:
