@@ -11,7 +11,7 @@ from parco import _C, machine
 from parco.formats import NAMES, Float, ScaleDelayed
 from parco.kernels.cast import Hadamard, decode, encode
 from parco.kernels.linear.dense import compiled
-from parco.training import RECIPES, Operand, Recipe, linear, prepare_, products
+from parco.training import RECIPES, Operand, Pair, Recipe, linear, prepare_, products
 from parco.training.operands import estimator, has_bf16, write
 
 SHAPES = [(96, 64, 48), (33, 50, 17), (1, 16, 16), (130, 257, 40)]
@@ -61,19 +61,16 @@ def expected(recipe: Recipe, x, weight, grad, seed):
     def written(operand: Operand, x: torch.Tensor, signs: int) -> torch.Tensor:
         return oracle(operand, x, drawn(operand.rounding == "stochastic"), signs)
 
-    # Seeds are drawn in this order; of a product the right operand is written first.
-    signs = drawn(recipe.output.left.hadamard)
-    forward_weight, forward_x = (
-        written(operand, value, signs) for operand, value in ((recipe.output.right, weight), (recipe.output.left, x))
-    )
-    results = [(forward_x, forward_weight)]
-    sign_seed = drawn(recipe.grad_weight.left.hadamard)
-    columns_x = None if recipe.grad_weight.right.reused else written(recipe.grad_weight.right, x.T, sign_seed)
-    signs = drawn(recipe.grad_input.left.hadamard)
-    turned = forward_weight.T if recipe.grad_input.right.reused else written(recipe.grad_input.right, weight.T, signs)
-    results.append((written(recipe.grad_input.left, grad, signs), turned))
-    turned = forward_x.T if columns_x is None else columns_x
-    results.append((written(recipe.grad_weight.left, grad.T, sign_seed), turned))
+    def product(pair: Pair, left: torch.Tensor, right: torch.Tensor, before: torch.Tensor | None = None):
+        """The product's signs are drawn first, then the seed of its right operand, which may be as `before`."""
+        signs = drawn(pair.left.hadamard)
+        turned = written(pair.right, right, signs) if before is None or not pair.right.reused else before.T
+        return written(pair.left, left, signs), turned
+
+    results = [product(recipe.output, x, weight)]
+    forward_x, forward_weight = results[0]
+    results.append(product(recipe.grad_input, grad, weight.T, forward_weight))
+    results.append(product(recipe.grad_weight, grad.T, x.T, forward_x))
     factors = (1.0, 1.0, slope(recipe.output.right, weight))
     return [(a @ b.T * factor, a.abs() @ b.abs().T * factor) for (a, b), factor in zip(results, factors, strict=True)]
 
@@ -231,9 +228,9 @@ def test_residuals_are_few_and_complete():
 def test_a_product_that_is_not_asked_for_is_not_computed(monkeypatch):
     weight = torch.randn(16, 32)
     calls = []
-    before = products._Step.product
+    before = products.Step.product
     monkeypatch.setattr(
-        products._Step, "product", lambda step, name, *a, **k: calls.append(name) or before(step, name, *a, **k)
+        products.Step, "product", lambda step, name, *a, **k: calls.append(name) or before(step, name, *a, **k)
     )
     x = torch.randn(8, 32, requires_grad=True)
     linear(x, weight, None, RECIPES["nvfp4"]).sum().backward()

@@ -10,14 +10,14 @@ itself 74 ms (one thread, AVX-512). Finding the quantiles costs more, 14 ms a si
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from parco.formats import Float, Format, ScaleE4M3, ScaleE8M0, Table, Unscaled
+from parco.formats import Float, Format, ScaleE4M3, ScaleE8M0, Table, TensorSpec, Unscaled
 from parco.kernels.cast import Encoded, Hadamard, decode, decode_tensors, encode, encode_transposed
 from parco.kernels.cast.scaling import scale_numbers
 from parco.kernels.cast.tiles import spread, tile, untile
@@ -110,10 +110,11 @@ def _has_subnormals(element: Any, scale: Tensor, numbers: Tensor) -> bool:
     return bool(((magnitude > 0) & (magnitude < 0x80)).any())
 
 
-def restored(format: Format, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> Written:
-    """The operand that these `tensors` of `Written.tensors` belong to."""
-    own = {name: tensor for name, tensor in tensors.items() if name not in _OUTLIERS}
-    return Written(Encoded(format, shape, own), *(tensors.get(name) for name in _OUTLIERS))
+def restored(operand: Operand, shape: tuple[int, int], tensors: Iterator[Tensor]) -> Written:
+    """What `write` made of a matrix of `shape` [M, R], from the next of the `tensors`, its own in their order."""
+    named = {name: next(tensors) for name in tensors_of(operand, shape)}
+    beyond = [named.pop(name, None) for name in _OUTLIERS]
+    return Written(Encoded(operand.format, padded_shape(operand, shape), named), *beyond)
 
 
 def write(
@@ -137,7 +138,8 @@ def write(
     if operand.hadamard:
         x = padded(x, operand.hadamard, transposed=transposed)
     hadamard = Hadamard(operand.hadamard, sign_seed) if operand.hadamard else None
-    if operand.format.dtype is not None and operand.rounding == "nearest" and hadamard is None:
+    if operand.is_plain:
+        assert operand.format.dtype is not None
         # As torch casts, not saturating: a gradient that overflows fp16 must become inf for the loss scaler to see.
         dense = (x.T if transposed else x).to(operand.format.dtype)
         return Written(Encoded(operand.format, tuple(dense.shape), {"values": dense}))
@@ -146,6 +148,28 @@ def write(
         return Written(encode(x.T if transposed else x, operand.format, scale=scale, **rounded))
     written = encode_transposed if transposed else encode
     return Written(written(x, operand.format, hadamard=hadamard, **rounded), columns, values)
+
+
+def tensors_of(operand: Operand, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    """Shape and dtype of each of `Written.tensors`, as `write` makes them of a matrix of `shape` [M, R]."""
+    rows, summed = padded_shape(operand, shape)
+    specs = operand.format.tensors((rows, summed))
+    count = _outliers(operand.clamp, summed) if operand.clamp else 0
+    if count:
+        own = TensorSpec((rows, 2 * count), torch.int32), TensorSpec((rows, 2 * count), torch.float32)
+        specs |= dict(zip(_OUTLIERS, own, strict=True))
+    return specs
+
+
+def padded_shape(operand: Operand, shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape of the matrix that is written of one of `shape` [M, R]."""
+    return shape[0], shape[1] + (-shape[1] % operand.hadamard if operand.hadamard else 0)
+
+
+def _outliers(quantile: float, summed: int) -> int:
+    """How many of `summed` numbers of a row lie beyond its quantile, on either side."""
+    # R (1 - a) of a = 0.99 is a bit below or above a whole number as floats have it.
+    return int((1 - quantile) * summed + 1e-6)
 
 
 def padded(x: Tensor, size: int, *, transposed: bool = False) -> Tensor:
@@ -161,9 +185,8 @@ def clamped(x: Tensor, quantile: float) -> tuple[Tensor, Tensor | None, Tensor |
     c = floor((1 - a) R) numbers of a row lie above the upper quantile and c below the lower one; with c = 0 the row is
     not clamped, and there are no residuals. Source: arXiv 2501.17116.
     """
-    # R (1 - a) of a = 0.99 is a bit below or above a whole number as floats have it.
-    count = int((1 - quantile) * x.shape[1] + 1e-6)
-    if not count or not x.shape[0]:
+    count = _outliers(quantile, x.shape[1])
+    if not count:
         return x, None, None
     sides = [x.topk(count + 1, dim=1, largest=largest) for largest in (True, False)]
     upper, lower = (side.values[:, -1:] for side in sides)
