@@ -39,7 +39,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "recipe_backward(Tensor grad, Tensor weight, Tensor? x, Tensor[] kept, Tensor? seeds, Tensor[] scales, str recipe,"
-    " ScalarType[] dtypes, bool[] needs, bool keeps_x, bool keeps_weight) -> Tensor[]"
+    " ScalarType x_dtype, ScalarType bias_dtype, bool[] needs, bool keeps_x, bool keeps_weight) -> Tensor[]"
 )
 
 
@@ -121,7 +121,7 @@ class _Linear(torch.autograd.Function):
                 y, *kept = _forward(*given, sums=sums)
         ctx.save_for_backward(weight, x if keeps and itself else None, seeds, *kept)
         ctx.key, ctx.scales, ctx.sums = key, scales, sums
-        ctx.dtypes = [x.dtype, weight.dtype, torch.float32 if bias is None else bias.dtype]
+        ctx.dtypes = x.dtype, torch.float32 if bias is None else bias.dtype
         return y
 
     @staticmethod
@@ -129,7 +129,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         weight, x, seeds, *kept = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        given = (*grad_outputs, weight, x, kept, seeds, list(ctx.scales), ctx.key, ctx.dtypes, needs, *ctx.keeps)
+        given = (*grad_outputs, weight, x, kept, seeds, list(ctx.scales), ctx.key, *ctx.dtypes, needs, *ctx.keeps)
         if ctx.sums is None:
             found = iter(torch.ops.parco.recipe_backward.default(*given))
         else:
@@ -197,7 +197,8 @@ def _backward(
     seeds: Tensor | None,
     scales: list[Tensor],
     key: str,
-    dtypes: Sequence[torch.dtype],
+    x_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
     needs: Sequence[bool],
     keeps_x: bool,
     keeps_weight: bool,
@@ -221,6 +222,7 @@ def _backward(
         if keeps_weight:
             kept_weight = restored(recipe.output.right, (outputs, columns), rest)
         step = Step(recipe, _numbers(seeds), _of_formats(found), sums)
+        dtypes = x_dtype, weight.dtype, bias_dtype
         grads = backward(step, rows, weight, Passed(rows, kept_x, kept_weight), dtypes, needs)
         if needs[0]:
             grads[0] = grads[0].reshape(*grad.shape[:-1], columns)
@@ -284,15 +286,19 @@ def _fake_backward(
     seeds: object,
     scales: object,
     key: str,
-    dtypes: Sequence[torch.dtype],
+    x_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
     needs: Sequence[bool],
     keeps_x: bool,
     keeps_weight: bool,
 ) -> list[Tensor]:
-    shapes = ((*grad.shape[:-1], weight.shape[1]), tuple(weight.shape), (weight.shape[0],))
-    grads = [
-        grad.new_empty(shape, dtype=dtype) for shape, dtype, wanted in zip(shapes, dtypes, needs, strict=True) if wanted
-    ]
+    outputs, columns = weight.shape
+    made = (
+        ((*grad.shape[:-1], columns), x_dtype),
+        ((outputs, columns), weight.dtype),
+        ((outputs,), bias_dtype),
+    )
+    grads = [grad.new_empty(shape, dtype=dtype) for (shape, dtype), wanted in zip(made, needs, strict=True) if wanted]
     return grads + [grad.new_empty(2, dtype=torch.float32)] * ("grad" in known(key).delayed)
 
 
