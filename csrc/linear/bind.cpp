@@ -55,7 +55,7 @@ void define(nb::module_& module, const char* name) {
 template <void (*kernel)(const DenseCall&)>
 void run_dense(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t addend, std::uintptr_t y,
                std::int64_t rows, std::int64_t outputs, std::int64_t columns, int x_type, int weight_type,
-               int bias_type, int activation, int addend_type, int threads) {
+               int bias_type, int y_type, int activation, int addend_type, int threads) {
   const DenseCall call{
       address<const void>(x),
       address<const void>(weight),
@@ -68,7 +68,7 @@ void run_dense(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std
       static_cast<Type>(x_type),
       static_cast<Type>(weight_type),
       static_cast<Type>(bias_type),
-      static_cast<Type>(x_type),
+      static_cast<Type>(y_type),
       {static_cast<Activation>(activation), address<const void>(addend), static_cast<Type>(addend_type)}};
   unlocked_if(rows * outputs * columns >= worth_unlocking, [&] { kernel(call); });
 }
@@ -77,8 +77,8 @@ template <void (*kernel)(const DenseCall&)>
 void define_dense(nb::module_& module, const char* name) {
   module.def(name, &run_dense<kernel>, nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("addend"),
              nb::arg("y"), nb::arg("rows"), nb::arg("outputs"), nb::arg("columns"), nb::arg("x_type"),
-             nb::arg("weight_type"), nb::arg("bias_type"), nb::arg("activation"), nb::arg("addend_type"),
-             nb::arg("threads"),
+             nb::arg("weight_type"), nb::arg("bias_type"), nb::arg("y_type"), nb::arg("activation"),
+             nb::arg("addend_type"), nb::arg("threads"),
              "y = activation(x @ weight.T + bias) + addend; addresses, 0 for an absent one. The machine must have the "
              "instruction set.");
 }

@@ -136,27 +136,27 @@ def pack_codes(source: int, target: int, outputs: int, columns: int, bits: int, 
 def unpack_codes(source: int, target: int, outputs: int, columns: int, bits: int, threads: int) -> None:
     """Panels as codes by rows."""
 
-def linear_dense_generic(x: int, weight: int, bias: int, addend: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, activation: int, addend_type: int, threads: int) -> None:
+def linear_dense_generic(x: int, weight: int, bias: int, addend: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, y_type: int, activation: int, addend_type: int, threads: int) -> None:
     """
     y = activation(x @ weight.T + bias) + addend; addresses, 0 for an absent one. The machine must have the instruction set.
     """
 
-def linear_dense_avx2(x: int, weight: int, bias: int, addend: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, activation: int, addend_type: int, threads: int) -> None:
+def linear_dense_avx2(x: int, weight: int, bias: int, addend: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, y_type: int, activation: int, addend_type: int, threads: int) -> None:
     """
     y = activation(x @ weight.T + bias) + addend; addresses, 0 for an absent one. The machine must have the instruction set.
     """
 
-def linear_dense_avx512(x: int, weight: int, bias: int, addend: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, activation: int, addend_type: int, threads: int) -> None:
+def linear_dense_avx512(x: int, weight: int, bias: int, addend: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, y_type: int, activation: int, addend_type: int, threads: int) -> None:
     """
     y = activation(x @ weight.T + bias) + addend; addresses, 0 for an absent one. The machine must have the instruction set.
     """
 
-def linear_dense_amx(x: int, weight: int, bias: int, addend: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, activation: int, addend_type: int, threads: int) -> None:
+def linear_dense_amx(x: int, weight: int, bias: int, addend: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, y_type: int, activation: int, addend_type: int, threads: int) -> None:
     """
     y = activation(x @ weight.T + bias) + addend; addresses, 0 for an absent one. The machine must have the instruction set.
     """
 
-def linear_dense_amx_emulated(x: int, weight: int, bias: int, addend: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, activation: int, addend_type: int, threads: int) -> None:
+def linear_dense_amx_emulated(x: int, weight: int, bias: int, addend: int, y: int, rows: int, outputs: int, columns: int, x_type: int, weight_type: int, bias_type: int, y_type: int, activation: int, addend_type: int, threads: int) -> None:
     """
     y = activation(x @ weight.T + bias) + addend; addresses, 0 for an absent one. The machine must have the instruction set.
     """

@@ -256,21 +256,6 @@ def test_under_autocast_the_output_has_its_dtype():
     assert (x.grad.dtype, model[0].weight.grad.dtype) == (torch.float32, torch.float32)
 
 
-def test_it_runs_under_compile():
-    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
-    prepare_(model, "mxfp8")
-    x = torch.randn(4, 16)
-    plain = model(x)
-    plain.sum().backward()
-    wanted = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    compiled = torch.compile(model, backend="aot_eager")
-    found = compiled(x)
-    found.sum().backward()
-    assert torch.allclose(plain, found, atol=1e-6)
-    assert all(torch.allclose(a, p.grad, atol=1e-5) for a, p in zip(wanted, model.parameters(), strict=True))
-
-
 def test_what_cannot_be_prepared_is_said():
     with pytest.raises(ValueError, match="unknown recipe 'fp3'"):
         prepare_(torch.nn.Linear(4, 4), "fp3")

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
-from parco.formats import Float, ScaleDelayed
+from parco import _C, machine
+from parco.formats import NAMES, Float, ScaleDelayed
 from parco.kernels.cast import Hadamard, decode, encode
-from parco.training import RECIPES, Operand, Recipe, linear, prepare_
-from parco.training.operands import estimator, write
+from parco.kernels.linear.dense import compiled
+from parco.training import RECIPES, Operand, Pair, Recipe, linear, prepare_, products
+from parco.training.operands import estimator, has_bf16, write
 
 SHAPES = [(96, 64, 48), (33, 50, 17), (1, 16, 16), (130, 257, 40)]
 
@@ -59,19 +61,16 @@ def expected(recipe: Recipe, x, weight, grad, seed):
     def written(operand: Operand, x: torch.Tensor, signs: int) -> torch.Tensor:
         return oracle(operand, x, drawn(operand.rounding == "stochastic"), signs)
 
-    # Seeds are drawn in this order; of a product the right operand is written first.
-    signs = drawn(recipe.output.left.hadamard)
-    forward_weight, forward_x = (
-        written(operand, value, signs) for operand, value in ((recipe.output.right, weight), (recipe.output.left, x))
-    )
-    results = [(forward_x, forward_weight)]
-    sign_seed = drawn(recipe.grad_weight.left.hadamard)
-    columns_x = None if recipe.grad_weight.right.reused else written(recipe.grad_weight.right, x.T, sign_seed)
-    signs = drawn(recipe.grad_input.left.hadamard)
-    turned = forward_weight.T if recipe.grad_input.right.reused else written(recipe.grad_input.right, weight.T, signs)
-    results.append((written(recipe.grad_input.left, grad, signs), turned))
-    turned = forward_x.T if columns_x is None else columns_x
-    results.append((written(recipe.grad_weight.left, grad.T, sign_seed), turned))
+    def product(pair: Pair, left: torch.Tensor, right: torch.Tensor, before: torch.Tensor | None = None):
+        """The product's signs are drawn first, then the seed of its right operand, which may be as `before`."""
+        signs = drawn(pair.left.hadamard)
+        turned = written(pair.right, right, signs) if before is None or not pair.right.reused else before.T
+        return written(pair.left, left, signs), turned
+
+    results = [product(recipe.output, x, weight)]
+    forward_x, forward_weight = results[0]
+    results.append(product(recipe.grad_input, grad, weight.T, forward_weight))
+    results.append(product(recipe.grad_weight, grad.T, x.T, forward_x))
     factors = (1.0, 1.0, slope(recipe.output.right, weight))
     return [(a @ b.T * factor, a.abs() @ b.abs().T * factor) for (a, b), factor in zip(results, factors, strict=True)]
 
@@ -91,6 +90,10 @@ OWN = {
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_every_product_is_its_definition(name, shape, dtype):
+    assert_is_its_definition(name, shape, dtype)
+
+
+def assert_is_its_definition(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     recipe, (tokens, columns, outputs) = Recipe.parse(OWN.get(name, name)), shape
     generator = torch.Generator().manual_seed(3)
     draw = lambda *size: torch.randn(size, generator=generator)  # noqa: E731
@@ -109,6 +112,77 @@ def test_every_product_is_its_definition(name, shape, dtype):
         # Where a scaled weight is near an interval's middle or end, its slope in fp32 has some 2^-20 more.
         terms = 2 * (size.shape[0] + 512) * 2.0**-24
         assert ((found.double() - value).abs() <= terms * size + torch.finfo(dtype).eps * value.abs() + 1e-37).all()
+
+
+ON_TILES = {
+    "fp16": 0, "fp8-block": 0, "int8": 0, "bitnet": 2, "fp4-dge": 0, "transforms everywhere": 2,
+    "bf16 transformed": 1, "clamped everywhere": 0,
+}  # fmt: skip
+"""Products of bf16 numbers, where they are not all three; those of int8 take integers."""
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """The calls of bf16 products on AMX tiles, whose instructions are written in C++ here."""
+    if "avx512" not in machine.detect().isas:
+        pytest.skip("the tiles' instructions are written with AVX-512")
+    calls, kernel = [], compiled(_C.linear_dense_amx_emulated)
+
+    def run(a, b, bias=None, dtype=None):
+        assert a.dtype == b.dtype == torch.bfloat16
+        calls.append(dtype)
+        return kernel(a, b, bias, dtype=dtype)
+
+    monkeypatch.setattr(products, "has_tiles", lambda device: True)
+    monkeypatch.setattr(products, "linear_dense", run)
+    return calls
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *OWN])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_product_is_its_definition_on_tiles(name, dtype, tiles):
+    assert_is_its_definition(name, (130, 257, 40), dtype)
+    assert len(tiles) == ON_TILES.get(name, 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_in_bf16_are_the_formats_own(name):
+    """Of every format, under every scale: to the one rounding of the scale that is kept apart."""
+    operand = Operand.parse(name)
+    if operand.is_delayed:
+        pytest.skip("its scale is not its own")
+    torch.manual_seed(0)
+    x = torch.randn(48, 96) * torch.exp(3 * torch.randn(48, 1))
+    written = write(operand, x)
+    found = written.in_bf16()
+    assert (found is not None) == has_bf16(operand.format)
+    if found is not None:
+        numbers, scale = found
+        assert numbers.dtype == torch.bfloat16
+        whole = numbers.double() if scale is None else numbers.double() * scale
+        exact = written.numbers().double()
+        assert ((whole - exact).abs() <= 2.0**-23 * exact.abs()).all()
+
+
+@pytest.mark.parametrize("name", ["mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"])
+def test_numbers_that_tiles_take_for_zero_are_not_given_to_them(name):
+    operand = Operand.parse(name)
+    element = operand.format.element
+    least = -126 - (element.least_exponent - element.mantissa_bits)
+    x = torch.zeros(4, 64)
+    x[1, 3], x[1, 4] = element.max * 2.0**least, 2.0**-126  # a code of 1 under the least scale that tiles can take
+    assert write(operand, x).in_bf16() is not None
+    assert write(operand, x).numbers()[1, 4] == 2.0**-126
+    assert write(operand, x / 2).in_bf16() is None
+
+
+def test_a_product_with_numbers_that_tiles_take_for_zero_is_right(tiles):
+    operand = Operand.parse("mxfp8_e4m3")
+    torch.manual_seed(0)
+    left, right = write(operand, torch.randn(20, 64) * 2.0**-120), write(operand, torch.randn(30, 64) * 2.0**20)
+    expected = left.numbers().double() @ right.numbers().double().T
+    assert torch.allclose(products.multiply(left, right, torch.float32).double(), expected, rtol=1e-5, atol=1e-36)
+    assert not tiles
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -152,13 +226,11 @@ def test_residuals_are_few_and_complete():
 
 
 def test_a_product_that_is_not_asked_for_is_not_computed(monkeypatch):
-    from parco.training import products
-
     weight = torch.randn(16, 32)
     calls = []
-    before = products._Step.product
+    before = products.Step.product
     monkeypatch.setattr(
-        products._Step, "product", lambda step, name, *a, **k: calls.append(name) or before(step, name, *a, **k)
+        products.Step, "product", lambda step, name, *a, **k: calls.append(name) or before(step, name, *a, **k)
     )
     x = torch.randn(8, 32, requires_grad=True)
     linear(x, weight, None, RECIPES["nvfp4"]).sum().backward()

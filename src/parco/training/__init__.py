@@ -8,10 +8,10 @@
 
 from parco.training import recipe as recipes
 from parco.training.diagnose import Finding, diagnose, fall_back_
+from parco.training.layer import linear
 from parco.training.loss import fuse_loss_
 from parco.training.optimizer import AdamW
 from parco.training.prepare import Prepared, delayed_scales, prepare_, recipes_of
-from parco.training.products import linear
 from parco.training.readings import Reading, Readings
 from parco.training.recipe import RECIPES, Operand, Pair, Recipe
 from parco.training.watch import Watch

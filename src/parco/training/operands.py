@@ -10,15 +10,15 @@ itself 74 ms (one thread, AVX-512). Finding the quantiles costs more, 14 ms a si
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from parco.formats import Float, Format
-from parco.kernels.cast import Encoded, Hadamard, decode, encode, encode_transposed
+from parco.formats import Float, Format, ScaleE4M3, ScaleE8M0, Table, TensorSpec, Unscaled
+from parco.kernels.cast import Encoded, Hadamard, decode, decode_tensors, encode, encode_transposed
 from parco.kernels.cast.scaling import scale_numbers
 from parco.kernels.cast.tiles import spread, tile, untile
 from parco.training.recipe import Operand
@@ -29,12 +29,18 @@ _OUTLIERS = ("outlier_columns", "outlier_values")
 @dataclass(frozen=True, eq=False)
 class Written:
     """An operand [M, R] as it is multiplied: `encoded` and, where it was clamped, the residuals of each row: the same
-    number n of each, int32 `columns` and fp32 `values` [M, n].
+    number n of each, int32 `columns` and fp32 `values` [M, n]. Where it is `turned` all this is of its transpose.
     """
 
     encoded: Encoded
     columns: Tensor | None = None
     values: Tensor | None = None
+    turned: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors lie."""
+        return next(iter(self.encoded.tensors.values())).device
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -46,17 +52,69 @@ class Written:
     def numbers(self) -> Tensor:
         """What it stands for, [M, R]: in its dtype where its format is dense, in fp32 where it is not."""
         if self.encoded.format.is_dense:
-            return self.encoded.tensors["values"]
-        found = decode(self.encoded)
-        if self.columns is None or self.values is None:
-            return found
-        return found.scatter_add_(1, self.columns.to(torch.int64), self.values)
+            found = self.encoded.tensors["values"]
+        else:
+            found = decode(self.encoded)
+        if self.columns is not None and self.values is not None:
+            found = found.scatter_add_(1, self.columns.to(torch.int64), self.values)
+        return found.T if self.turned else found
+
+    def in_bf16(self) -> tuple[Tensor, Tensor | None] | None:
+        """bf16 numbers [M, R] and an fp32 scale of their rows, [M, 1] or [1, 1] (None: 1), that together are what it
+        stands for; None where nothing of the kind is, or where tiles that take subnormal numbers for 0 would lose some.
+        """
+        form, tensors = self.encoded.format, self.encoded.tensors
+        scale = tensors.get(_apart(form) or "")
+        if self.columns is not None or not has_bf16(form) or (self.turned and scale is not None and scale.numel() > 1):
+            return None
+        if form.is_dense:
+            found = tensors["values"]
+        else:
+            own = dict(tensors) if scale is None else {**tensors, str(_apart(form)): torch.ones_like(scale)}
+            found = decode_tensors(form, self.encoded.shape, own, torch.bfloat16)
+            if isinstance(form.scale, ScaleE8M0) and _has_subnormals(form.element, tensors["scale"], found):
+                return None
+        return found.T if self.turned else found, None if scale is None else scale.to(torch.float32).reshape(-1, 1)
 
 
-def restored(format: Format, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> Written:
-    """The operand that these `tensors` of `Written.tensors` belong to."""
-    own = {name: tensor for name, tensor in tensors.items() if name not in _OUTLIERS}
-    return Written(Encoded(format, shape, own), *(tensors.get(name) for name in _OUTLIERS))
+@functools.cache
+def has_bf16(format: Format) -> bool:
+    """Whether every number of `format`, but for one scale of a row or of all, is one that bf16 has: floats of 4 to 8
+    bits and integers, under no scale, e8m0 (whose exponent may leave the range, which only the data tell), NVFP4's
+    e4m3, or a float scale of whole rows. bf16 itself is one.
+    """
+    if format.is_dense:
+        return format.dtype == torch.bfloat16
+    whole_rows = format.block.columns is None and format.block.rows in (1, None)
+    return not isinstance(format.element, Table) and (
+        isinstance(format.scale, Unscaled | ScaleE8M0 | ScaleE4M3) or whole_rows
+    )
+
+
+def _apart(format: Format) -> str | None:
+    """The tensor of `format` that is no bf16 number, and so multiplies a product's sums."""
+    if isinstance(format.scale, Unscaled | ScaleE8M0):
+        return None
+    return "global_scale" if isinstance(format.scale, ScaleE4M3) else "scale"
+
+
+def _has_subnormals(element: Any, scale: Tensor, numbers: Tensor) -> bool:
+    """Whether some of the bf16 `numbers` are subnormal. Only scales (e8m0 codes) below 2^-126 over the element's least
+    number can make them so; blocks of zeros have such scales too, so these numbers are looked at.
+    """
+    assert isinstance(element, Float)
+    least = 127 - 126 - (element.least_exponent - element.mantissa_bits)
+    if not bool((scale < least).any()):
+        return False
+    magnitude = numbers.view(torch.int16) & 0x7FFF
+    return bool(((magnitude > 0) & (magnitude < 0x80)).any())
+
+
+def restored(operand: Operand, shape: tuple[int, int], tensors: Iterator[Tensor]) -> Written:
+    """What `write` made of a matrix of `shape` [M, R], from the next of the `tensors`, its own in their order."""
+    named = {name: next(tensors) for name in tensors_of(operand, shape)}
+    beyond = [named.pop(name, None) for name in _OUTLIERS]
+    return Written(Encoded(operand.format, padded_shape(operand, shape), named), *beyond)
 
 
 def write(
@@ -80,7 +138,8 @@ def write(
     if operand.hadamard:
         x = padded(x, operand.hadamard, transposed=transposed)
     hadamard = Hadamard(operand.hadamard, sign_seed) if operand.hadamard else None
-    if operand.format.dtype is not None and operand.rounding == "nearest" and hadamard is None:
+    if operand.is_plain:
+        assert operand.format.dtype is not None
         # As torch casts, not saturating: a gradient that overflows fp16 must become inf for the loss scaler to see.
         dense = (x.T if transposed else x).to(operand.format.dtype)
         return Written(Encoded(operand.format, tuple(dense.shape), {"values": dense}))
@@ -89,6 +148,28 @@ def write(
         return Written(encode(x.T if transposed else x, operand.format, scale=scale, **rounded))
     written = encode_transposed if transposed else encode
     return Written(written(x, operand.format, hadamard=hadamard, **rounded), columns, values)
+
+
+def tensors_of(operand: Operand, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    """Shape and dtype of each of `Written.tensors`, as `write` makes them of a matrix of `shape` [M, R]."""
+    rows, summed = padded_shape(operand, shape)
+    specs = operand.format.tensors((rows, summed))
+    count = _outliers(operand.clamp, summed) if operand.clamp else 0
+    if count:
+        own = TensorSpec((rows, 2 * count), torch.int32), TensorSpec((rows, 2 * count), torch.float32)
+        specs |= dict(zip(_OUTLIERS, own, strict=True))
+    return specs
+
+
+def padded_shape(operand: Operand, shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape of the matrix that is written of one of `shape` [M, R]."""
+    return shape[0], shape[1] + (-shape[1] % operand.hadamard if operand.hadamard else 0)
+
+
+def _outliers(quantile: float, summed: int) -> int:
+    """How many of `summed` numbers of a row lie beyond its quantile, on either side."""
+    # R (1 - a) of a = 0.99 is a bit below or above a whole number as floats have it.
+    return int((1 - quantile) * summed + 1e-6)
 
 
 def padded(x: Tensor, size: int, *, transposed: bool = False) -> Tensor:
@@ -104,9 +185,8 @@ def clamped(x: Tensor, quantile: float) -> tuple[Tensor, Tensor | None, Tensor |
     c = floor((1 - a) R) numbers of a row lie above the upper quantile and c below the lower one; with c = 0 the row is
     not clamped, and there are no residuals. Source: arXiv 2501.17116.
     """
-    # R (1 - a) of a = 0.99 is a bit below or above a whole number as floats have it.
-    count = int((1 - quantile) * x.shape[1] + 1e-6)
-    if not count or not x.shape[0]:
+    count = _outliers(quantile, x.shape[1])
+    if not count:
         return x, None, None
     sides = [x.topk(count + 1, dim=1, largest=largest) for largest in (True, False)]
     upper, lower = (side.values[:, -1:] for side in sides)

@@ -21,7 +21,7 @@ from parco.kernels.cast import DelayedScaling
 from parco.nn import blocks, groups, linears
 from parco.nn.linear import Linear as StoredLinear
 from parco.nn.linear import kind_of, under_its_name
-from parco.training.products import linear
+from parco.training.layer import linear
 from parco.training.readings import Probe
 from parco.training.recipe import BF16, ROLES, Recipe
 
@@ -135,6 +135,8 @@ def follow(module: Any, recipe: Recipe, *, keeps_scales: bool = False) -> None:
     before: Recipe | None = module.__dict__.get("_recipe") if keeps_scales else None
     kept = {role for role in ROLES if before and before.delayed_format(role) == recipe.delayed_format(role)}
     module._recipe = recipe
+    # torch.compile takes what a recipe has found of itself before for a constant.
+    _ = recipe.key, recipe.delayed, recipe.seeds, recipe.output_seeds
     module.__dict__.setdefault("_probe", Probe())
     for role in ROLES:
         if role not in kept:

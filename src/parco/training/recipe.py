@@ -32,6 +32,8 @@ FACTORS: dict[ProductName, tuple[Role, Role]] = {
     "grad_weight": ("grad", "x"),
 }
 """What each product multiplies, left and right."""
+SIGNS = -1
+"""Beside the sides 0 and 1 of a product: the transform that both have."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,11 @@ class Operand:
             raise ValueError(f"{self}: the estimator is of floats of 4 to 8 bits, neither transformed nor clamped")
         if self.reused and (self.hadamard or self.rounding != "nearest"):
             raise ValueError(f"{self}: what is reused is neither rounded nor transformed again")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a cast number by number to a dtype of torch's own, the same for a matrix and its transpose."""
+        return self.format.is_dense and self.rounding == "nearest" and not self.hadamard
 
     @property
     def is_delayed(self) -> bool:
@@ -228,6 +235,38 @@ class Recipe:
         }
         return of_role[role]
 
+    @functools.cached_property
+    def seeds(self) -> tuple[tuple[ProductName, int], ...]:
+        """The random numbers of a step, in this order, those of `output` first: of a product the signs of its transform
+        (`SIGNS`), and the bits by which its right (1) and left (0) operand is rounded.
+        """
+        found: list[tuple[ProductName, int]] = []
+        for name in PRODUCTS:
+            left, right = self.pair(name)
+            found += [(name, SIGNS)] * bool(left.hadamard)
+            found += [(name, side) for side, each in ((1, right), (0, left)) if each.rounding == "stochastic"]
+        return tuple(found)
+
+    @functools.cached_property
+    def output_seeds(self) -> int:
+        """How many of these are `output`'s, all that an evaluation draws."""
+        return sum(product == "output" for product, _ in self.seeds)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Its text, under which `known` finds it: operations of PyTorch's take no other values. ValueError where
+        another recipe has the same, which only formats without a name of their own can bring about.
+        """
+        text = str(self)
+        if _keyed.setdefault(text, self) != self:
+            raise ValueError(f"two recipes are both written as {text}: give their formats names of their own")
+        return text
+
+    @property
+    def turns_x(self) -> bool:
+        """Whether x is kept for `grad_weight` by rows [T, K], and not written along the tokens."""
+        return self.grad_weight.right.reused or self.grad_weight.right.is_plain
+
     def delayed_format(self, role: Role) -> Format | None:
         """The format of "x", "weight" or "grad" whose scale comes from earlier steps; None where there is none."""
         return next((operand.format for operand in self.operands(role) if operand.is_delayed), None)
@@ -236,6 +275,17 @@ class Recipe:
     def delayed(self) -> tuple[Role, ...]:
         """The operands whose scale comes from earlier steps."""
         return tuple(role for role in ROLES if any(operand.is_delayed for operand in self.operands(role)))
+
+
+_keyed: dict[str, Recipe] = {}
+
+
+def known(key: str) -> Recipe:
+    """The recipe of this `Recipe.key`, or text."""
+    found = _keyed.get(key)
+    if found is None:
+        found = _keyed[key] = Recipe.parse(key)
+    return found
 
 
 def _recipe(output: str, grad_input: str, grad_weight: str, ends: float = 0.0) -> Recipe:

@@ -1,4 +1,4 @@
-"""linear_dense: y = x @ weight.T + bias for weights stored in fp32, bf16 or fp16, whatever the dtype of x.
+"""linear_dense: y = x @ weight.T + bias for weights stored in fp32, bf16 or fp16, whatever the dtypes of x and y.
 
 With few rows the weights' bytes are the cost: the compiled kernel reads each once, widens it in registers and sums in
 fp32. With more, weights of 16 bits are widened a block at a time in the cache, which spares the memory a widened copy.
@@ -43,7 +43,9 @@ and 0.88 times at 512.
 
 
 class DenseCall(NamedTuple):
-    """One call of linear_dense: `rows` x of `dtype` against `outputs` by `columns` weights of `weight_dtype`."""
+    """One call of linear_dense: `rows` x of `dtype` against `outputs` by `columns` weights of `weight_dtype`; y has
+    `y_dtype`, that of x where it is None.
+    """
 
     device: str
     isa: str
@@ -52,21 +54,35 @@ class DenseCall(NamedTuple):
     rows: int
     outputs: int
     columns: int
+    y_dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
-        return f"{self.rows} rows of {self.dtype} x {self.weight_dtype} {self.outputs}x{self.columns}"
+        end = "" if self.y_dtype in (None, self.dtype) else f" to {self.y_dtype}"
+        return f"{self.rows} rows of {self.dtype} x {self.weight_dtype} {self.outputs}x{self.columns}{end}"
 
 
 def describe(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str = NONE,
+    addend: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> DenseCall:
     """The table's key of a call."""
     outputs, columns = weight.shape
     rows = x.numel() // columns if columns else 0
-    return DenseCall(x.device.type, machine.isa(), x.dtype, weight.dtype, rows, outputs, columns)
+    return DenseCall(x.device.type, machine.isa(), x.dtype, weight.dtype, rows, outputs, columns, dtype)
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None) -> None:
+def check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str = NONE,
+    addend: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
     check_float("linear_dense", "x", x)
     check_float("linear_dense", "weight", weight)
@@ -82,17 +98,24 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"linear_dense: bias has the shape {tuple(bias.shape)}; [{weight.shape[0]}] is needed")
     epilogue.check("linear_dense", x, weight.shape[0], activation, addend)
+    if dtype is not None and dtype not in TYPES:
+        raise TypeError(f"linear_dense: dtype is {dtype}; float32, bfloat16 or float16 is needed")
 
 
 def compiled(kernel: Callable[..., None]) -> Callable[..., Tensor]:
     """A compiled kernel as a function of the operation's arguments."""
 
     def run(
-        x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str = NONE,
+        addend: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         outputs, columns = weight.shape
-        y = x.new_empty((*x.shape[:-1], outputs))
+        y = x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
         bias = None if bias is None else bias.contiguous()
         addend = None if addend is None else addend.contiguous()
         kernel(
@@ -107,6 +130,7 @@ def compiled(kernel: Callable[..., None]) -> Callable[..., Tensor]:
             TYPES[x.dtype],
             TYPES[weight.dtype],
             0 if bias is None else TYPES[bias.dtype],
+            TYPES[y.dtype],
             NUMBERS[activation],
             epilogue.type_of(addend),
             torch.get_num_threads(),
@@ -150,7 +174,7 @@ def _refuses_tiles(call: DenseCall) -> str | None:
 
 
 def _native(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None, *_: Any
 ) -> Tensor:
     y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     if activation == NONE and addend is None:
@@ -161,6 +185,8 @@ def _native(
 def _refuses_native(call: DenseCall) -> str | None:
     if call.dtype != call.weight_dtype:
         return f"torch multiplies operands of one dtype; these are {call.dtype} and {call.weight_dtype}"
+    if call.y_dtype not in (None, call.dtype):
+        return f"torch rounds to {call.dtype}; {call.y_dtype} is asked for"
     if call.device != "cpu" or call.dtype == torch.float32 or call.isa == "amx":
         return None
     if call.dtype == torch.float16:
@@ -185,17 +211,24 @@ table.register(
     )
 )
 
-LIBRARY.define(f"linear_dense(Tensor x, Tensor weight, Tensor? bias, {epilogue.SCHEMA}) -> Tensor")
+LIBRARY.define(
+    f"linear_dense(Tensor x, Tensor weight, Tensor? bias, {epilogue.SCHEMA}, ScalarType? dtype=None) -> Tensor"
+)
 
 
 def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str = NONE,
+    addend: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
 def _needs_grad(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None, *_: Any
 ) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, addend))
 
@@ -225,7 +258,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_weight = (rows.T @ x.float().reshape(-1, x.shape[-1])).to(weight.dtype)
     if ctx.needs_input_grad[2]:
         grad_bias = rows.sum(0).to(bias.dtype)
-    return (grad_x, grad_weight, grad_bias, None, grad_addend)[: ctx.given]
+    return (grad_x, grad_weight, grad_bias, None, grad_addend, None)[: ctx.given]
 
 
 _cpu = table.implement("linear_dense", check, _fake)
@@ -238,14 +271,15 @@ def linear_dense(
     bias: Tensor | None = None,
     activation: str = NONE,
     addend: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y [..., N] = activation(x [..., K] @ weight [N, K].T + bias) + addend, summed in fp32 and rounded once to x's
-    dtype (but where torch's own product serves, which rounds before).
+    """y [..., N] = activation(x [..., K] @ weight [N, K].T + bias) + addend, summed in fp32 and rounded once to
+    `dtype`, by default that of x (but where torch's own product serves, which rounds before).
 
-    x, weight and bias are each fp32, bf16 or fp16; `activation` is none, silu, gelu, gelu_tanh, relu or relu_squared,
-    and `addend` [..., N] has x's dtype or fp32. Differentiable with respect to all tensors. Raises ValueError or
+    x, weight, bias and y are each fp32, bf16 or fp16; `activation` is none, silu, gelu, gelu_tanh, relu or
+    relu_squared, and `addend` [..., N] has x's dtype or fp32. Differentiable with respect to all tensors. Raises ValueError or
     TypeError naming the argument.
     """
     if undispatched(x, weight, bias, addend):
-        return _cpu(x, weight, bias, activation, addend)
-    return torch.ops.parco.linear_dense.default(x, weight, bias, activation, addend)
+        return _cpu(x, weight, bias, activation, addend, dtype)
+    return torch.ops.parco.linear_dense.default(x, weight, bias, activation, addend, dtype)

@@ -55,11 +55,18 @@ def linear_coded(
 
 
 def linear_dense(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = NONE, addend: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str = NONE,
+    addend: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """activation(x @ weight.T + bias) + addend in fp32 arithmetic, rounded once to x's dtype: [..., K] -> [..., N]."""
+    """activation(x @ weight.T + bias) + addend in fp32 arithmetic, rounded once to `dtype`, by default that of x:
+    [..., K] -> [..., N].
+    """
     y = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    return epilogue.finish(y, activation, addend).to(x.dtype)
+    return epilogue.finish(y, activation, addend).to(dtype or x.dtype)
 
 
 def embedding_coded(
