@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from parco import _C
 from parco.kernels import table
 from parco.kernels.library import LIBRARY, check_matrix, undispatched
 from parco.kernels.sparse import operation, reference
 from parco.kernels.sparse.kept import index_dtype
-from parco.kernels.sparse.operation import SparseCall
+from parco.kernels.sparse.operation import SparseCall, compiled, refuses, refuses_avx512, refuses_many
 
 NAME = "linear_blocks"
 
@@ -57,7 +58,12 @@ table.register(
     table.Operation(
         NAME,
         describe,
-        (table.Kernel("blocks-linear-torch", table.TORCH, reference.product(reference.blocks)),),
+        (
+            table.Kernel("blocks-linear-avx512", "avx512", compiled(_C.sparse_blocks_avx512, NAME), refuses_avx512),
+            table.Kernel("blocks-linear-avx2", "avx2", compiled(_C.sparse_blocks_avx2, NAME), refuses),
+            table.Kernel("blocks-linear-generic", "generic", compiled(_C.sparse_blocks_generic, NAME), refuses_many),
+            table.Kernel("blocks-linear-torch", table.TORCH, reference.product(reference.blocks)),
+        ),
     )
 )
 

@@ -5,11 +5,12 @@ number.
 import torch
 from torch import Tensor
 
+from parco import _C
 from parco.kernels import table
 from parco.kernels.library import LIBRARY, check_matrix, undispatched
 from parco.kernels.sparse import operation, reference
 from parco.kernels.sparse.kept import mask_bytes
-from parco.kernels.sparse.operation import SparseCall
+from parco.kernels.sparse.operation import SparseCall, compiled, refuses, refuses_avx512, refuses_many
 
 NAME = "linear_masked"
 
@@ -53,7 +54,12 @@ table.register(
     table.Operation(
         NAME,
         describe,
-        (table.Kernel("masked-linear-torch", table.TORCH, reference.product(reference.masked)),),
+        (
+            table.Kernel("masked-linear-avx512", "avx512", compiled(_C.sparse_masked_avx512, NAME), refuses_avx512),
+            table.Kernel("masked-linear-avx2", "avx2", compiled(_C.sparse_masked_avx2, NAME), refuses),
+            table.Kernel("masked-linear-generic", "generic", compiled(_C.sparse_masked_generic, NAME), refuses_many),
+            table.Kernel("masked-linear-torch", table.TORCH, reference.product(reference.masked)),
+        ),
     )
 )
 

@@ -1,15 +1,17 @@
 """What the two sparse products share: their arguments, what is checked of them, and their derivative."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from parco import machine
-from parco.formats import Format
+from parco import _C, machine
+from parco.formats import Format, Integer
 from parco.kernels.cast.codes import check_given
-from parco.kernels.library import check_float, differentiate
+from parco.kernels.cast.decoding import PATTERNS, element_values
+from parco.kernels.library import TYPES, check_float, differentiate, number_of_scales
 
 EXPANDED = 1 << 24
 """Numbers of W that the backward pass holds in fp32 at a time."""
@@ -72,6 +74,103 @@ def check(
         check_float(operation, "bias", bias)
         if tuple(bias.shape) != (shape[0],):
             raise ValueError(f"{operation}: bias has the shape {tuple(bias.shape)}; [{shape[0]}] is needed")
+
+
+@functools.cache
+def codes(format: str, kept: int, scale_dtype: torch.dtype | None) -> _C.SparseCodes | None:
+    """What the compiled kernels know of a format's codes, `kept` to a row; None for a dense format."""
+    form = Format.parse(format)
+    if form.is_dense:
+        return None
+    element, group = form.element, max(1, min(form.block.columns or kept, kept))
+    return _C.SparseCodes(
+        values=element_values(element).data_ptr(),
+        group=group,
+        block_rows=form.block.rows or 1 << 62,
+        scale_stride=-(-kept // group),
+        bits=form.bits,
+        offset=element.offset if isinstance(element, Integer) else 0,
+        pattern=1 if isinstance(element, Integer) else PATTERNS.get(element, 0),
+        scale_type=number_of_scales(form, scale_dtype),
+    )
+
+
+def compiled(kernel: Callable[..., int], name: str) -> Callable[..., Tensor]:
+    """A compiled kernel as a function of the operation's arguments."""
+
+    def run(
+        x: Tensor,
+        values: Tensor,
+        scale: Tensor | None,
+        zero: Tensor | None,
+        global_scale: Tensor | None,
+        where: Tensor,
+        bias: Tensor | None,
+        format: str,
+        columns: int,
+        size: int,
+    ) -> Tensor:
+        # Names are held until the kernel returns: the addresses are of these tensors.
+        x, values, where = x.contiguous(), values.contiguous(), where.contiguous()
+        scale, zero, bias = (None if each is None else each.contiguous() for each in (scale, zero, bias))
+        block = 0 if where.dtype == torch.uint8 else size
+        kept = where.shape[1] * block if block else size
+        outputs = values.shape[0]
+        y = x.new_empty((*x.shape[:-1], outputs))
+        stored = codes(format, kept, None if scale is None else scale.dtype)
+        wrong = kernel(
+            stored,
+            x.data_ptr(),
+            values.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            0 if zero is None else zero.data_ptr(),
+            0 if global_scale is None else global_scale.data_ptr(),
+            where.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            x.numel() // columns,
+            outputs,
+            columns,
+            kept,
+            block,
+            where.itemsize,
+            TYPES[x.dtype],
+            TYPES[values.dtype] if stored is None else 0,
+            0 if bias is None else TYPES[bias.dtype],
+            torch.get_num_threads(),
+        )
+        if wrong >= 0:
+            band, at = divmod(wrong, where.shape[1])
+            raise IndexError(
+                f"{name}: blocks[{band}, {at}] is {int(where[band, at])}; {columns} columns are "
+                f"{-(-columns // block)} blocks of {block}"
+            )
+        return y
+
+    return run
+
+
+STREAMED_ROWS = 8
+"""Rows of x up to which the kept numbers are read from memory once, and beyond which matrices are expanded in the
+cache (`parco::sparse::streamed_rows`).
+"""
+
+
+def refuses(call: SparseCall) -> str | None:
+    """Why no compiled kernel runs a call, or None."""
+    return "there are no rows or no outputs" if call.rows == 0 or call.outputs == 0 else None
+
+
+def refuses_avx512(call: SparseCall) -> str | None:
+    """As `refuses`, of kernels that spread bytes and words by instructions of their own."""
+    return refuses(call) if "avx512_vbmi2" in machine.detect().features else "the processor lacks AVX-512 VBMI2"
+
+
+def refuses_many(call: SparseCall) -> str | None:
+    """As `refuses`, of kernels that only read from memory."""
+    if call.rows > STREAMED_ROWS:
+        return f"{call.rows} rows repay the whole matrix with its zeros; it serves up to {STREAMED_ROWS}"
+    return refuses(call)
 
 
 def _parts(format: str, outputs: int, columns: int, unit: int) -> Iterator[slice]:
