@@ -42,7 +42,11 @@ inline void decode_columns(const DecodeCall& call, std::int64_t n, std::int64_t 
 template <class Row>
 inline void run_decode(const DecodeCall& call, const Row& row) {
   const int threads = threads_for(call.rows * call.columns, call.threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  if (threads == 1) {  // without a team of one, which costs as much as decoding a row
+    for (std::int64_t n = 0; n < call.rows; n++) row(n);
+    return;
+  }
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (std::int64_t n = 0; n < call.rows; n++) row(n);
 }
 

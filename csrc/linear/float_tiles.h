@@ -103,16 +103,14 @@ void multiply_outputs(const Call& call, const Tiles<V>& tiles, const float* x, s
   }
 }
 
-// `make(floats)` makes an expander for one thread that may use `floats` floats at its argument.
-template <class V, class Call, class Make>
-void run_tiles(const Call& call, int threads, std::int64_t floats, const Make& make) {
+// x in slabs of rows, each in tiles: body(tiles, x, first row, t, memory) for every thread t, with `own_bytes` of
+// memory.
+template <class V, class Call, class Body>
+void in_slabs(const Call& call, int threads, std::size_t own_bytes, const Body& body) {
   const std::int64_t slab = std::min(call.rows, slab_rows);
   const std::size_t x_size = rounded(static_cast<std::size_t>(slab * call.columns) * 4);
-  const std::size_t sums_size = static_cast<std::size_t>(panel_outputs * (float_block + slab)) * 4;
-  const std::size_t own_size = sums_size + rounded(static_cast<std::size_t>(floats) * 4);
-  char* memory = static_cast<char*>(scratch(x_size + own_size * threads));
+  char* memory = static_cast<char*>(scratch(x_size + own_bytes * threads));
   float* x = reinterpret_cast<float*>(memory);
-  const std::int64_t panels = (call.outputs + panel_rows - 1) / panel_rows;
   for (std::int64_t first = 0; first < call.rows; first += slab) {
     const Tiles<V> tiles{std::min(slab, call.rows - first), call.columns};
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -123,15 +121,25 @@ void run_tiles(const Call& call, int threads, std::int64_t floats, const Make& m
           V::turn(call.x, call.x_type, call.columns, first + tiles.first(t), tiles.height(t), k, tiles.width(k),
                   x + tiles.start(t, k), tiles.height(t), static_cast<int>(tiles.height(t)));
 #pragma omp for schedule(static) nowait
-      for (int t = 0; t < threads; t++) {
-        char* own = memory + x_size + own_size * t;
-        auto expand = make(reinterpret_cast<float*>(own + sums_size));
-        multiply_outputs(call, tiles, x, first, panels * t / threads * panel_rows,
-                         std::min(call.outputs, panels * (t + 1) / threads * panel_rows), reinterpret_cast<float*>(own),
-                         expand);
-      }
+      for (int t = 0; t < threads; t++) body(tiles, x, first, t, memory + x_size + own_bytes * t);
     }
   }
+}
+
+// `make(floats)` makes an expander for one thread that may use `floats` floats at its argument.
+template <class V, class Call, class Make>
+void run_tiles(const Call& call, int threads, std::int64_t floats, const Make& make) {
+  const std::int64_t slab = std::min(call.rows, slab_rows);
+  const std::size_t sums_size = static_cast<std::size_t>(panel_outputs * (float_block + slab)) * 4;
+  const std::size_t own_size = sums_size + rounded(static_cast<std::size_t>(floats) * 4);
+  const std::int64_t panels = (call.outputs + panel_rows - 1) / panel_rows;
+  in_slabs<V>(call, threads, own_size,
+              [&](const Tiles<V>& tiles, const float* x, std::int64_t first, int t, char* own) {
+                auto expand = make(reinterpret_cast<float*>(own + sums_size));
+                multiply_outputs(call, tiles, x, first, panels * t / threads * panel_rows,
+                                 std::min(call.outputs, panels * (t + 1) / threads * panel_rows),
+                                 reinterpret_cast<float*>(own), expand);
+              });
 }
 
 }  // namespace

@@ -85,6 +85,7 @@ void bind_machine(nb::module_& module) {
       .def_ro("avx512_vnni", &Features::avx512_vnni)
       .def_ro("avx512_bf16", &Features::avx512_bf16)
       .def_ro("avx512_fp16", &Features::avx512_fp16)
+      .def_ro("avx512_vbmi2", &Features::avx512_vbmi2)
       .def_ro("amx_int8", &Features::amx_int8)
       .def_ro("amx_bf16", &Features::amx_bf16)
       .def_ro("model", &Features::model)

@@ -80,6 +80,7 @@ Features detect() {
   f.avx512_vnni = foundation && bit(seven.ecx, 11);
   f.avx512 = f.avx512_vnni && bit(seven.ecx, 1);
   f.avx512_bf16 = foundation && bit(seven_one.eax, 5);
+  f.avx512_vbmi2 = foundation && bit(seven.ecx, 6);
   f.avx512_fp16 = foundation && bit(seven.edx, 23);
   const bool tile = tiles && bit(seven.edx, 24);
   f.amx_int8 = tile && bit(seven.edx, 25);

@@ -203,6 +203,9 @@ class Features:
     def avx512_fp16(self) -> bool: ...
 
     @property
+    def avx512_vbmi2(self) -> bool: ...
+
+    @property
     def amx_int8(self) -> bool: ...
 
     @property
@@ -364,4 +367,37 @@ def attend_avx2(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence
 def attend_avx512(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, softcap: float, type: int, threads: int) -> None:
     """
     One query for every head against keys [batch, key_heads, count, columns]; csrc/rowwise/rowwise.h.
+    """
+
+class SparseCodes:
+    def __init__(self, values: int, group: int, block_rows: int, scale_stride: int, bits: int, offset: int, pattern: int, scale_type: int) -> None: ...
+
+def sparse_masked_generic(codes: SparseCodes | None, x: int, values: int, scale: int, zero: int, factor: int, where: int, bias: int, y: int, rows: int, outputs: int, columns: int, kept: int, block: int, index_bytes: int, x_type: int, value_type: int, bias_type: int, threads: int) -> int:
+    """
+    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix, or -1. The machine must have the instruction set.
+    """
+
+def sparse_masked_avx2(codes: SparseCodes | None, x: int, values: int, scale: int, zero: int, factor: int, where: int, bias: int, y: int, rows: int, outputs: int, columns: int, kept: int, block: int, index_bytes: int, x_type: int, value_type: int, bias_type: int, threads: int) -> int:
+    """
+    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix, or -1. The machine must have the instruction set.
+    """
+
+def sparse_masked_avx512(codes: SparseCodes | None, x: int, values: int, scale: int, zero: int, factor: int, where: int, bias: int, y: int, rows: int, outputs: int, columns: int, kept: int, block: int, index_bytes: int, x_type: int, value_type: int, bias_type: int, threads: int) -> int:
+    """
+    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix, or -1. The machine must have the instruction set.
+    """
+
+def sparse_blocks_generic(codes: SparseCodes | None, x: int, values: int, scale: int, zero: int, factor: int, where: int, bias: int, y: int, rows: int, outputs: int, columns: int, kept: int, block: int, index_bytes: int, x_type: int, value_type: int, bias_type: int, threads: int) -> int:
+    """
+    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix, or -1. The machine must have the instruction set.
+    """
+
+def sparse_blocks_avx2(codes: SparseCodes | None, x: int, values: int, scale: int, zero: int, factor: int, where: int, bias: int, y: int, rows: int, outputs: int, columns: int, kept: int, block: int, index_bytes: int, x_type: int, value_type: int, bias_type: int, threads: int) -> int:
+    """
+    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix, or -1. The machine must have the instruction set.
+    """
+
+def sparse_blocks_avx512(codes: SparseCodes | None, x: int, values: int, scale: int, zero: int, factor: int, where: int, bias: int, y: int, rows: int, outputs: int, columns: int, kept: int, block: int, index_bytes: int, x_type: int, value_type: int, bias_type: int, threads: int) -> int:
+    """
+    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix, or -1. The machine must have the instruction set.
     """

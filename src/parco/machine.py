@@ -33,7 +33,7 @@ DQ, VBMI and VNNI. `amx`: avx512 with AMX-TILE, AMX-INT8 and AMX-BF16."""
 
 ELEMENTS = ("fp32", "bf16", "int16", "int8")
 
-_FEATURES = ("avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
+_FEATURES = ("avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx512_vbmi2", "amx_int8", "amx_bf16")
 _RUN_SECONDS = 0.015
 _REPEATS = 5
 _PASSES = 3

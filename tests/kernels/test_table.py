@@ -95,8 +95,17 @@ def test_every_operation_is_under_the_laws() -> None:
     importlib.import_module("tests.kernels.linear.test_coded")
     importlib.import_module("tests.kernels.linear.test_int8")
     importlib.import_module("tests.kernels.optimizer.test_adamw")
+    importlib.import_module("tests.kernels.rowwise.test_backward")
+    importlib.import_module("tests.kernels.rowwise.test_cross_entropy")
     importlib.import_module("tests.kernels.rowwise.test_rowwise")
-    assert set(table.operations()) <= {laws.operation for laws in KernelLaws.__subclasses__()}
+    importlib.import_module("tests.kernels.sparse.test_sparse")
+    assert set(table.operations()) <= {name for laws in KernelLaws.__subclasses__() for name in operations(laws)}
+
+
+def operations(laws: type[KernelLaws]) -> set[str]:
+    """The operations of these laws and of those made from them."""
+    own = {laws.operation} if hasattr(laws, "operation") else set[str]()
+    return own.union(*map(operations, laws.__subclasses__()))
 
 
 def test_an_embedding_is_explained_by_its_lookup() -> None:

@@ -19,7 +19,7 @@ from parco import decode, encode, weights
 from parco.fitting.latent import Trained
 from parco.nn import Linear, StoredWeight
 from parco.products import Activations
-from parco.weights import Weight
+from parco.weights import Sparse, Weight
 
 Shape = tuple[int, int]
 Make = Callable[[Shape], Weight]
@@ -29,12 +29,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def stored_tensors(spec: Weight, seed: int = 0) -> tuple[torch.Tensor, ...]:
     """Tensors for `spec` that stand for a matrix with entries of order 1/sqrt(K): every leaf encodes its own random
-    matrix.
+    matrix, or as much of it as it stores.
     """
     parts = spec.parts()
     if parts:
         return sum((stored_tensors(part, 10 * seed + i + 1) for i, part in enumerate(parts.values())), ())
     matrix = torch.randn(spec.shape, generator=torch.Generator().manual_seed(seed)) / spec.shape[1] ** 0.5
+    if isinstance(spec, Sparse):
+        matrix *= spec.keep(matrix.abs())
     return spec.encode(matrix)
 
 

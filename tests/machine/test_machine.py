@@ -34,7 +34,7 @@ def test_instruction_sets_are_those_the_kernel_reports() -> None:
     assert list(found) == [name for name in machine.ISAS if name in found], "in order of level"
     for name, instructions in needed.items():
         assert (name in found) == (instructions <= flags)
-    for feature in ("avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16"):
+    for feature in ("avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx512_vbmi2"):
         assert (feature in machine.detect().features) == (feature in flags)
 
 

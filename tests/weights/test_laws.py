@@ -1,8 +1,10 @@
+import inspect
+
 import pytest
 from tests.laws.weight_laws import WeightLaws
 
 from parco import formats
-from parco.weights import Dense, LowRank, Quantized, Sum, Weight
+from parco.weights import Bitmap, BlockSparse, Dense, LowRank, Quantized, SemiSparse, Sum, Weight
 
 
 def rank(shape):
@@ -14,6 +16,10 @@ def low_rank(shape, form):
     if form in ("fp32", "bf16"):
         return LowRank(Dense(left, form), Dense(right, form))
     return LowRank(Quantized(form, left), Quantized(form, right))
+
+
+def blocks(form, shape, size):
+    return BlockSparse(form, shape, size, max(1, shape[1] // size // 2))
 
 
 # Of the formats with a name one of each kind of scale and element, and what has no name but its own way through.
@@ -34,6 +40,18 @@ MAKERS = {
     ),
     "corrected": lambda shape: Sum(Quantized("int4:32", shape), low_rank(shape, "bf16")),
     "sum of three": lambda shape: Sum(Dense(shape, "fp32"), Quantized("int8:row", shape), low_rank(shape, "int8:row")),
+    **{
+        f"semisparse {form}": lambda shape, form=form: SemiSparse(form, shape)
+        for form in ("bf16", "int8:row", "int4:32")
+    },
+    **{
+        f"bitmap {form}": lambda shape, form=form: Bitmap(form, shape, -(-shape[1] // 2))
+        for form in ("fp32", "fp16", "int8:row", "int4:32:asym")
+    },
+    "blocksparse bf16": lambda shape: blocks("bf16", shape, 16),
+    "blocksparse int8:row": lambda shape: blocks("int8:row", shape, 32),
+    "blocksparse nvfp4": lambda shape: blocks("nvfp4", shape, 64),
+    "sparse and low rank": lambda shape: Sum(Bitmap("int8:row", shape, -(-shape[1] // 3)), low_rank(shape, "bf16")),
 }
 
 
@@ -47,9 +65,14 @@ def kinds(spec):
     return {type(spec)}.union(*map(kinds, spec.parts().values()))
 
 
+def concrete(weight):
+    found = set().union(*map(concrete, weight.__subclasses__()))
+    return found if inspect.isabstract(weight) else {weight} | found
+
+
 def test_every_weight_is_under_the_laws():
     made = set().union(*(kinds(make((16, 32))) for make in MAKERS.values()))
-    assert {weight for weight in Weight.__subclasses__() if weight.__module__.startswith("parco.")} <= made
+    assert {weight for weight in concrete(Weight) if weight.__module__.startswith("parco.")} <= made
 
 
 def test_every_kind_of_format_is_under_the_laws():

@@ -22,8 +22,13 @@ BYTE_SCALES: dict[type, int] = {ScaleE8M0: 3, ScaleE4M3: 4}
 
 def scale_type(format: Format, scale: Tensor | None) -> int:
     """C++'s number of the type in which a format's scales are stored, 0 without any."""
+    return number_of_scales(format, None if scale is None else scale.dtype)
+
+
+def number_of_scales(format: Format, dtype: torch.dtype | None) -> int:
+    """`scale_type` of scales of `dtype`, None for a format without any."""
     number = BYTE_SCALES.get(type(format.scale))
-    return number if number is not None else TYPES[scale.dtype] if scale is not None else 0
+    return number if number is not None else 0 if dtype is None else TYPES[dtype]
 
 
 def differentiate(

@@ -1,10 +1,27 @@
-"""How one matrix is stored: specifications that compose, `Dense`, `Quantized`, `LowRank` and `Sum`."""
+"""How one matrix is stored: specifications that compose, `Dense`, `Quantized`, `LowRank` and `Sum`, and those with
+zeros that are not stored, `SemiSparse`, `BlockSparse` and `Bitmap`.
+"""
 
+from parco.weights.bitmap import Bitmap
+from parco.weights.block_sparse import BlockSparse
 from parco.weights.dense import Dense
 from parco.weights.low_rank import LowRank
 from parco.weights.parse import parse
 from parco.weights.quantized import Quantized
+from parco.weights.semi_sparse import SemiSparse
+from parco.weights.sparse import Sparse
 from parco.weights.sum import Sum
 from parco.weights.weight import Weight
 
-__all__ = ["Dense", "LowRank", "Quantized", "Sum", "Weight", "parse"]
+__all__ = [
+    "Bitmap",
+    "BlockSparse",
+    "Dense",
+    "LowRank",
+    "Quantized",
+    "SemiSparse",
+    "Sparse",
+    "Sum",
+    "Weight",
+    "parse",
+]

@@ -3,6 +3,7 @@
 Grammar, with `NxK` the shape and `format` a name that `Format.parse` knows:
 
     weight = dense(format, NxK) | quantized(format, NxK) | lowrank(weight, weight) | sum(weight, weight, …)
+           | semisparse(format, NxK) | bitmap(format, NxK, kept) | blocksparse(format, NxK, block, kept)
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import re
 from collections.abc import Callable
 
 from parco.formats import Format
+from parco.weights.bitmap import Bitmap
+from parco.weights.block_sparse import BlockSparse
 from parco.weights.dense import Dense
 from parco.weights.low_rank import LowRank
 from parco.weights.quantized import Quantized
+from parco.weights.semi_sparse import SemiSparse
 from parco.weights.sum import Sum
 from parco.weights.weight import Weight
 
@@ -79,10 +83,36 @@ def _sum(arguments: list[str], text: str) -> Weight:
     return Sum(*map(parse, arguments))
 
 
+def _semi_sparse(arguments: list[str], text: str) -> Weight:
+    return SemiSparse(*_stored("semisparse", arguments, text))
+
+
+def _bitmap(arguments: list[str], text: str) -> Weight:
+    (kept,) = _and_numbers("bitmap", arguments, text, ("kept",))
+    return Bitmap(*_stored("bitmap", arguments[:2], text), kept)
+
+
+def _block_sparse(arguments: list[str], text: str) -> Weight:
+    block, kept = _and_numbers("blocksparse", arguments, text, ("block", "kept"))
+    return BlockSparse(*_stored("blocksparse", arguments[:2], text), block, kept)
+
+
+def _and_numbers(name: str, arguments: list[str], text: str, wanted: tuple[str, ...]) -> list[int]:
+    """The whole numbers `wanted` that follow a format and a shape."""
+    numbers = [argument.strip() for argument in arguments[2:]]
+    if len(numbers) != len(wanted) or not all(number.isdecimal() for number in numbers):
+        following = " and ".join(wanted)
+        raise ValueError(f"weight {text!r}: {name} takes a format, a shape and {following}, as whole numbers")
+    return [int(number) for number in numbers]
+
+
 _READERS: dict[str, Callable[[list[str], str], Weight]] = {
     "dense": _dense,
     "quantized": _quantized,
     "lowrank": _low_rank,
     "sum": _sum,
+    "semisparse": _semi_sparse,
+    "bitmap": _bitmap,
+    "blocksparse": _block_sparse,
 }
 """What reads the arguments of each name; a new Weight adds its line here and in the grammar above."""

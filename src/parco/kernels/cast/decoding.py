@@ -106,7 +106,7 @@ def reference(
 
 
 @functools.cache
-def _values(element: Element) -> Tensor:
+def element_values(element: Element) -> Tensor:
     """The number of each code, fp32 [2**bits]."""
     return from_codes(torch.arange(1 << element.bits, dtype=torch.int32, device="cpu"), element)
 
@@ -126,7 +126,7 @@ def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
         codes = codes.contiguous()
         scale = None if scale is None else scale.contiguous()
         zero = None if zero is None else zero.contiguous()
-        values = _values(element)
+        values = element_values(element)
         rows = codes.shape[0]
         group = max(1, min(form.block.columns or columns, columns))
         numbers = torch.empty(rows, columns, dtype=dtype)
