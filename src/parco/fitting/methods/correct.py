@@ -55,6 +55,10 @@ class Corrected(Method):
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
         return Sum(self.base.spec(shape), self.correction.spec(shape))
 
+    @property
+    def has_zeros(self) -> bool:
+        return self.base.has_zeros
+
     def __str__(self) -> str:
         return f"{self.base}+{self.correction}"
 

@@ -40,6 +40,13 @@ class Method(abc.ABC):
     def __str__(self) -> str: ...
 
     @property
+    def has_zeros(self) -> bool:
+        """Whether the result leaves numbers out, which is done for speed: no use where the kernel is slower than
+        dense.
+        """
+        return False
+
+    @property
     def rows_apart(self) -> bool:
         """Whether a row of the result depends on that row of the matrix alone, so that some rows can stand for all."""
         return not self.has_factors

@@ -74,6 +74,10 @@ class Prune(Method):
         return self.pattern.spec(self.format, shape)
 
     @property
+    def has_zeros(self) -> bool:
+        return True
+
+    @property
     def rows_apart(self) -> bool:
         return self.pattern.block == 1
 
@@ -114,6 +118,10 @@ class QuantizedPrune(Method):
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
         return self.prune.pattern.spec(self.quantize.format, shape)
+
+    @property
+    def has_zeros(self) -> bool:
+        return True
 
     @property
     def rows_apart(self) -> bool:
