@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from parco.fitting import factor
-from parco.fitting.factor import basis, factorize, rank_for, refit_left
+from parco.fitting.factor import basis, factorize, fisher_factors, rank_for, refit_left, scaled_factors
 from parco.fitting.statistics import Statistics, row_error
 
 SHAPES = [(40, 96), (96, 40), (64, 64)]
@@ -59,6 +59,44 @@ def test_activation_aware_is_no_worse_than_plain(shape: tuple[int, int]) -> None
     weight, statistics = weights(shape), Statistics.of(inputs_of(shape[1]))
     aware, plain = factorize(weight, 16, statistics), factorize(weight, 16)
     assert total(weight - aware[0] @ aware[1], statistics) < 0.7 * total(weight - plain[0] @ plain[1], statistics)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fwsvd_is_the_papers(shape: tuple[int, int]) -> None:
+    weight, rank = weights(shape), 12
+    fisher = torch.logspace(0, -4, shape[0])[torch.randperm(shape[0], generator=torch.Generator().manual_seed(2))]
+    left, right = fisher_factors(weight, rank, Statistics(torch.eye(shape[1]), 1, fisher=fisher))
+    importance = torch.diag(fisher.sqrt()).double()
+    u, s, v = torch.linalg.svd(importance @ weight.double(), full_matrices=False)
+    expected = torch.linalg.inv(importance) @ (u[:, :rank] * s[:rank]) @ v[:rank]
+    torch.testing.assert_close((left @ right).double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_asvd_is_the_papers(shape: tuple[int, int]) -> None:
+    weight, rank, inputs = weights(shape), 12, inputs_of(shape[1])
+    left, right = scaled_factors(weight, rank, Statistics.of(inputs))
+    scale = torch.diag(inputs.abs().mean(0) ** 0.5).double()
+    u, s, v = torch.linalg.svd(weight.double() @ scale, full_matrices=False)
+    expected = (u[:, :rank] * s[:rank]) @ v[:rank] @ torch.linalg.inv(scale)
+    torch.testing.assert_close((left @ right).double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_each_metric_keeps_more_of_the_outputs_than_the_one_before() -> None:
+    weight, statistics = weights((64, 64)), Statistics.of(inputs_of(64))
+    factors = [factorize(weight, 16), scaled_factors(weight, 16, statistics), factorize(weight, 16, statistics)]
+    plain, scaled, activation = (total(weight - left @ right, statistics) for left, right in factors)
+    assert activation < 0.95 * scaled < 0.95 * 0.95 * plain
+
+
+def test_rows_and_columns_that_are_never_used_can_be_divided_by() -> None:
+    weight = weights((40, 64))
+    nothing = Statistics(torch.eye(64), 1, magnitude=torch.zeros(64), fisher=torch.zeros(40))
+    for factors in (fisher_factors, scaled_factors):
+        left, right = factors(weight, 12, nothing)
+        torch.testing.assert_close(left @ right, torch.matmul(*factorize(weight, 12)), rtol=1e-3, atol=1e-5)
+        with pytest.raises(ValueError, match="the statistics hold no"):
+            factors(weight, 12, Statistics(torch.eye(64), 1))
 
 
 def test_shifted_inputs_reach_the_optimum_of_the_original_outputs() -> None:

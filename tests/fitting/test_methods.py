@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from parco.fitting.gptq import gptq, rtn
-from parco.fitting.methods import Corrected, Factor, Keep, Method, Quantize, QuantizedFactors, output_error, parse
+from parco.fitting.methods import (
+    Corrected,
+    Factor,
+    Keep,
+    Method,
+    Prune,
+    Quantize,
+    QuantizedFactors,
+    QuantizedPrune,
+    output_error,
+    parse,
+)
 from parco.fitting.search import IntegerGrid
 from parco.fitting.statistics import Statistics
 from parco.formats import parse as parse_format
@@ -40,8 +51,26 @@ TEXTS = [
     "factor(rank=24)>>int8:row@rtn",
     "int4:32+factor(rank=16)",
     "int3:32+factor(rank=16)>>int8:row",
+    "factor(0.5,metric=scaled)",
+    "prune(2:4)",
+    "prune(50%)",
+    "prune(75%,score=magnitude,format=fp16)",
+    "prune(50%,score=wanda)",
+    "prune(block:16,score=sparsegpt)",
+    "prune(block:32:75%)",
+    "prune(2:4)>>int8:row",
+    "prune(50%,score=magnitude)>>int4:32",
+    "prune(block:16)>>nf4:64",
+    "prune(50%)+factor(rank=16)",
+    "prune(2:4)>>int8:row+factor(rank=16)>>int8:row",
 ]
-NEEDS_STATISTICS = ("int4:32@gptq", "factor(rank=32,metric=activation,format=fp32)")
+NEEDS_STATISTICS = (
+    "int4:32@gptq",
+    "factor(rank=32,metric=activation,format=fp32)",
+    "factor(0.5,metric=scaled)",
+    "prune(50%,score=wanda)",
+    "prune(block:16,score=sparsegpt)",
+)
 SHAPES = [(48, 96), (80, 50)]
 
 
@@ -167,6 +196,20 @@ def test_a_correction_lowers_the_error_and_factors_in_few_bits_stay_close() -> N
     assert total("factor(rank=32)") < 0.9 * total("factor(rank=32,metric=plain)")
 
 
+def test_pruned_numbers_are_stored_and_corrected_in_either_order_of_writing() -> None:
+    pruned, few, low = Prune("2:4"), Quantize("int8:row"), Factor(rank=16)
+    assert (pruned >> few) + low == pruned >> (few + low) == parse("prune(2:4)>>int8:row+factor(rank=16)")
+    assert parse("prune(50%)+factor(rank=16)>>int8:row") == Corrected(Prune("50%"), low >> few)  # pyright: ignore
+    weight, statistics = weights((80, 96)), seen(96)
+
+    def total(text: str) -> float:
+        return float(output_error(weight, *parse(text)(weight, statistics), statistics).sum())
+
+    assert total("prune(75%)+factor(rank=16)") < 0.9 * total("prune(75%)")
+    assert total("prune(50%)>>int8:row") < 1.1 * total("prune(50%)")
+    assert total("prune(50%)>>int4:32") < 1.5 * total("prune(50%)")
+
+
 def test_algebra_builds_the_compositions() -> None:
     assert Factor(0.5) >> Quantize("int4:32") == QuantizedFactors(Factor(0.5), Quantize("int4:32"))
     assert Quantize("int4:32") + Factor(rank=32) == Corrected(Quantize("int4:32"), Factor(rank=32))
@@ -181,15 +224,20 @@ KINDS = [
     Factor(0.5),
     Factor(0.5) >> Quantize("int4:32"),
     Quantize("int4:32") + Factor(rank=8),
+    Prune("50%"),
+    Prune("2:4") >> Quantize("int8:row"),
+    Prune("50%") + Factor(rank=8),
 ]
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(KINDS, KINDS)))
 def test_only_compositions_with_a_meaning_are_allowed(first: Method, second: Method) -> None:
-    if not (isinstance(first, Factor | Corrected) and isinstance(second, Quantize)):
+    stored = isinstance(first, Factor | Prune | Corrected) and isinstance(second, Quantize)
+    also_stored = isinstance(first, Prune) and isinstance(second, Corrected) and isinstance(second.base, Quantize)
+    if not (stored or also_stored):
         with pytest.raises(TypeError, match="factor"):
             _ = first >> second
-    if not (isinstance(first, Quantize) and isinstance(second, Factor | QuantizedFactors)):
+    if not (isinstance(first, Quantize | Prune | QuantizedPrune) and isinstance(second, Factor | QuantizedFactors)):
         with pytest.raises(TypeError, match="factor"):
             _ = first + second
 
@@ -206,6 +254,8 @@ def test_only_compositions_with_a_meaning_are_allowed(first: Method, second: Met
         "factor(depth=3)",
         "factor(many)",
         "factor(rank=a)",
+        "prune(score=wanda)",
+        "prune(2:4,depth=3)",
     ],
 )
 def test_unknown_methods_name_the_known_ones(text: str) -> None:
@@ -235,7 +285,7 @@ def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="rank must be at least 1"):
         Factor(rank=0)
     with pytest.raises(ValueError, match="metric must be one of"):
-        Factor(0.5, metric="fisher")  # pyright: ignore[reportArgumentType]
+        Factor(0.5, metric="best")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="for few bits"):
         Factor(0.5, format="int4:32")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from parco import weights
 from parco.fitting import size
-from parco.fitting.calibrate import Extent, block_groups, rows_of, statistics_of, vocabulary_of
+from parco.fitting.calibrate import Extent, block_groups, rows_of, statistics_of, vocabulary_of, with_energies
 from parco.fitting.methods import Method
 from parco.fitting.observe import Moments, See, expert_of, observed, site
 from parco.fitting.size import owners
@@ -129,7 +129,7 @@ class _Pass:
                 if not known:
                     with observed(model, active, self._see(active, moments, before)):
                         run(self.changed[part])
-        self._change(name, active, lambda group: _statistics(group, moments))
+        self._change(name, active, lambda group: self._statistics(group, moments))
         with self.stream.block(index) as run:
             for part in windows_in_batches(self.changed, self.rows):
                 self.changed[part] = run(self.changed[part])
@@ -145,7 +145,7 @@ class _Pass:
             with self.stream.outer(), observed(model, active, lambda member, seen, _: moments.add(member, seen)):
                 for part in windows_in_batches(self.changed[: self.counted], rows):
                     self.stream.leave(self.changed[part])
-            self._change("part-999-head", active, lambda group: _statistics(group, moments))
+            self._change("part-999-head", active, lambda group: self._statistics(group, moments))
         else:
             self._change("part-999-head", active, lambda group: {})
         return compare_streams(self.stream, self.changed[self.counted :], self.calibrated)
@@ -177,6 +177,22 @@ class _Pass:
         if active:
             self.errors |= _put(self.stream.model, self.stage, name)
 
+    def _statistics(self, group: Group, moments: Moments) -> dict[str, Statistics]:
+        """What the members see now, one Statistics object per site; of the gradients, what calibration saw."""
+        shared: dict[str, Statistics] = {}
+        for member in group.members:
+            key = site(group, member)
+            if key in moments.gram and key not in shared:
+                cross = moments.cross.get(key)
+                shared[key] = Statistics(
+                    moments.gram[key].float(),
+                    moments.count[key],
+                    None if cross is None else cross.float(),
+                    magnitude=moments.magnitude[key].float(),
+                )
+        found = {member: shared[site(group, member)] for member in group.members if site(group, member) in shared}
+        return with_energies(self.calibrated, group, found)
+
     def _solve(
         self, group: Group, statistics: Mapping[str, Statistics], tensors: dict[str, Tensor], specs: dict[str, str]
     ) -> float:
@@ -204,19 +220,6 @@ class _Pass:
             errors.append(float(row_error(delta, gram, count).sum()) / max(power, 1e-30))
             previous = seen
         return sum(errors) / len(errors)
-
-
-def _statistics(group: Group, moments: Moments) -> dict[str, Statistics]:
-    """One Statistics object per site, shared by the members that read it."""
-    shared: dict[str, Statistics] = {}
-    for member in group.members:
-        key = site(group, member)
-        if key in moments.gram and key not in shared:
-            cross = moments.cross.get(key)
-            shared[key] = Statistics(
-                moments.gram[key].float(), moments.count[key], None if cross is None else cross.float()
-            )
-    return {member: shared[site(group, member)] for member in group.members if site(group, member) in shared}
 
 
 def _put(model: nn.Module, stage: Stage, name: str) -> dict[str, float]:

@@ -14,6 +14,7 @@ the hidden states of the windows. Every block's result is on disk before the nex
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -179,7 +180,7 @@ def half_log_softmax(logits: Tensor) -> Tensor:
 
 def write_moments(stage: Stage, name: str, moments: Moments) -> None:
     tensors = {f"gram/{key}": value.float() for key, value in moments.gram.items()}
-    tensors |= {f"cross/{key}": value.float() for key, value in moments.cross.items()}
+    tensors |= {f"magnitude/{key}": value.float() for key, value in moments.magnitude.items()}
     stage.write_tensors(name, tensors, note=moments.count)
 
 
@@ -234,11 +235,9 @@ def _backward_head(stream: Stream, seed: int, total: int, stage: Stage) -> Tenso
 
 def statistics_of(stage: Stage, group: Group) -> dict[str, Statistics]:
     """Statistics of every member of a group that multiplies (lookups have none), from a calibrated stage."""
-    suffix = "outer" if group.block is None else f"{group.block:03}"
-    name = "outer" if group.block is None else f"block-{suffix}"
+    name = "outer" if group.block is None else f"block-{group.block:03}"
     counts: dict[str, int] = stage.read_note(name)
     moments = stage.read_tensors(name)
-    energies = stage.read_tensors(f"energy-{suffix}")
     shared: dict[str, Statistics] = {}
     found: dict[str, Statistics] = {}
     for member in group.members:
@@ -246,19 +245,18 @@ def statistics_of(stage: Stage, group: Group) -> dict[str, Statistics]:
         if f"gram/{key}" not in moments:
             continue
         if key not in shared:
-            shared[key] = Statistics(moments[f"gram/{key}"], counts[key])
+            shared[key] = Statistics(moments[f"gram/{key}"], counts[key], magnitude=moments[f"magnitude/{key}"])
         found[member] = shared[key]
-    return {member: _with_energy(statistics, energies.get(member)) for member, statistics in found.items()}
+    return with_energies(stage, group, found)
 
 
-def _with_energy(statistics: Statistics, energy: Tensor | None) -> Statistics:
-    """The same moments (and cached root) with a member's own energies."""
-    if energy is None:
-        return statistics
-    own = Statistics(statistics.gram, statistics.count, statistics.cross, energy)
-    if "root" in statistics.__dict__:
-        own.__dict__["root"] = statistics.__dict__["root"]
-    return own
+def with_energies(stage: Stage, group: Group, found: Mapping[str, Statistics]) -> dict[str, Statistics]:
+    """The statistics of a group's members, each with what calibration has seen of the gradients of its outputs."""
+    energies = stage.read_tensors(f"energy-{'outer' if group.block is None else f'{group.block:03}'}")
+    return {
+        member: statistics.with_energy(energies.get(member), energies.get(f"fisher/{member}"))
+        for member, statistics in found.items()
+    }
 
 
 def lookups_of(stage: Stage) -> Lookups:

@@ -28,6 +28,7 @@ RANK_MULTIPLE = 16
 _OVERSAMPLING = 16
 _ITERATIONS = 6
 _EXACT_SIDE = 768
+ASVD_ALPHA = 0.5
 
 
 def rank_for(ratio: float, shape: tuple[int, int]) -> int:
@@ -154,6 +155,34 @@ def _leading(weight: Tensor, rank: int, statistics: Statistics | None) -> tuple[
         _, vectors = _eigenvectors(block.T @ through(block))
         left, _ = torch.linalg.qr(block @ vectors[:, :rank])
         return left, left.T @ target
+
+
+def fisher_factors(weight: Tensor, rank: int, statistics: Statistics) -> tuple[Tensor, Tensor]:
+    """FWSVD (arXiv 2207.00112): the truncated SVD of D W carried back, D the square roots of each row's summed Fisher
+    information. left [N, rank], right [rank, K] float32. Raises ValueError where the statistics hold none.
+    """
+    if statistics.fisher is None:
+        raise ValueError("the statistics hold no Fisher information, which comes from gradients: calibrate gives it")
+    importance = _above_zero(statistics.fisher.float().sqrt())
+    left, right = factorize(importance[:, None] * weight.detach().float(), rank)
+    return left / importance[:, None], right
+
+
+def scaled_factors(weight: Tensor, rank: int, statistics: Statistics) -> tuple[Tensor, Tensor]:
+    """ASVD (arXiv 2312.05821): the truncated SVD of W S carried back, S_j = (mean |x_j|)^α with α = 0.5. left [N,
+    rank], right [rank, K] float32. Raises ValueError where the statistics hold no magnitudes.
+    """
+    if statistics.magnitude is None:
+        raise ValueError("the statistics hold no magnitudes of the inputs: Statistics.of and calibrate give them")
+    scale = _above_zero((statistics.magnitude.float() / max(statistics.count, 1)) ** ASVD_ALPHA)
+    left, right = factorize(weight.detach().float() * scale, rank)
+    return left, right / scale
+
+
+def _above_zero(scale: Tensor) -> Tensor:
+    """No factor below a millionth of the greatest, so that it can be divided by; ones where all are zero."""
+    greatest = scale.max()
+    return scale.clamp(min=1e-6 * float(greatest)) if greatest > 0 else torch.ones_like(scale)
 
 
 def refit_left(target: Tensor, right: Tensor, statistics: Statistics | None) -> tuple[Tensor, Statistics]:

@@ -1,8 +1,7 @@
 """Rounding to integers column by column, so that later columns repair the error of earlier ones (GPTQ, arXiv
 2210.17323).
 
-The usual description updates all remaining columns with a row of the Cholesky factor of the inverse Hessian. We use its
-equal without an inverse (LDLQ, arXiv 2307.13304): with H = (U + I) D (U + I)ᵀ, U strictly upper triangular, column k is
+The pass is that of feedback.py: with H = (U + I) D (U + I)ᵀ, U strictly upper triangular, column k is
 
     stored_k = round(w_k + Σ_{i<k} (w_i − stored_i) U_ik),
 
@@ -15,30 +14,23 @@ At 2 to 4 bits `refine` follows: sweeps of exact coordinate descent on tr(ΔHΔ�
 for the codes at hand, then every column's best code given all others (QuantEase, arXiv 2309.01885). Both steps can
 only lower the error.
 
-Everything is transposed, [columns, rows]: a column of all rows is one contiguous vector. Rows are independent, so the
-matrix is cut into chunks of about a thousand rows, by its shape alone, and each chunk is solved by one thread of a
-pool: thousands of small operations on two threads each would mostly wait for one another. So codes and scales depend
-neither on the run nor on the number of threads, given the root of the gram (whose last bits may depend on the threads
-of the Cholesky routine).
+Codes and scales depend neither on the run nor on the number of threads, given the root of the gram (whose last bits may
+depend on the threads of the Cholesky routine).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from parco.fitting.feedback import SPAN, over_rows, sweep
 from parco.fitting.search import IntegerGrid, absmax_scale, reciprocal, search_scale
 from parco.fitting.statistics import Statistics
-from parco.fitting.threads import one_thread
 
-_CHUNK_ROWS = 1024
-_SPAN = 128
-_INNER = 32
 SWEEPS = {2: 4, 3: 4, 4: 2, 5: 1, 6: 1}
 """Sweeps of coordinate descent by bits: the first removes about a quarter of GPTQ's error, the fourth 2%."""
 
@@ -80,7 +72,7 @@ class _Chunk:
         self.delta = torch.zeros_like(target_KN)
         kind = torch.int16 if grid.asymmetric else torch.int8
         self.codes = torch.zeros(columns, rows, dtype=kind, device=target_KN.device)
-        self.step = grid.group or min(_SPAN, columns)
+        self.step = grid.group or min(SPAN, columns)
         groups = -(-columns // grid.group) if grid.group else 1
         self.scale = target_KN.new_zeros(groups, rows)
         self.zero = target_KN.new_zeros(groups, rows) if grid.asymmetric else None
@@ -163,36 +155,24 @@ def _in_chunks(
     """`solve` every chunk of rows of target(weight) and put the results together."""
     weight = weight.detach()
     rows, columns = weight.shape
-    parts = max(1, -(-rows // _CHUNK_ROWS))
-    height = -(-rows // parts)
     groups = -(-columns // grid.group) if grid.group else 1
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(rows, groups, device=weight.device)
     zero = torch.empty_like(scale) if grid.asymmetric else None
     shared = None if grid.per_row else absmax_scale(weight, grid)
 
-    inference = torch.is_inference_mode_enabled()  # a mode of the calling thread, which the pool's do not inherit
-
-    @torch.inference_mode(inference)
-    def run(first: int) -> None:
-        rows_KN = target(weight[first : first + height].float()).T.clone(memory_format=torch.contiguous_format)
+    def run(first: int, last: int) -> None:
+        rows_KN = target(weight[first:last].float()).T.clone(memory_format=torch.contiguous_format)
         chunk = _Chunk(rows_KN, grid)
         if shared is not None:
             chunk.scale.copy_(shared.expand_as(chunk.scale))
         solve(chunk)
-        codes[first : first + height] = chunk.unsigned()
-        scale[first : first + height] = chunk.scale.T
+        codes[first:last] = chunk.unsigned()
+        scale[first:last] = chunk.scale.T
         if zero is not None and chunk.zero is not None:
-            zero[first : first + height] = chunk.zero.T
+            zero[first:last] = chunk.zero.T
 
-    with one_thread() as threads, ThreadPoolExecutor(max_workers=min(threads, parts)) as pool:
-        jobs = [pool.submit(run, first) for first in range(0, rows, height)]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:  # also an interrupt by the keyboard: chunks that have not begun are not waited for
-            pool.shutdown(cancel_futures=True)
-            raise
+    over_rows(rows, run)
     return Integers(codes, scale if shared is None else shared, zero, grid)
 
 
@@ -215,27 +195,24 @@ def _search_groups(chunk: _Chunk, importance_K: Tensor | None) -> None:
 
 def _forward(chunk: _Chunk, factor: Tensor, pivots: Tensor) -> None:
     """One pass over the columns with error feedback."""
-    target, delta = chunk.target, chunk.delta
-    for index, start, stop in chunk.spans():
-        feedback = (factor[:stop, start:stop] / pivots[start:stop]).T.contiguous()
-        aim = torch.addmm(target[start:stop], feedback[:, :start], delta[:start])
+    codes = torch.empty_like(chunk.target)
+    index_of = {start: index for index, start, _ in chunk.spans()}
+    scale, inverse, low, high = chunk.scale[0], chunk.scale[0], chunk.grid.low, chunk.grid.high
+
+    def reach(start: int, stop: int, aim: Tensor) -> None:
+        nonlocal scale, inverse, low, high
+        index = index_of[start]
         if chunk.grid.group:
             chunk.find_scale(index, aim, pivots[start:stop].square())
         scale, (low, high) = chunk.scale[index], chunk.bounds(index)
         inverse = reciprocal(scale)
-        codes = torch.empty_like(aim)
-        for first in range(start, stop, _INNER):
-            last = min(first + _INNER, stop)
-            if first > start:
-                aim[first - start : last - start].addmm_(
-                    feedback[first - start : last - start, start:first], delta[start:first]
-                )
-            for column in range(first, last):
-                row = column - start
-                value = torch.addmv(aim[row], delta[first:column].T, feedback[row, first:column])
-                torch.clamp(value.mul_(inverse).round_(), low, high, out=codes[row])
-                torch.addcmul(target[column], codes[row], scale, value=-1, out=delta[column])
-        chunk.codes[start:stop] = codes.to(chunk.codes.dtype)
+
+    def decide(column: int, value: Tensor) -> None:
+        torch.clamp(value.mul_(inverse).round_(), low, high, out=codes[column])
+        torch.addcmul(chunk.target[column], codes[column], scale, value=-1, out=chunk.delta[column])
+
+    sweep(chunk.target, chunk.delta, factor, [(start, stop) for _, start, stop in chunk.spans()], decide, reach=reach)
+    chunk.codes.copy_(codes)
 
 
 def _refine(chunk: _Chunk, gram: Tensor, ridge: float) -> None:

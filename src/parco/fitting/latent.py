@@ -8,7 +8,7 @@ where `start` is the original matrix moved to within half a step of what is stor
 rounding it gives the stored codes, and `step` is the mean scale, which makes the rate mean the same at every width of
 number. Scales train too, as a factor near one, and are rounded to their stored type in the forward pass. At the end
 codes and scales are written back: no byte is added. Dense leaves train as they are, rounded to their stored type in the
-forward pass too.
+forward pass too, and so do the kept numbers of sparse ones, whose zeros stay where they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from parco.kernels.cast.packing import pack, unpack
 from parco.nn import StoredWeight
-from parco.weights import Dense, Quantized, Weight
+from parco.weights import Dense, Quantized, Sparse, Weight
 
 RANK = 16
 SNUG = 0.49
@@ -54,6 +54,29 @@ class DenseLeaf(Leaf):
     def write_back(self) -> None:
         (values,) = self.stored[0].tensors()
         values.data = self.values.data.to(values.dtype)
+
+
+class SparseLeaf(Leaf):
+    """The kept numbers of a sparse matrix, dense ones, trained directly; the zeros stay where they are."""
+
+    def __init__(self, stored: StoredWeight) -> None:
+        super().__init__()
+        spec = stored.spec
+        assert isinstance(spec, Sparse)
+        self.stored = [stored]
+        self.dtype = next(iter(spec.tensors().values())).dtype
+        self.values = nn.Parameter(stored.dense().detach())
+        self.register_buffer("keep", self.values.detach() != 0, persistent=False)
+
+    def value(self) -> Tensor:
+        kept = self.values * self.get_buffer("keep")
+        return kept + (kept.detach().to(self.dtype).float() - kept.detach())
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        spec = self.stored[0].spec
+        for tensor, value in zip(self.stored[0].tensors(), spec.encode(self.value()), strict=True):
+            tensor.data = value
 
 
 class FrozenLeaf(Leaf):
@@ -207,6 +230,8 @@ class Trained:
             return DenseLeaf(stored)
         if isinstance(spec, Quantized) and spec.format.is_plain_integer and spec.format.block.rows == 1:
             return IntegerLeaf(stored, original, self.generator)
+        if isinstance(spec, Sparse) and spec.format.is_dense:
+            return SparseLeaf(stored)
         return FrozenLeaf(stored)
 
     def product(self, stored: StoredWeight, x: Tensor, bias: Tensor | None = None) -> Tensor:

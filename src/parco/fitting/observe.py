@@ -96,17 +96,19 @@ def _experts_forward(name: str, module: Any, see: See) -> Callable[..., Tensor]:
 
 
 class Moments:
-    """Sums of x xᵀ (and of x_original x_seenᵀ) per site, fp32 products accumulated in fp64."""
+    """Sums of x xᵀ (and of x_original x_seenᵀ) and of |x| per site, fp32 products accumulated in fp64."""
 
     def __init__(self) -> None:
         self.gram: dict[str, Tensor] = {}
         self.cross: dict[str, Tensor] = {}
+        self.magnitude: dict[str, Tensor] = {}
         self.count: dict[str, int] = {}
 
     def add(self, name: str, seen: Tensor, original: Tensor | None = None) -> None:
         """Tokens seen [..., K], and the same tokens in the original model."""
         rows = seen.detach().reshape(-1, seen.shape[-1]).float()
         _accumulate(self.gram, name, rows.T @ rows)
+        _accumulate(self.magnitude, name, rows.abs().sum(0))
         self.count[name] = self.count.get(name, 0) + rows.shape[0]
         if original is not None:
             _accumulate(self.cross, name, original.detach().reshape(rows.shape).float().T @ rows)
@@ -120,20 +122,31 @@ def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 class Energies:
-    """Mean squared gradient of every output, per member, over the tokens that a backward pass has reached."""
+    """Squared gradients per output of every member: of the outputs themselves over the tokens that a backward pass has
+    reached, and of the rows of the matrix, summed over its columns, window by window (the empirical Fisher information
+    of FWSVD, each window an example).
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.fisher: dict[str, Tensor] = {}
 
-    def see(self, member: str, _: Tensor, output: Tensor) -> None:
+    def see(self, member: str, seen: Tensor, output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(lambda grad: self.add(member, grad))
+            inputs = seen.detach()
+            output.register_hook(lambda grad: self.add(member, inputs, grad))
 
-    def add(self, member: str, grad: Tensor) -> None:
-        _accumulate(self.sums, member, grad.detach().float().square().reshape(-1, grad.shape[-1]).sum(0))
+    def add(self, member: str, seen: Tensor, grad: Tensor) -> None:
+        """Inputs [..., T, K] and gradients of the outputs [..., T, N] of some windows of T tokens."""
+        inputs, slope = seen.detach().float(), grad.detach().float()
+        _accumulate(self.sums, member, slope.square().flatten(0, -2).sum(0))
+        # Σ_k (Σ_t g_tn x_tk)² of a window is gₙᵀ (X Xᵀ) gₙ: no gradient of the matrix is formed.
+        rows = (inputs @ inputs.mT @ slope).mul_(slope)
+        _accumulate(self.fisher, member, rows.flatten(0, -2).sum(0))
 
     def mean(self, tokens: int) -> dict[str, Tensor]:
-        """[N] float32 per member: sums over all `tokens` of the model, so that an expert that few tokens reach weighs
-        little.
+        """[N] float32 per member, and another for the rows of its matrix as "fisher/member": sums over all `tokens` of
+        the model, so that an expert that few tokens reach weighs little.
         """
-        return {name: (total / max(tokens, 1)).float() for name, total in self.sums.items()}
+        fisher = {f"fisher/{name}": total for name, total in self.fisher.items()}
+        return {name: (total / max(tokens, 1)).float() for name, total in (self.sums | fisher).items()}

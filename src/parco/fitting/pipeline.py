@@ -324,17 +324,18 @@ class Fit:
         """The chosen model, the measured plans, the frontier, the table, what is fixed and the goal."""
         judged = self.judge()
         options, fixed, goal = self.table(judged)
+        offered = table.offered(options)
         self.progress.stage("solve", 1)
-        frontier = solve.frontier(options, fixed, goal, FRONTIER)
+        frontier = solve.frontier(offered, fixed, goal, FRONTIER)
         self.progress.advance()
-        plans = self.search(options, fixed, goal)
+        plans = self.search(offered, fixed, goal)
         if goal.kind != "speed" and all(plan.decode > goal.original_decode for plan in plans):
             self.warnings.append(
                 "every plan within the budget is predicted to decode slower than the original on this machine"
             )
         chosen = self.finish(self.choose(plans, goal))
         if goal.kind == "loss":
-            chosen = self._honour(chosen, plans, options, fixed, goal)
+            chosen = self._honour(chosen, plans, offered, fixed, goal)
         return chosen, plans, frontier, options, fixed, goal
 
     def _honour(

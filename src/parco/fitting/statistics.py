@@ -40,6 +40,8 @@ class Statistics:
     when
         the layers before this one have already changed, so that solvers aim at the original output W · x_original.
     row_energy: [N] or None, mean squared gradient of the loss with respect to each output (used by planners).
+    magnitude: [K] or None, Σ |x| of every input.
+    fisher: [N] or None, squared gradient of the loss with respect to the matrix, summed over each row.
 
     Raises ValueError when shapes disagree, when the count is negative or when a moment is not finite.
     """
@@ -48,6 +50,8 @@ class Statistics:
     count: int
     cross: Tensor | None = None
     row_energy: Tensor | None = None
+    magnitude: Tensor | None = None
+    fisher: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.gram.ndim != 2 or self.gram.shape[0] != self.gram.shape[1]:
@@ -62,7 +66,8 @@ class Statistics:
             raise ValueError(
                 f"cross must have the gram's shape {tuple(self.gram.shape)}, got {tuple(self.cross.shape)}"
             )
-        for name, moment in (("gram", self.gram), ("cross", self.cross), ("row_energy", self.row_energy)):
+        for name in ("gram", "cross", "row_energy", "magnitude", "fisher"):
+            moment: Tensor | None = getattr(self, name)
             if moment is not None and not bool(torch.isfinite(moment.sum())):
                 raise ValueError(f"{name} holds NaN or inf: the calibration inputs overflowed")
 
@@ -79,10 +84,12 @@ class Statistics:
                     f"original must have the inputs' shape {tuple(inputs.shape)}, got {tuple(original.shape)}"
                 )
             cross = original.reshape(seen.shape).float().T @ seen
-        return cls(seen.T @ seen, seen.shape[0], cross, row_energy)
+        return cls(seen.T @ seen, seen.shape[0], cross, row_energy, seen.abs().sum(0))
 
     def __add__(self, other: Statistics) -> Statistics:
-        """Statistics over the tokens of both. Row energies are averaged by their counts."""
+        """Statistics over the tokens of both. Row energies are averaged by their counts; what only one has is left out
+        of sums.
+        """
         if (self.cross is None) != (other.cross is None):
             raise ValueError(
                 "one of the statistics has cross moments and the other has none: they were seen in different passes"
@@ -92,7 +99,11 @@ class Statistics:
         energy = self.row_energy
         if self.row_energy is not None and other.row_energy is not None:
             energy = (self.row_energy * self.count + other.row_energy * other.count) / max(count, 1)
-        return Statistics(self.gram + other.gram, count, cross, energy)
+        magnitude, fisher = (
+            None if one is None or two is None else one + two
+            for one, two in ((self.magnitude, other.magnitude), (self.fisher, other.fisher))
+        )
+        return Statistics(self.gram + other.gram, count, cross, energy, magnitude, fisher)
 
     @property
     def columns(self) -> int:
@@ -140,11 +151,11 @@ class Statistics:
         """The same inputs with nothing to aim at but the weight itself; shares what is cached."""
         return self._sharing(replace(self, cross=None))
 
-    def with_energy(self, row_energy: Tensor | None) -> Statistics:
-        """The same inputs with another layer's output energies [N] (q, k and v share their inputs); shares what is
-        cached.
+    def with_energy(self, row_energy: Tensor | None, fisher: Tensor | None = None) -> Statistics:
+        """The same inputs with what is known of another layer's outputs [N] (q, k and v share their inputs); shares
+        what is cached.
         """
-        return self._sharing(replace(self, row_energy=row_energy))
+        return self._sharing(replace(self, row_energy=row_energy, fisher=fisher))
 
     def _sharing(self, other: Statistics) -> Statistics:
         for name in ("root", "exact_root", "diagonal", "dead", "empty"):

@@ -19,6 +19,9 @@ from parco.fitting.stages import Progress
 from parco.nn.blocks import Group, groups, matrix
 from parco.weights import Weight
 
+SLOWER = 1.02
+"""Times apart by less are not told apart."""
+
 
 @dataclass(frozen=True)
 class Products:
@@ -122,6 +125,15 @@ def build(
     return table, fixed
 
 
+def offered(table: Mapping[str, Sequence[Option]]) -> dict[str, list[Option]]:
+    """The options that may be chosen: none with zeros that decodes slower than the dense matrix does."""
+    found: dict[str, list[Option]] = {}
+    for group, options in table.items():
+        dense = next(option for option in options if option.method == "keep").decode * SLOWER
+        found[group] = [one for one in options if one.decode <= dense or not Method.parse(one.method).has_zeros]
+    return found
+
+
 def reason(option: Option, chosen: Option) -> str:
     """Why `option` was passed over for `chosen`, from the numbers alone."""
     parts: list[str] = []
@@ -129,9 +141,9 @@ def reason(option: Option, chosen: Option) -> str:
         parts.append(f"costs {option.loss - chosen.loss:.2g} nats more")
     if option.bytes > chosen.bytes * 1.001:
         parts.append(f"takes {(option.bytes - chosen.bytes) / 1e6:.2g} MB more")
-    if option.decode > chosen.decode * 1.02:
+    if option.decode > chosen.decode * SLOWER:
         parts.append(f"decodes {(option.decode - chosen.decode) * 1e6:.0f} µs slower")
-    if option.prefill > chosen.prefill * 1.02:
+    if option.prefill > chosen.prefill * SLOWER:
         parts.append(f"prefills {(option.prefill - chosen.prefill) * 1e3:.2f} ms slower")
     if parts:
         return ", ".join(parts)

@@ -1,0 +1,125 @@
+"""Low rank: a matrix as the product of two narrower ones, dense or in few bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final, get_args
+
+import torch
+from torch import Tensor
+
+from parco.fitting.factor import factorize, fisher_factors, rank_for, refit_left, scaled_factors
+from parco.fitting.methods.method import Made, Method, Shape, check, matrix_shape
+from parco.fitting.methods.quantize import Quantize
+from parco.fitting.statistics import Statistics
+from parco.formats import Format
+from parco.weights import Dense, LowRank, Weight
+
+Metric = Literal["auto", "plain", "activation", "fisher", "scaled"]
+
+
+@final
+@dataclass(frozen=True)
+class Factor(Method):
+    """Low rank: left [N, r] times right [r, K], both dense in `format`.
+
+    Give `ratio`, the share of parameters kept, r(N + K)/(NK), from which the rank follows to the nearest multiple of
+    16; or `rank` itself (at most the smaller side is taken). metric: "activation" is the optimum for the outputs on
+    the inputs that were seen (SVD-LLM's), "fisher" weighs rows by their Fisher information (FWSVD), "scaled" columns by
+    the size of their inputs (ASVD); all need statistics. "plain" is the truncated SVD, "auto" activation or plain.
+    Text: `factor(0.5)`, `factor(rank=32)`, `factor(0.5,metric=plain,format=fp16)`.
+    """
+
+    has_factors: ClassVar[bool] = True
+
+    ratio: float | None
+    rank: int | None
+    metric: Metric
+    format: Format
+
+    def __init__(
+        self,
+        ratio: float | None = None,
+        rank: int | None = None,
+        metric: Metric = "auto",
+        format: Format | str = "bf16",
+    ) -> None:
+        form = Format.parse(format) if isinstance(format, str) else format
+        if (ratio is None) == (rank is None):
+            raise ValueError(f"Factor takes either ratio or rank, got ratio={ratio}, rank={rank}")
+        if ratio is not None and not 0.0 < ratio <= 1.0:
+            raise ValueError(f"ratio must be in (0, 1], the share of parameters kept, got {ratio}")
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        if metric not in get_args(Metric):
+            raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
+        if not form.is_dense:
+            raise ValueError(
+                f"format of Factor must be fp32, bf16 or fp16, got {form}; write factor(...)>>{form} for few bits"
+            )
+        for name, value in (("ratio", ratio), ("rank", rank), ("metric", metric), ("format", form)):
+            object.__setattr__(self, name, value)
+
+    def rank_of(self, shape: Shape) -> int:
+        """The rank for a matrix of `shape`."""
+        return rank_for(self.ratio, shape) if self.ratio is not None else min(self.rank or 1, *shape)
+
+    def factors(self, weight: Tensor, statistics: Statistics | None = None) -> tuple[Tensor, Tensor]:
+        """(left [N, r], right [r, K]) in float32, before they are stored."""
+        if self.metric not in ("auto", "plain") and statistics is None:
+            raise ValueError(f"{self} needs statistics of the layer's inputs; metric=plain does without")
+        rank = self.rank_of(matrix_shape(weight))
+        if statistics is None or statistics.empty or self.metric == "plain":
+            return factorize(weight, rank)
+        if self.metric in ("fisher", "scaled"):
+            return (fisher_factors if self.metric == "fisher" else scaled_factors)(weight, rank, statistics)
+        return factorize(weight, rank, statistics)
+
+    def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
+        check(weight, statistics, self)
+        left, right = self.factors(weight, statistics)
+        spec = self.spec(matrix_shape(weight))
+        return spec, (left.to(self.format.dtype), right.to(self.format.dtype))
+
+    def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
+        rank = self.rank_of(shape)
+        return LowRank(Dense((shape[0], rank), self.format), Dense((rank, shape[1]), self.format))
+
+    def __str__(self) -> str:
+        arguments = [f"{self.ratio:g}" if self.ratio is not None else f"rank={self.rank}"]
+        arguments += [f"metric={self.metric}"] if self.metric != "auto" else []
+        arguments += [f"format={self.format}"] if str(self.format) != "bf16" else []
+        return f"factor({','.join(arguments)})"
+
+
+@final
+@dataclass(frozen=True)
+class QuantizedFactors(Method):
+    """`factor >> quantize`: low-rank factors, each stored by `quantize`.
+
+    `right` is rounded first, under the gram of x (its errors reach the output unchanged, as `left` is orthonormal).
+    Then `left` is fitted again, by least squares, to the right factor as it is stored, and rounded under the gram of
+    right · x.
+    """
+
+    has_factors: ClassVar[bool] = True
+
+    factor: Factor
+    quantize: Quantize
+
+    def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
+        check(weight, statistics, self)
+        _, right = self.factor.factors(weight, statistics)
+        seen = None if statistics is None or statistics.empty or self.factor.metric == "plain" else statistics
+        target = weight.detach().float() if seen is None else seen.target(weight.detach().float())
+        right_spec, right_tensors = self.quantize(right, None if statistics is None else statistics.without_cross)
+        left, inner = refit_left(target, right_spec.dense(*right_tensors), seen)
+        left_spec, left_tensors = self.quantize(left, inner)
+        return LowRank(left_spec, right_spec), (*left_tensors, *right_tensors)
+
+    def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
+        rank = self.factor.rank_of(shape)
+        return LowRank(self.quantize.spec((shape[0], rank)), self.quantize.spec((rank, shape[1])))
+
+    def __str__(self) -> str:
+        return f"{self.factor}>>{self.quantize}"

@@ -1,0 +1,98 @@
+"""Few bits, or none fewer: a matrix as it is, and every number of it in a Format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast, final, get_args
+
+import torch
+from torch import Tensor
+
+from parco.fitting.gptq import Integers, gptq, rtn
+from parco.fitting.methods.method import Made, Method, Shape, check, matrix_shape
+from parco.fitting.search import IntegerGrid
+from parco.fitting.statistics import Statistics
+from parco.formats import DTYPE_NAMES, Format
+from parco.kernels.cast import pack
+from parco.weights import Dense, Quantized, Weight
+
+Solver = Literal["auto", "rtn", "gptq"]
+
+
+@final
+@dataclass(frozen=True)
+class Keep(Method):
+    """The matrix as it is, dense in its own dtype. Text: `keep`."""
+
+    def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
+        check(weight, None, self)
+        spec = self.spec(matrix_shape(weight), weight.dtype)
+        return spec, cast(Dense, spec).encode(weight)
+
+    def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
+        if dtype not in DTYPE_NAMES:
+            raise ValueError(f"dtype {dtype} cannot be kept; dense matrices are fp32, bf16 or fp16")
+        return Dense(shape, DTYPE_NAMES[dtype])
+
+    def __str__(self) -> str:
+        return "keep"
+
+
+@final
+@dataclass(frozen=True)
+class Quantize(Method):
+    """Few bits: every number of the matrix in `format`, or its name. Dense formats are plain casts.
+
+    solver: "rtn" rounds to nearest (integers under searched scales, which the inputs' energies weight where they are
+    known; other formats by their own scale rule). "gptq" rounds integers column by column under the gram
+    (`fitting/gptq.py`); it needs statistics. "auto" is gptq for integers when statistics are given, else rtn. An
+    expert that no token reached has empty statistics and is rounded to nearest. Text: `int4:32`, `int4:32@rtn`.
+    """
+
+    format: Format
+    solver: Solver
+
+    def __init__(self, format: Format | str, solver: Solver = "auto") -> None:
+        form = Format.parse(format) if isinstance(format, str) else format
+        if solver not in get_args(Solver):
+            raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
+        if solver == "gptq" and IntegerGrid.of(form) is None:
+            raise ValueError(f"solver gptq rounds integers with row, group or tensor scales; {form} takes auto or rtn")
+        object.__setattr__(self, "format", form)
+        object.__setattr__(self, "solver", solver)
+
+    def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
+        check(weight, statistics, self)
+        spec = self.spec(matrix_shape(weight))
+        grid = IntegerGrid.of(self.format)
+        if isinstance(spec, Dense):
+            return spec, spec.encode(weight)
+        assert isinstance(spec, Quantized)
+        if grid is None:
+            return spec, spec.encode(weight)
+        seen = None if statistics is None or statistics.empty else statistics
+        if self.solver == "gptq" and statistics is None:
+            raise ValueError(f"{self} needs statistics of the layer's inputs; without them use {self.format}@rtn")
+        if seen is None or self.solver == "rtn":
+            solved = rtn(weight, grid, None if seen is None else seen.diagonal)
+        else:
+            solved = gptq(weight, seen, grid)
+        return spec, _stored(solved)
+
+    def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
+        return Dense(shape, self.format) if self.format.is_dense else Quantized(self.format, shape)
+
+    @property
+    def rows_apart(self) -> bool:
+        return self.format.is_dense or (
+            self.format.block.rows == 1 and "global_scale" not in self.format.tensors((1, 1))
+        )
+
+    def __str__(self) -> str:
+        return str(self.format) if self.solver == "auto" else f"{self.format}@{self.solver}"
+
+
+def _stored(solved: Integers) -> tuple[Tensor, ...]:
+    """The tensors of an integer format: packed codes, scales in the stored dtype, zero points as bytes."""
+    codes, scale = pack(solved.codes, solved.grid.bits), solved.scale.to(solved.grid.scale_dtype)
+    return (codes, scale) if solved.zero is None else (codes, scale, solved.zero.to(torch.uint8))
