@@ -18,7 +18,7 @@ import torch as torch  # before parco._C: the extension then shares the libgomp 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from parco import formats, machine, nn, training, weights
+    from parco import adapters, formats, machine, nn, training, weights
     from parco.fitting.methods import Factor, Quantize
     from parco.job import convert_, fit
     from parco.kernels.cast import Hadamard, decode, encode, encode_both, encode_transposed
@@ -30,6 +30,7 @@ __all__ = [
     "Factor",
     "Hadamard",
     "Quantize",
+    "adapters",
     "convert_",
     "decode",
     "encode",
@@ -66,7 +67,7 @@ def __getattr__(name: str) -> Any:
     """Names and submodules on first use (PEP 562)."""
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
-    elif name in ("formats", "machine", "nn", "training", "weights"):
+    elif name in ("adapters", "formats", "machine", "nn", "training", "weights"):
         value = importlib.import_module(f"parco.{name}")
     else:
         raise AttributeError(f"module 'parco' has no attribute {name!r}")

@@ -11,8 +11,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -51,22 +51,32 @@ def save(
     target = Path(folder).expanduser().resolve()
     refuse_foreign(target)
     content = saved.tensors_to_save(model)
+    with whole(target, sum(tensor.nbytes for tensor in content.values())) as temporary:
+        _write_weights(temporary, content, shard_bytes)
+        _write_settings(temporary, model, tokenizer)
+        write_extra(temporary, extra if plan is None else {**(extra or {}), "plan.json": _plan(plan)})
+    return target
+
+
+@contextmanager
+def whole(target: Path, needed: int) -> Generator[Path]:
+    """A hidden folder beside `target`, an absolute path, to write `needed` bytes into; what lies in it when the block
+    ends becomes `target`, flushed to the disk and in place of what was there, or nothing does.
+
+    Raises OSError, in one line, where the disk is full or cannot be written: then nothing is left behind."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
-    _refuse_if_full(target, sum(tensor.nbytes for tensor in content.values()))
+    _refuse_if_full(target, needed)
     temporary = target.parent / f".{target.name}.parco-{os.getpid()}"
     try:
         temporary.mkdir()
-        _write_weights(temporary, content, shard_bytes)
-        _write_settings(temporary, model, tokenizer)
-        _write_extra(temporary, plan, extra or {})
+        yield temporary
         flush(temporary)
         put_in_place(temporary, target)
     except (OSError, SafetensorError) as error:
         _explain(error, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return target
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
@@ -146,11 +156,13 @@ def _settled(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return settled
 
 
-def _write_extra(folder: Path, plan: str | Mapping[str, Any] | None, extra: Mapping[str, Content]) -> None:
-    files = dict(extra)
-    if plan is not None:
-        files["plan.json"] = plan if isinstance(plan, str) else json.dumps(plan, indent=1) + "\n"
-    for name, content in files.items():
+def _plan(plan: str | Mapping[str, Any]) -> str:
+    return plan if isinstance(plan, str) else json.dumps(plan, indent=1) + "\n"
+
+
+def write_extra(folder: Path, extra: Mapping[str, Content] | None) -> None:
+    """Writes files beside those of a model. Raises ValueError for a name that is not plain or is taken."""
+    for name, content in (extra or {}).items():
         if name != Path(name).name or name in ("", ".", ".."):
             raise ValueError(f"extra={name!r} is not a plain file name: leave folders out of it")
         if (folder / name).exists():

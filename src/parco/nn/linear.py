@@ -80,6 +80,11 @@ def kind_of(module: torch.nn.Module) -> type[torch.nn.Module]:
     return type(module).__dict__.get("_original", type(module))
 
 
+def carries_adapters(module: torch.nn.Module) -> bool:
+    """Whether `parco.adapters` computes beside this module."""
+    return "adapters" in module._modules  # pyright: ignore[reportPrivateUsage]
+
+
 def under_its_name(
     original: type[torch.nn.Module], bases: tuple[type, ...], members: dict[str, object]
 ) -> type[torch.nn.Module]:

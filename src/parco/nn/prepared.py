@@ -18,7 +18,7 @@ from parco.kernels.activations import NUMBERS
 from parco.kernels.library import TYPES
 from parco.kernels.linear.prepared import prepared
 from parco.nn import joined
-from parco.nn.linear import Linear, kind_of
+from parco.nn.linear import Linear, carries_adapters, kind_of
 from parco.nn.parts import FLAGS, PROJECTIONS, Parts, parts, rows, shape
 from parco.nn.proofs import Centered, Rms, activation_of
 from parco.products.how import NATIVE, Product
@@ -112,7 +112,7 @@ def prepare(module: Any, settings: Settings, dtype: torch.dtype) -> Prepared:
     if whole is not None:
         owners = (module.__dict__, whole.attention.__dict__)
         found += [(owner, name, owner[name]) for owner in owners for name in sorted(FLAGS & owner.keys())]
-        replaced = any("forward" in part.__dict__ for part in inside)
+        replaced = any("forward" in part.__dict__ or carries_adapters(part) for part in inside)
         same = kinds(whole) == settings.kinds and whole.flags == settings.flags
         if not replaced and same and whole.fit() and activation_of(whole.feed_forward) == settings.activation:
             call = _call(settings, dtype, whole, tensors)

@@ -6,7 +6,7 @@ import torch
 
 from parco.formats import DTYPE_NAMES
 from parco.nn.experts import Experts
-from parco.nn.linear import Embedding, Linear
+from parco.nn.linear import Embedding, Linear, carries_adapters
 from parco.nn.sites import EXPERT_PARAMETERS, Site, embedding_scale, site
 from parco.nn.stored import StoredWeight
 from parco.nn.ties import rename, tied
@@ -19,7 +19,7 @@ def replace_(model: torch.nn.Module, name: str, stored: StoredWeight) -> None:
     `stored` takes over the compute dtype of the matrix that it replaces. Where several modules share the matrix (tied
     embeddings) all of them get the same `stored`, so it remains one. The first expert replaced in a block turns that
     block's experts into `parco.nn.Experts`, the others staying dense until their turn. Raises ValueError for an unknown
-    name or a shape that differs.
+    name, a shape that differs or a layer with adapters.
     """
     where = site(model, name)
     if tuple(stored.shape) != where.shape:
@@ -27,6 +27,8 @@ def replace_(model: torch.nn.Module, name: str, stored: StoredWeight) -> None:
     if where.kind == "expert":
         _replace_expert(model, where, stored)
         return
+    if carries_adapters(where.module):
+        raise ValueError(f"replace_: {name} carries adapters; merge or remove them first")
     stored.dtype = _compute_dtype(where.module.weight)
     names = tied(model, name)
     for member in names:

@@ -20,7 +20,7 @@ from torch import Tensor
 from parco.kernels.cast import DelayedScaling
 from parco.nn import blocks, groups, linears
 from parco.nn.linear import Linear as StoredLinear
-from parco.nn.linear import kind_of, under_its_name
+from parco.nn.linear import carries_adapters, kind_of, under_its_name
 from parco.training.products import linear
 from parco.training.readings import Probe
 from parco.training.recipe import BF16, ROLES, Recipe
@@ -85,6 +85,8 @@ def prepare_(
             left[name] = "its forward has been replaced"
         elif site.kind == "expert" or isinstance(module, StoredLinear):
             left[name] = "experts in one tensor are not converted" if site.kind == "expert" else "a stored weight"
+        elif carries_adapters(module) and "_recipe" not in module.__dict__:
+            left[name] = "it carries adapters, which are put over a recipe"
         elif filter_fn is not None and not filter_fn(module, name):
             left[name] = "filter_fn says no"
         elif pattern is None:
@@ -98,7 +100,8 @@ def prepare_(
     if not chosen:
         raise ValueError(f"prepare_: {type(model).__name__} has no linear layer that takes part")
     for module, turned, own in chosen.values():
-        module.__class__ = _class_of(kind_of(module), turned)
+        if not carries_adapters(module):  # a layer with adapters computes with a converted one already
+            module.__class__ = _class_of(kind_of(module), turned)
         follow(module, own)
     return Prepared({name: own for name, (_, _, own) in chosen.items()}, left)
 

@@ -1,0 +1,221 @@
+"""What stands beside a layer: the adapters' own modules, which own their parameters under stable names.
+
+Every one of them computes `around(x, layer, product, share)`: what the layer gives for x [M, K] with the adapter, where
+`product(x)` is what it gives without, [M, N] in memory of its own. They nest, so several adapters add up.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from parco.adapters.methods import Bottleneck, DoRA, Factors, LoRA, Method, VeRA
+from parco.adapters.product import enter, leave
+from parco.kernels.activations import ACTIVATIONS
+from parco.nn import StoredWeight
+from parco.nn.linear import Linear
+from parco.nn.parts import rows as dense_rows
+from parco.nn.parts import shape
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Adapter(nn.Module, abc.ABC):
+    """One adapter of one layer. `method` is what it was made by, with the rank and alpha of this layer; None where it
+    is a copy of a module.
+    """
+
+    method: Any
+
+    additive = True
+    """Whether it adds to the layer's output something that its share scales, so that shares of several make sense."""
+
+    @abc.abstractmethod
+    def around(self, x: Tensor, layer: Any, product: Product, share: float) -> Tensor:
+        """The layer's output [M, N] for x [M, K] with this adapter, `share` of it where that makes sense."""
+
+    def delta(self, layer: Any) -> Tensor:
+        """fp32 [N, K]: what to add to the layer's matrix in the adapter's place. TypeError where nothing is."""
+        raise TypeError(f"{self.method} is no matrix that could be added to the layer's")
+
+    def extra_repr(self) -> str:
+        return str(self.method)
+
+
+class LowRank(Adapter):
+    """LoRA: `lora_A` [r, K] and `lora_B` [N, r]."""
+
+    def __init__(self, method: Factors, layer: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.method = method
+        outputs, columns = shape(layer)
+        self.lora_A = nn.Parameter(torch.empty(method.rank, columns, dtype=dtype, device=layer.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(outputs, method.rank, dtype=dtype, device=layer.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def around(self, x: Tensor, layer: Any, product: Product, share: float) -> Tensor:
+        x, t = enter(x, self.lora_A, self.method.dropout if self.training else 0.0)
+        return leave(product(x), t, self.lora_B, self.method.scale * share)
+
+    def delta(self, layer: Any) -> Tensor:
+        return self.method.scale * (self.lora_B.detach().float() @ self.lora_A.detach().float())
+
+
+class WeightDecomposed(LowRank):
+    """DoRA: `magnitude` [N] beside LoRA's two."""
+
+    additive = False
+
+    def __init__(self, method: DoRA, layer: Any, dtype: torch.dtype) -> None:
+        super().__init__(method, layer, dtype)
+        self.magnitude = nn.Parameter(torch.empty(shape(layer)[0], dtype=dtype, device=layer.weight.device))
+        self.reset_magnitude(layer)
+
+    @torch.no_grad()
+    def reset_magnitude(self, layer: Any) -> None:
+        """The norms of the rows that the layer's matrix and the factors make now."""
+        self.magnitude.copy_(self._norm(layer))
+
+    def around(self, x: Tensor, layer: Any, product: Product, share: float) -> Tensor:
+        if share != 1:
+            raise ValueError(f"{self.method}: a share of {share:g} of it means nothing; 1 is what it can have")
+        y = super().around(x, layer, product, 1.0)
+        factor = (self.magnitude / self._norm(layer)).to(y.dtype)
+        bias = layer.bias
+        return y * factor if bias is None else y * factor + bias.to(y.dtype) * (1 - factor)
+
+    def delta(self, layer: Any) -> Tensor:
+        whole = matrix(layer) + super().delta(layer)
+        return whole * (self.magnitude.detach().float() / whole.norm(dim=1))[:, None] - matrix(layer)
+
+    @torch.no_grad()
+    def _norm(self, layer: Any) -> Tensor:
+        """[N] norms of the rows of W + s·B·A in the factors' dtype, without that sum: its squares are ‖w‖² + 2s·b·(Aw)
+        + s²·bᵀ(AAᵀ)b.
+        """
+        a, b = self.lora_A, self.lora_B
+        s = self.method.scale
+        if isinstance(layer, Linear):
+            squares, mixed = _squares(layer.weight).to(a.dtype), layer.weight(a).t()
+        else:
+            weight = dense_rows(layer).to(a.dtype)
+            squares, mixed = weight.square().sum(1), weight @ a.t()
+        total = squares + (b * (2 * s * mixed + s * s * (b @ (a @ a.t())))).sum(1)
+        return total.clamp_(min=torch.finfo(a.dtype).tiny).sqrt()
+
+
+class VectorBased(Adapter):
+    """VeRA: `vera_lambda_b` [N] and `vera_lambda_d` [r]; the buffers `vera_A` [r, ≥K] and `vera_B` [≥N, r] are one
+    tensor each for all layers.
+    """
+
+    vera_A: Tensor
+    vera_B: Tensor
+
+    def __init__(self, method: VeRA, layer: Any, dtype: torch.dtype, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.method = method
+        device = layer.weight.device
+        self.register_buffer("vera_A", a.to(device), persistent=False)
+        self.register_buffer("vera_B", b.to(device), persistent=False)
+        self.vera_lambda_b = nn.Parameter(torch.zeros(shape(layer)[0], dtype=dtype, device=device))
+        self.vera_lambda_d = nn.Parameter(torch.full((method.rank,), method.initial, dtype=dtype, device=device))
+
+    def _factors(self, layer: Any) -> tuple[Tensor, Tensor]:
+        outputs, columns = shape(layer)
+        d, b = self.vera_lambda_d[:, None], self.vera_lambda_b[:, None]
+        return d * self.vera_A[:, :columns], b * self.vera_B[:outputs]
+
+    def around(self, x: Tensor, layer: Any, product: Product, share: float) -> Tensor:
+        a, b = self._factors(layer)
+        x, t = enter(x, a, self.method.dropout if self.training else 0.0)
+        return leave(product(x), t, b, share)
+
+    def delta(self, layer: Any) -> Tensor:
+        a, b = self._factors(layer)
+        return b.detach().float() @ a.detach().float()
+
+
+class Narrow(Adapter):
+    """Bottleneck: `down` [width, ·] and `up` [N, width] with their biases."""
+
+    def __init__(self, method: Bottleneck, layer: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.method = method
+        outputs, columns = shape(layer)
+        read = outputs if method.placement == "serial" else columns
+        device = layer.weight.device
+        self.down = nn.Linear(read, method.width, dtype=dtype, device=device)
+        self.up = nn.Linear(method.width, outputs, dtype=dtype, device=device)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def around(self, x: Tensor, layer: Any, product: Product, share: float) -> Tensor:
+        y = product(x)
+        z = x if self.method.placement == "parallel" else y
+        z = functional.dropout(z, self.method.dropout, self.training)
+        down, up = self.down, self.up
+        inner = functional.linear(z, down.weight.to(z.dtype), down.bias.to(z.dtype))
+        inner = ACTIVATIONS[self.method.activation](inner)
+        added = functional.linear(inner, up.weight.to(y.dtype), up.bias.to(y.dtype))
+        return torch.add(y, added, alpha=self.method.factor * share)
+
+
+class Whole(Adapter):
+    """A module of which an adapter has a copy of its own, trained whole: PEFT's `modules_to_save`."""
+
+    additive = False
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.method = None
+        self.module = module
+
+    def around(self, x: Tensor, layer: Any, product: Product, share: float) -> Tensor:
+        return self.module(x)
+
+
+_MADE: dict[type[Method], type[Any]] = {LoRA: LowRank, DoRA: WeightDecomposed, Bottleneck: Narrow}
+
+
+def make(method: Method, layer: Any, dtype: torch.dtype, shared: tuple[Tensor, Tensor] | None = None) -> Adapter:
+    """The adapter of one layer. `shared` is VeRA's A and B."""
+    if isinstance(method, VeRA):
+        assert shared is not None
+        return VectorBased(method, layer, dtype, *shared)
+    return _MADE[type(method)](method, layer, dtype)
+
+
+def of_layer(method: Method, rank: int | None, alpha: float | None) -> Method:
+    """`method` with the rank and alpha that a layer has of its own, None where it has none. Without an alpha that of a
+    rank of its own is the method's, as in PEFT.
+    """
+    if not isinstance(method, Factors):
+        return method
+    whole = method.rank if method.alpha is None else method.alpha
+    own = alpha if alpha is not None else None if rank in (None, method.rank) else whole
+    changes: dict[str, Any] = {} if rank is None else {"rank": rank}
+    return dataclasses.replace(method, **changes, **({} if own is None else {"alpha": own}))
+
+
+def matrix(layer: Any) -> Tensor:
+    """The layer's own matrix [N, K] in fp32, decoded where it is stored."""
+    if isinstance(layer.weight, StoredWeight):
+        return layer.weight.dense().detach()
+    return dense_rows(layer).detach().float()
+
+
+def _squares(weight: StoredWeight) -> Tensor:
+    """[N] fp32: the sum of squares of each row of a stored weight. It does not train, so it is found once and kept."""
+    found: tuple[list[int], Tensor] | None = weight.__dict__.get("_row_squares")
+    versions = [tensor._version for tensor in weight.tensors()]
+    if found is None or found[0] != versions or found[1].device != weight.device:
+        found = weight.__dict__["_row_squares"] = (versions, weight.dense().square().sum(1))
+    return found[1]

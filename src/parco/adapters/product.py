@@ -1,0 +1,128 @@
+"""One fused operation for y = x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ, whatever the product with W is.
+
+It comes in two halves, around the product with W: `enter` hands x on and computes t = x·Aᵀ; `leave` adds s·t·Bᵀ to the
+product's own result, in its memory. Backwards they change places: (s·g·B)·A is added to the product's gradient of x,
+again in its memory. So x·Wᵀ and g·W are each written once, by whichever kernel multiplies with W: a dense one, one of
+stored codes, those of a recipe. Kept for the backward pass are x, which is the caller's own, and t.
+
+The alternative, one operation that takes W too, would be another for every way in which W is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from parco.kernels.cast.philox import random_bits
+from parco.kernels.library import transformed
+from parco.training.products import draw_seed
+
+_ROWS = 256
+"""Of x, whose random bits (8 bytes each, in some dozen copies) are in memory at a time."""
+
+
+def dropped(x: Tensor, p: float, seed: int) -> Tensor:
+    """x [M, K] with each number 0 with probability `p` and divided by 1 - p otherwise. Which ones, Philox says by row,
+    column and `seed` alone (`kernels.cast.philox`), so it is the same for any number of threads.
+    """
+    found = torch.empty_like(x)
+    for rows, factors in _masks(x, p, seed):
+        torch.mul(x[rows], factors, out=found[rows])
+    return found
+
+
+def _masks(like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, factors 0 or 1/(1 - p)) of a matrix of the shape and dtype of `like`, some rows at a time."""
+    count, columns = like.shape
+    for first in range(0, count, _ROWS):
+        rows = range(first, min(first + _ROWS, count))
+        kept = random_bits(seed, rows, columns, device=like.device) >= round(p * (1 << 32))
+        yield slice(rows.start, rows.stop), kept.to(like.dtype).mul_(1 / (1 - p))
+
+
+def enter(x: Tensor, a: Tensor, p: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(x, t): x [M, K] for the product with W, and t [M, r] = dropout(x)·Aᵀ in x's dtype with A [r, K] of any float
+    dtype, rounded to it. x is to be used in one product only, whose gradient of x this operation then owns. With `p` a
+    seed is drawn from PyTorch's own generator of the CPU.
+    """
+    if _plainly():
+        return x, functional.linear(functional.dropout(x, p), a.to(x.dtype))
+    seed = draw_seed() if p else 0
+    if not torch.is_grad_enabled():
+        return x, functional.linear(dropped(x, p, seed) if p else x, a.to(x.dtype))
+    return _Enter.apply(x, a, p, seed)  # type: ignore[no-any-return]
+
+
+def leave(y: Tensor, t: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y [M, N] + scale·t·Bᵀ with t [M, r] of y's dtype and B [N, r] of any float dtype, rounded to it. In y's own
+    memory: y is to be a product's result that nobody else reads.
+    """
+    if _plainly():
+        return y + functional.linear(t, b.to(y.dtype)) * scale
+    if not torch.is_grad_enabled():
+        return y.addmm_(t, b.to(y.dtype).t(), alpha=scale)
+    return _Leave.apply(y, t, b, scale)  # type: ignore[no-any-return]
+
+
+def _plainly() -> bool:
+    """Whether a compiler or a transform is at work, for which the same is written in operations that it knows."""
+    return torch.compiler.is_compiling() or transformed()
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        narrow = a.to(x.dtype)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, narrow)
+        ctx.p, ctx.seed, ctx.dtype = p, seed, a.dtype
+        handed = x.view_as(x)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(handed)
+        return handed, torch.mm(dropped(x, p, seed) if p else x, narrow.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        grad, grad_t = grad_outputs
+        x, a = ctx.saved_tensors
+        if grad_t is None:
+            return grad, None, None, None
+        grad_a = None
+        if ctx.needs_input_grad[1]:
+            grad_a = torch.mm(grad_t.t(), dropped(x, ctx.p, ctx.seed) if ctx.p else x).to(ctx.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_a, None, None
+        if grad is None:
+            grad = grad_t.new_zeros(grad_t.shape[0], a.shape[1])
+        if ctx.p:
+            for rows, factors in _masks(grad, ctx.p, ctx.seed):
+                grad[rows].addcmul_(torch.mm(grad_t[rows], a), factors)
+        else:
+            grad.addmm_(grad_t, a)
+        return grad, grad_a, None, None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, t: Tensor, b: Tensor, scale: float) -> Tensor:
+        narrow = b.to(y.dtype)
+        ctx.save_for_backward(t if ctx.needs_input_grad[2] else None, narrow)
+        ctx.scale, ctx.dtype = scale, b.dtype
+        y.addmm_(t, narrow.t(), alpha=scale)
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        (grad,) = grad_outputs
+        t, b = ctx.saved_tensors
+        grad_t = torch.mm(grad, b).mul_(ctx.scale) if ctx.needs_input_grad[1] else None
+        grad_b = torch.mm(grad.t(), t).mul_(ctx.scale).to(ctx.dtype) if ctx.needs_input_grad[2] else None
+        return grad if ctx.needs_input_grad[0] else None, grad_t, grad_b, None

@@ -1,0 +1,114 @@
+"""PEFT is the oracle: the same adapter gives the same logits there and here, in both directions."""
+
+import json
+
+import peft
+import pytest
+import torch
+
+from parco import adapters
+from tests.nn.models import logits, model
+
+TOLERANCE = 1e-5
+"""Of logits of a few units in fp32, which sums in another order change by some 1e-6."""
+
+TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "qwen2 tied": "all-linear"}
+
+LORA = {
+    "lora": {},
+    "rslora": {"use_rslora": True, "lora_alpha": 16},
+    "dora": {"use_dora": True},
+    "patterns": {
+        "rank_pattern": {"layers.1.*down_proj": 2, "h.0.attn.c_proj": 3},
+        "alpha_pattern": {"layers.0.*": 16.0, "h.*.c_attn": 2},
+    },
+    "pissa": {"init_lora_weights": "pissa"},
+    "modules": {"modules_to_save": ["lm_head"]},
+}
+
+OURS = {
+    "lora": ("lora(4, alpha=8)", {}),
+    "rslora": ("lora(4, alpha=16, scaling=rslora)", {}),
+    "dora": ("dora(4, alpha=2)", {}),
+    "patterns": ("lora(4)", {"rank_pattern": {".*(1|attn).*proj": 2}, "alpha_pattern": {".*(v_proj|c_attn)": 16}}),
+    "pissa": ("lora(4, init=pissa)", {}),
+    "modules": ("lora(4)", {"modules_to_save": ["lm_head"]}),
+    "vera": ("vera(8)", {}),
+}
+
+
+def moved(made):
+    """The model with numbers in what trains that its start does not have."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return made
+
+
+def by_peft(name, config):
+    return moved(peft.get_peft_model(model(name), config)).eval()
+
+
+@pytest.mark.parametrize("variant", [*LORA, "vera"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_peft_saved_gives_its_logits(name, variant, tmp_path):
+    if variant == "vera":
+        config = peft.VeraConfig(r=8, target_modules=["q_proj", "up_proj", "c_attn"], fan_in_fan_out=name == "gpt2")
+    else:
+        config = peft.LoraConfig(r=4, target_modules=TARGETS[name], fan_in_fan_out=name == "gpt2", **LORA[variant])
+    theirs = by_peft(name, config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = model(name)
+    plain = logits(ours)
+    adapters.load_(ours, tmp_path / "theirs")
+    assert (logits(theirs) - plain).abs().max() > 0.03
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=TOLERANCE)
+    adapters.save(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(model(name), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again), logits(theirs), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", OURS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_parco_saved_gives_its_logits_in_peft(name, variant, tmp_path):
+    text, options = OURS[variant]
+    ours = model(name)
+    added = adapters.add_(ours, text, **options)
+    moved(ours)
+    adapters.save(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(model(name), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=TOLERANCE)
+    again = model(name)
+    loaded = adapters.load_(again, tmp_path / "ours")
+    assert torch.equal(logits(again), logits(ours))
+    assert {path: str(method) for path, method in loaded.methods.items()} == {
+        path: str(method) for path, method in added.methods.items()
+    }
+    assert loaded.copies == added.copies
+
+
+def test_the_files_say_what_peft_says(tmp_path):
+    ours = model("llama")
+    adapters.add_(ours, "dora(4, alpha=8, dropout=0.1, scaling=rslora)", ["v_proj"], rank_pattern={"1.self_attn.*": 2})
+    adapters.save(ours, tmp_path / "ours", extra={"note.txt": "kept"})
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    theirs = peft.LoraConfig.from_pretrained(tmp_path / "ours")
+    assert (theirs.r, theirs.lora_alpha, theirs.lora_dropout) == (4, 8, 0.1)
+    assert theirs.use_dora and theirs.use_rslora and not theirs.fan_in_fan_out
+    assert set(theirs.target_modules) == {"v_proj"}
+    assert config["rank_pattern"] == {r"model\.layers\.1\.self_attn\.v_proj": 2}
+    assert config["task_type"] == "CAUSAL_LM"
+    assert (tmp_path / "ours" / "note.txt").read_text() == "kept"
+
+
+def test_a_bottleneck_has_a_type_of_its_own(tmp_path):
+    ours = model("gpt2")
+    adapters.add_(ours, "bottleneck(8, placement=parallel, activation=silu, factor=2.0)", ["c_fc"])
+    moved(ours)
+    adapters.save(ours, tmp_path / "ours")
+    again = model("gpt2")
+    assert str(next(iter(adapters.load_(again, tmp_path / "ours").methods.values()))).startswith("bottleneck(8, ")
+    assert torch.equal(logits(again), logits(ours))
+    with pytest.raises(ValueError, match="PARCO_BOTTLENECK"):
+        peft.PeftModel.from_pretrained(model("gpt2"), tmp_path / "ours")
