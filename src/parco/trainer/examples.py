@@ -25,8 +25,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 KINDS = '"messages", "prompt" and "completion", or "text"'
 PLAIN = (
     "{{ bos_token or '' }}{% for message in messages %}### {{ message.role }}\n"
-    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}\n"
-    "{% else %}{{ message.content }}\n\n{% endif %}{% endfor %}{% if add_generation_prompt %}### assistant\n{% endif %}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ message.content }}\n{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}### assistant\n{% endif %}"
 )
 """The template that `plain` stands for: every message under a line "### role", answers ended by the end-of-text token.
 """
@@ -68,7 +68,7 @@ def read(files: Sequence[Path], tokenizer: Any, advance: Any = None) -> Iterator
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8").strip())
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8: byte {error.start} cannot be read") from error
     except json.JSONDecodeError as error:
@@ -180,11 +180,11 @@ def _span(messages: list[dict[str, Any]], index: int, tokenizer: Any) -> tuple[s
 
 
 def _tokens(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> Example:
-    """The tokens of a chat; those that begin in one of the spans are answers."""
+    """The tokens of a chat; those that hold a part of one of the spans are answers."""
     if not tokenizer.is_fast:
         raise ValueError("this tokenizer does not say where its tokens lie: give --template with {% generation %}")
     made = tokenizer(text, verbose=False, add_special_tokens=False, return_offsets_mapping=True)
     answers = [
-        first < last and any(begin <= first < end for begin, end in spans) for first, last in made["offset_mapping"]
+        any(first < end and begin < last for begin, end in spans) for first, last in made["offset_mapping"]
     ]
     return _example(made["input_ids"], answers)
