@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from parco.cli import bench, evaluate, explain, fit, generate, machine, train
+from parco.cli import bench, evaluate, explain, fit, generate, machine, merge, train, tune
 
 app = typer.Typer(
     name="parco",
@@ -28,6 +28,8 @@ for name, command, summary in (
     ("generate", generate.generate, "Let a model write."),
     ("explain", explain.explain, "Show what was chosen for each layer, and why."),
     ("train", train.train, "Train a model by a recipe of low precision, or by several side by side."),
+    ("tune", tune.tune, "Adapt a model to texts or chats, in few parameters."),
+    ("merge", merge.merge, "Make an adapter part of its model."),
     ("bench", bench.bench, "Time every storage on a model's shapes, or the whole model, beside other libraries."),
     ("machine", machine.machine, "Show what this machine can do."),
 ):
@@ -69,7 +71,7 @@ def _how_to_go_on(words: list[str]) -> str:
     if words[:1] == ["fit"]:
         again = shlex.join(["parco", *(word for word in words if word != "--fresh")])
         return f"parco: interrupted; every finished stage is kept. To go on from there: {again}"
-    if words[:1] == ["train"]:
+    if words[:1] in (["train"], ["tune"]):
         again = shlex.join(["parco", *(word for word in words if word != "--resume"), "--resume"])
         return f"parco: interrupted; checkpoints are kept. To go on from the last one: {again}"
     return "parco: interrupted"

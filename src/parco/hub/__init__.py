@@ -1,6 +1,7 @@
 """In and out: models and tokenizers from folders and from the Hugging Face hub, and fitted ones as folders that
 Transformers loads, or as files for llama.cpp."""
 
+from parco.hub.dense import save_dense
 from parco.hub.gguf import save_gguf
 from parco.hub.load import Loaded, load
 from parco.hub.registration import register
@@ -17,5 +18,6 @@ __all__ = [
     "refuse_foreign",
     "register",
     "save",
+    "save_dense",
     "save_gguf",
 ]

@@ -1,4 +1,4 @@
-"""What `parco train` found: a table, and a page with the losses, the gaps, the speeds and the memory."""
+"""What `parco train` and `parco tune` found: a table, and a page with losses, gaps, speeds and memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from parco.report import tables, units
 
 if TYPE_CHECKING:
-    from parco.trainer import Gap, RunResult
+    from parco.trainer import Gap, RunResult, TuneResult
 
 _COLORS = ("#3d6fb6", "#d1652b", "#3f8f4f", "#b03a4c", "#7a5ca8", "#8a6a4f", "#c46fa8", "#6b6b6b", "#a8a033", "#3aa0a8")
 
@@ -31,6 +31,26 @@ def run_table(run: RunResult) -> Table:
             ("ran on", run["runs_on"]),
         ]
     )
+
+
+def tune_table(run: TuneResult) -> Table:
+    """One tuning."""
+    share = run["trained"] / run["parameters"]
+    kept = "before the first step" if run["best_step"] == 0 else f"at step {run['best_step']}"
+    rows = [
+        ("method", run["method"]),
+        ("base", run["base"] or "as it was"),
+        ("held-out loss", f"{units.nats(run['before'])} → {units.nats(run['loss'])} nats per token, least {kept}"),
+        ("trained", f"{run['trained']:,} of {run['parameters']:,} parameters, {units.percent(share)}"),
+        ("tokens", f"{run['tokens']:,}, {units.percent(run['filled'])} of the windows filled"),
+        ("speed", f"{units.speed(run['tokens_per_second'])}, {units.percent(run['mfu'])} of the bf16 peak"),
+        ("peak memory", units.size(run["peak_memory"])),
+        ("ran on", run["runs_on"]),
+    ]
+    if run["examples"]:
+        said = f"{run['examples']:,}, {run['cut']:,} cut, {run['left_out']:,} left out"
+        rows.insert(4, ("examples", said))
+    return tables.pairs_table(rows)
 
 
 def gap_table(gaps: Sequence[Gap]) -> Table:

@@ -20,15 +20,10 @@ from parco.trainer.trainer import Trainer
 class Meter(transformers.TrainerCallback):
     """Tells the progress how far the run is, and the log how long its steps take."""
 
-    def __init__(self, trainer: Trainer, batch: int, length: int, progress: Progress) -> None:
+    def __init__(self, trainer: Trainer, tokens: int, flops: float, progress: Progress) -> None:
+        """Of steps of `tokens` tokens, each of which takes `flops` operations."""
         self.trainer, self.progress = trainer, progress
-        self.tokens = batch * length
-        model: Any = trainer.model
-        config = model.config.get_text_config()
-        matrices = sum(_multiplied(site, config) for site in linears(model).values())
-        # Forward and backward: 6 per weight and token, and the two products of causal attention, half of them masked.
-        attention = 6 * config.num_hidden_layers * config.hidden_size * length
-        self.flops = 6 * matrices + attention
+        self.tokens, self.flops = tokens, flops
         self.peaks = machine.peaks()
         self.seconds: list[float] = []
         self.spent = 0.0
@@ -69,6 +64,15 @@ class Meter(transformers.TrainerCallback):
         if self.trainer.scaler is not None:
             entry["loss_scale"] = self.trainer.scaler.get_scale()
         self.seconds.clear()
+
+
+def flops_per_token(model: Any, length: int, frozen: bool = False) -> float:
+    """Operations of a step for each token of windows of `length`, of matrices that train or are `frozen`."""
+    config = model.config.get_text_config()
+    matrices = sum(_multiplied(site, config) for site in linears(model).values())
+    # Forward and backward: 6 per weight and token, 4 without the weight's own gradient, and the two products of causal
+    # attention, half of them masked.
+    return (4 if frozen else 6) * matrices + 6 * config.num_hidden_layers * config.hidden_size * length
 
 
 def _multiplied(site: Site, config: Any) -> float:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import dataclasses
 import functools
-import gc
-import importlib.util
 import json
 import math
 import os
-import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +23,14 @@ from parco.fitting.stages import Progress, write_json, write_whole
 from parco.hub.save import flush, put_in_place
 from parco.nn import fuse_
 from parco.report import curves
-from parco.trainer import disk, folder
+from parco.trainer import disk, folder, memory
 from parco.trainer.gaps import gaps
-from parco.trainer.meter import Meter
+from parco.trainer.meter import Meter, flops_per_token
+from parco.trainer.settings import Schedule, arguments, check_libraries
 from parco.trainer.trainer import Trainer
 from parco.trainer.watching import Watched, Watching
 from parco.trainer.windows import Split, collate, split
-from parco.training import RECIPES, Recipe, fuse_loss_, prepare_
-from parco.training.optimizer import STATES, States
+from parco.training import fuse_loss_, prepare_
 
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Dtypes that the trained weights may have; bf16 ones are rounded stochastically."""
@@ -46,68 +41,24 @@ GLANCE = 64
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides every number of a run. `batch` counts windows of `seq` tokens per optimizer step, over all ranks and
-    `accumulate` passes each; `model` None is the small model that comes with parco, with new weights; `watch_every` 0
-    watches nothing.
+class Settings(Schedule):
+    """What decides every number of a run. `model` None is the small model that comes with parco, with new weights;
+    `watch_every` 0 watches nothing.
     """
 
     model: str | None
     data: tuple[str, ...]
     steps: int
-    recipe: str = "bf16"
-    held: str | None = None
-    tokenizer: str | None = None
-    batch: int = 8
-    accumulate: int = 1
-    seq: int = 512
-    lr: float | None = None
-    warmup: int | None = None
-    weight_decay: float = 0.1
     weights: str = "fp32"
-    states: States = "fp32"
-    seed: int = 0
     watch_every: int = 50
     fallback: bool = False
-    eval_every: int | None = None
-    save_every: int | None = None
 
     def __post_init__(self) -> None:
-        Recipe.parse(self.recipe)
-        for name in ("steps", "batch", "accumulate", "seq", "eval_every", "save_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value} makes no sense: it must be at least 1")
+        self.check(self.steps)
         if self.watch_every < 0 or (self.fallback and not self.watch_every):
             raise ValueError(f"--watch-every {self.watch_every}: 0 watches nothing, and --fallback needs watching")
         if self.weights not in WEIGHTS:
             raise ValueError(f"--weights {self.weights}: is one of {', '.join(WEIGHTS)}")
-        if self.states not in STATES:
-            raise ValueError(f"--states {self.states}: is one of {', '.join(STATES)}")
-        for name, value, most in (("warmup", self.warmup, self.steps), ("seed", self.seed, 2**32 - 1)):
-            if value is not None and not 0 <= value <= most:
-                raise ValueError(f"--{name} {value} makes no sense: it must lie between 0 and {most}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"--weight-decay {self.weight_decay:g} makes no sense: it must be a number of at least 0")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise ValueError(f"--lr {self.lr:g} makes no sense: it must be a positive number")
-        if self.batch % self.accumulate:
-            raise ValueError(f"--batch {self.batch} cannot be passed in --accumulate {self.accumulate} equal parts")
-
-    def to_json(self) -> dict[str, Any]:
-        """As settings.json and result.json hold it."""
-        return dataclasses.asdict(self) | {"data": list(self.data)}
-
-    @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """The settings that need not be given."""
-        fields = dataclasses.fields(cls)
-        return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-
-    @property
-    def precision(self) -> torch.dtype:
-        """What autocast gives the operations between the layers."""
-        return torch.float16 if Recipe.parse(self.recipe) == RECIPES["fp16"] else torch.bfloat16
 
 
 class RunResult(TypedDict):
@@ -148,7 +99,7 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
     same bits. Raises ValueError where `out` holds another run or a setting does not fit, FloatingPointError for numbers
     that are not finite, and OSError for a full disk.
     """
-    _check_libraries()
+    check_libraries()
     machine.peaks()  # before the clock runs
     folder.check(settings.to_json(), settings.defaults(), out, resume)
     if resume and (out / "result.json").exists():
@@ -158,7 +109,7 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
     if settings.batch % (ranks * settings.accumulate):
         raise ValueError(f"--batch {settings.batch} is not the same for each of {ranks} ranks: give a multiple")
     transformers.set_seed(settings.seed)
-    start = _memory_before()
+    memory.before()
     model, tokenizer = _model(settings)
     texts = split(settings.data, settings.held, tokenizer, settings.seq, progress)
     least = settings.batch // settings.accumulate
@@ -169,11 +120,11 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
         )
     made_of = {"text": texts.digest, "model": folder.digest_of(model.config)}
     prepared = prepare_(model, settings.recipe)
-    layers = f"{prepared}\n{_fuse(model)}"
+    layers = f"{prepared}\n{fuse(model)}"
     first = int(os.environ.get("RANK", "0")) == 0
     trainer = Trainer(
         model,
-        _arguments(settings, out, ranks, new=not _has_weights(settings.model)),
+        arguments(settings, settings.steps, 2e-5 if _has_weights(settings.model) else 1e-3, out, ranks),
         precision=settings.precision,
         shard=shard,
         states=settings.states,
@@ -183,20 +134,20 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
         data_collator=collate,
         processing_class=tokenizer,
     )
-    meter = Meter(trainer, settings.batch, settings.seq, progress)
+    meter = Meter(trainer, settings.batch * settings.seq, flops_per_token(model, settings.seq), progress)
     trainer.pop_callback(transformers.PrinterCallback)
     trainer.add_callback(meter)
     trainer.meet()  # before a rank writes where another looks whether there is a run
     taken = folder.taken(out, settings.to_json(), settings.defaults(), made_of, ranks, resume, progress)
     with taken if first else contextlib.nullcontext():
         progress.note(f"{layers}\n{trainer.describe()}")
-        _forget_peak()
-        _train(trainer, settings, out, progress)
-        peak = _memory("VmHWM") - start
+        memory.forget_peak()
+        train(trainer, f"train {settings.recipe}", out, progress)
+        peak = memory.peak()
         progress.stage("held out", math.ceil(len(texts.held) / trainer.args.eval_batch_size / ranks))
         meter.judging = True
         loss = trainer.evaluate(texts.held)["eval_loss"]
-        result = _result(settings, trainer, texts, layers, loss, peak, meter)
+        result = result_of(settings, trainer, texts, layers, loss, peak, meter)
         with disk.explained(out):
             partial = out / ".model.partial"
             trainer.save_model(str(partial))
@@ -208,10 +159,10 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
     return result
 
 
-def _train(trainer: Trainer, settings: Settings, out: Path, progress: Progress) -> None:
-    """All steps, or those after the last checkpoint."""
+def train(trainer: Trainer, stage: str, out: Path, progress: Progress) -> None:
+    """All steps, or those after the last checkpoint, as the stage of that name."""
     checkpoint = get_last_checkpoint(str(out)) if out.exists() else None
-    progress.stage(f"train {settings.recipe}", settings.steps)
+    progress.stage(stage, trainer.args.max_steps)
     if checkpoint is not None:
         progress.note(f"from {checkpoint}")
         progress.advance(int(checkpoint.rpartition("-")[2]))
@@ -220,7 +171,7 @@ def _train(trainer: Trainer, settings: Settings, out: Path, progress: Progress) 
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def _fuse(model: Any) -> str:
+def fuse(model: Any) -> str:
     """Puts one operation where the model has many, in place, and says what was fused."""
     fused: dict[str, int] = {kind: len(names) for kind, names in fuse_(model).fused.items()}
     try:
@@ -240,12 +191,6 @@ def _watching(settings: Settings, model: Any, out: Path, progress: Progress, fir
         return None
     file = out / "watch.jsonl" if first else None
     return Watching(model, settings.watch_every, fallback=settings.fallback, progress=progress, file=file)
-
-
-def _check_libraries() -> None:
-    missing = [name for name in ("accelerate", "datasets") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"training needs {' and '.join(missing)}: pip install 'parco[train]'")
 
 
 def _has_weights(model: str | None) -> bool:
@@ -276,15 +221,22 @@ def _model(settings: Settings) -> tuple[Any, Any]:
         beside = str(place.parent if place.is_file() else place)
     if tokenizer is None or settings.tokenizer is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer or beside, local_files_only=True)
+    check_model(model, tokenizer, settings.seq, f"--model {given}")
+    return model, tokenizer
+
+
+def check_model(model: Any, tokenizer: Any, length: int, named: str) -> None:
+    """Raises ValueError where a model and its tokenizer do not fit each other or windows of `length` tokens, and for a
+    model that is no language model.
+    """
     config: Any = model.config
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}: take its own")
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if most is not None and settings.seq > most:
-        raise ValueError(f"--seq {settings.seq}: this model knows {most} positions")
+    if most is not None and length > most:
+        raise ValueError(f"--seq {length}: this model knows {most} positions")
     if not _is_causal(model):
-        raise ValueError(f"--model {given} sees the tokens that it is to predict: give a language model, no encoder")
-    return model, tokenizer
+        raise ValueError(f"{named} sees the tokens that it is to predict: give a language model, no encoder")
 
 
 def _refuse_stored(config: Any, place: object) -> None:
@@ -300,52 +252,17 @@ def _is_causal(model: Any) -> bool:
     return not torch.autograd.grad(said, embedded)[0][0, 1:].any()
 
 
-def _arguments(settings: Settings, out: Path, ranks: int, new: bool) -> transformers.TrainingArguments:
-    rate = settings.lr or (1e-3 if new else 2e-5)
-    warmup = max(1, settings.steps // 50) if settings.warmup is None else settings.warmup
-    every = settings.eval_every or max(1, settings.steps // 10)
-    rows = settings.batch // (ranks * settings.accumulate)
-    return transformers.TrainingArguments(
-        output_dir=str(out),
-        max_steps=settings.steps,
-        per_device_train_batch_size=rows,
-        per_device_eval_batch_size=rows,
-        gradient_accumulation_steps=settings.accumulate,
-        learning_rate=rate,
-        warmup_steps=warmup,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        weight_decay=settings.weight_decay,
-        adam_beta2=0.95,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        eval_strategy="steps",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=settings.save_every or every,
-        save_total_limit=2,
-        logging_steps=max(1, settings.steps // 100),
-        disable_tqdm=True,
-        report_to="none",
-        use_cpu=not torch.cuda.is_available(),
-        ddp_backend="gloo" if ranks > 1 and not torch.cuda.is_available() else None,
-        remove_unused_columns=False,
-        prediction_loss_only=True,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _result(
-    settings: Settings, trainer: Trainer, texts: Split, layers: str, loss: float, peak: int, meter: Meter
+def result_of(
+    settings: Schedule, trainer: Trainer, texts: Split, layers: str, loss: float, peak: int, meter: Meter
 ) -> RunResult:
+    """What `trainer` found in a run whose held-out windows have `loss` at its end."""
     logs: list[dict[str, Any]] = trainer.state.log_history
     steps = [entry for entry in logs if "step_seconds" in entry]
     timed = [entry["step_seconds"] for entry in (steps[1:] or steps)]
     if meter.spent > PROBED:
         meter.peaks = best(meter.peaks, machine.peaks(refresh=True))  # a probe too is slowed by what else runs
     speed, share = meter.rate(statistics.median(timed))
-    tokens = settings.steps * settings.batch * settings.seq
+    tokens = trainer.args.max_steps * settings.batch * settings.seq
     model: Any = trainer.model
     held = [[entry["step"], entry["eval_loss"]] for entry in logs if "eval_loss" in entry][:-1]
     return RunResult(
@@ -372,27 +289,3 @@ def _result(
         watched=trainer.watching.summary if trainer.watching else [],
         said=trainer.watching.said if trainer.watching else [],
     )
-
-
-def _memory(name: str) -> int:
-    """Bytes that Linux gives for this process under `name`: VmRSS now, VmHWM at most."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
-
-
-@functools.cache
-def _memory_before() -> int:
-    """Resident bytes of this process before its first run."""
-    return _memory("VmRSS")
-
-
-def _forget_peak() -> None:
-    """Lets VmHWM begin anew, without what a run before left to the allocator; where C library and kernel allow it."""
-    gc.collect()
-    trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return

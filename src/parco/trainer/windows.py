@@ -11,21 +11,24 @@ import errno
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from parco.fitting.stages import Progress, is_full
-from parco.machine import cache_folder
+from parco.fitting.stages import Progress
+from parco.trainer import cached
 
 PIECE = 1 << 20
 """Characters that are read and tokenized at once."""
 HELD_SHARE, MOST_HELD = 0.05, 256
 """Of the windows of a text that comes without one to judge by: the share and number at its end that is held out."""
+
+
+Reader = Callable[[Sequence[str | os.PathLike[str]], Any, int, Progress], tuple[Any, str]]
+"""Makes files, a tokenizer and a length a dataset of windows and the SHA-256 of what they were made of."""
 
 
 class Split(NamedTuple):
@@ -44,60 +47,65 @@ def split(
     tokenizer: Any,
     length: int,
     progress: Progress,
+    read: Reader | None = None,
+    most: int = MOST_HELD,
 ) -> Split:
-    """The windows of the files in `data`; those of `held`, or else the last 5%, at most 256, are not trained on.
+    """The windows that `read` (default: `windows`) makes of the files in `data`; those of `held`, or else the last 5%,
+    at most `most`, are not trained on.
 
     A folder stands for all files below it, in the order of their paths. Raises FileNotFoundError for what is not there
     and ValueError where a file is no UTF-8 text or the text is shorter than two windows.
     """
-    train, digest = windows(data, tokenizer, length, progress)
+    read = read or windows
+    train, digest = read(data, tokenizer, length, progress)
     if held is not None:
-        judge, other = windows([held], tokenizer, length, progress)
+        judge, other = read([held], tokenizer, length, progress)
         return Split(train, judge, hashlib.sha256((digest + other).encode()).hexdigest())
     if len(train) < 2:
         raise ValueError(
             f"--data gives {len(train)} windows of {length} tokens: at least 2 are needed, give more text or a smaller "
             "--seq"
         )
-    kept = len(train) - min(MOST_HELD, max(1, round(HELD_SHARE * len(train))))
+    kept = len(train) - min(most, max(1, round(HELD_SHARE * len(train))))
     return Split(train.select(range(kept)), train.select(range(kept, len(train))), digest)
 
 
 def windows(data: Sequence[str | os.PathLike[str]], tokenizer: Any, length: int, progress: Progress) -> tuple[Any, str]:
     """The dataset of all windows of these files, and the SHA-256 of them, the tokenizer and the length."""
     import datasets
-    from datasets.exceptions import DatasetGenerationError
 
-    files = _files(data)
-    digest = _digest(files, tokenizer, length)
-    folder = cache_folder() / "windows" / digest[:32]
-    if not folder.exists():
-        datasets.disable_progress_bars()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        progress.stage("tokens", sum(file.stat().st_size for file in files))
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as temporary:
-            try:
-                _write(files, tokenizer, length, Path(temporary), digest, progress)
-            except (DatasetGenerationError, OSError) as error:
-                cause = error.__cause__ or error  # of what datasets says, the reason
-                if is_full(cause):
-                    raise OSError(errno.ENOSPC, "the disk is full: no tokens were written to", str(folder)) from error
-                raise cause from None
-            try:
-                (Path(temporary) / "whole").rename(folder)
-            except OSError:
-                if not folder.exists():  # another process was as fast
-                    raise
-    return datasets.Dataset.load_from_disk(str(folder)).with_format("torch"), digest
+    files = files_of(data)
+    digest = digest_of(files, tokenizer, str(length))
+    features = datasets.Features(
+        {"input_ids": datasets.List(datasets.Value("int32"), length=length), "window": datasets.Value("int64")}
+    )
+
+    def rows(counts: dict[str, int]) -> Iterator[dict[str, Any]]:
+        left: list[int] = []
+        count = 0
+        for tokens in _tokens(files, tokenizer, progress):
+            left += tokens
+            for begin in range(0, len(left) - length + 1, length):
+                yield {"input_ids": left[begin : begin + length], "window": count}
+                count += 1
+            left = left[len(left) - len(left) % length :]
+        if not count:
+            raise ValueError(f"the text in {', '.join(map(str, files))} is shorter than one window of {length} tokens")
+
+    size = sum(file.stat().st_size for file in files)
+    return cached.dataset(digest, features, rows, size, progress), digest
 
 
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch: input_ids and labels int64 [rows, length], the same numbers, and the windows' numbers."""
-    tokens = torch.stack([row["input_ids"] for row in rows]).long()
-    return {"input_ids": tokens, "labels": tokens, "window": torch.stack([row["window"] for row in rows])}
+    """A batch: input_ids and labels int64 [rows, length], where rows have no labels the same numbers, their
+    position_ids where they have them, and the windows' numbers.
+    """
+    batch = {name: torch.stack([row[name] for row in rows]).long() for name in rows[0]}
+    return {"labels": batch["input_ids"]} | batch
 
 
-def _files(data: Sequence[str | os.PathLike[str]]) -> list[Path]:
+def files_of(data: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """All files that these paths stand for. Raises FileNotFoundError or ValueError where there is none."""
     found: list[Path] = []
     for given in map(Path, data):
         if given.is_dir():
@@ -112,42 +120,16 @@ def _files(data: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return found
 
 
-def _digest(files: Sequence[Path], tokenizer: Any, length: int) -> str:
-    """Of the bytes of all files in their order, of the tokenizer and the length."""
+def digest_of(files: Sequence[Path], tokenizer: Any, how: str) -> str:
+    """The SHA-256 of the bytes of all files in their order, of the tokenizer and of `how` they become windows."""
     made = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:
             made.update(hashlib.file_digest(opened, "sha256").digest())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
-    made.update(f"{words} {tokenizer.eos_token_id} {length}".encode())
+    made.update(f"{words} {tokenizer.eos_token_id} {how}".encode())
     return made.hexdigest()
-
-
-def _write(files: Sequence[Path], tokenizer: Any, length: int, folder: Path, digest: str, progress: Progress) -> None:
-    """The folder "whole" below `folder`, as datasets saves it."""
-    import datasets
-
-    features = datasets.Features(
-        {"input_ids": datasets.List(datasets.Value("int32"), length=length), "window": datasets.Value("int64")}
-    )
-
-    def rows() -> Iterator[dict[str, Any]]:
-        left: list[int] = []
-        count = 0
-        for tokens in _tokens(files, tokenizer, progress):
-            left += tokens
-            for begin in range(0, len(left) - length + 1, length):
-                yield {"input_ids": left[begin : begin + length], "window": count}
-                count += 1
-            left = left[len(left) - len(left) % length :]
-        if not count:
-            raise ValueError(f"the text in {', '.join(map(str, files))} is shorter than one window of {length} tokens")
-
-    made: Any = datasets.Dataset.from_generator(
-        rows, features=features, cache_dir=str(folder / "cache"), fingerprint=digest[:32]
-    )
-    made.save_to_disk(str(folder / "whole"))
 
 
 def _tokens(files: Sequence[Path], tokenizer: Any, progress: Progress) -> Iterator[list[int]]:
