@@ -98,14 +98,15 @@ def to_sum_(model: nn.Module, name: str = "default", dtype: torch.dtype = torch.
     Raises ValueError, before anything is changed, where no such adapter is, a layer's weight is not stored (`merge_` is
     exact there), or the adapter is no product of two factors (LoRA and VeRA are).
     """
-    adapters = _adapters(model, name)
-    for path, (module, adapter) in adapters.items():
-        _check_whose(model, path, adapter)
+    chosen: dict[str, tuple[Any, LowRank | VectorBased]] = {}
+    for path, (module, adapter) in _adapters(model, name).items():
+        _check_whose(model, path)
         if not isinstance(module, Linear):
             raise ValueError(f"to_sum_: the weight of {path} is not a stored one; merge_ adds to it exactly")
         if isinstance(adapter, WeightDecomposed) or not isinstance(adapter, LowRank | VectorBased):
             raise ValueError(f"to_sum_: {adapter.method} beside {path} is no product of two factors")
-    for module, adapter in adapters.values():
+        chosen[path] = module, adapter
+    for module, adapter in chosen.values():
         left, right = adapter.factors(module)
         term = LowRankWeight(*(Dense((each.shape[0], each.shape[1]), DTYPE_NAMES[dtype]) for each in (left, right)))
         stored: StoredWeight = module.weight
@@ -113,7 +114,7 @@ def to_sum_(model: nn.Module, name: str = "default", dtype: torch.dtype = torch.
         tensors = (*stored.spec.unpack(*stored.tensors()), left.to(dtype), right.to(dtype))
         _put(module, StoredWeight(Sum(*terms, term), tensors, stored.dtype))
         adapted.detach(module, name)
-    return tuple(adapters)
+    return tuple(chosen)
 
 
 def _adapters(model: nn.Module, name: str) -> dict[str, tuple[Any, Adapter]]:
@@ -128,7 +129,7 @@ def _adapters(model: nn.Module, name: str) -> dict[str, tuple[Any, Adapter]]:
     return found
 
 
-def _check_whose(model: nn.Module, path: str, adapter: Adapter) -> None:
+def _check_whose(model: nn.Module, path: str) -> None:
     """Raises ValueError where another module computes with the matrix too."""
     shared = [each for each in tied(model, path) if each != path]
     if shared:
@@ -136,7 +137,7 @@ def _check_whose(model: nn.Module, path: str, adapter: Adapter) -> None:
 
 
 def _check(model: nn.Module, path: str, module: Any, adapter: Adapter, requantize: bool) -> None:
-    _check_whose(model, path, adapter)
+    _check_whose(model, path)
     if isinstance(adapter, Narrow):
         raise ValueError(f"{adapter.method} beside {path} is a network of its own: no matrix holds it")
     if isinstance(adapter, Whole) or not isinstance(module, Linear) or isinstance(module.weight.spec, Dense):
