@@ -43,7 +43,7 @@ class Tuner(Trainer):
         return (found[0] * factor, *found[1:]) if isinstance(found, tuple) else found * factor
 
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **named: Any) -> Any:
-        rows = eval_dataset or self.eval_dataset
+        rows: Any = eval_dataset or self.eval_dataset
         column = "labels" if "labels" in rows.column_names else "input_ids"
         self._per_row = sum(_counted(row[column]) for row in rows) / len(rows)
         return super().evaluate(eval_dataset, *arguments, **named)
