@@ -10,6 +10,7 @@
 from parco.adapters.adapted import active, names, per_request, set_
 from parco.adapters.add import Added, add_, remove_
 from parco.adapters.folder import load_, save
+from parco.adapters.merge import Merged, merge_, to_sum_, unmerge_
 from parco.adapters.methods import Bottleneck, DoRA, LoRA, Method, VeRA, parse
 
 __all__ = [
@@ -17,15 +18,19 @@ __all__ = [
     "Bottleneck",
     "DoRA",
     "LoRA",
+    "Merged",
     "Method",
     "VeRA",
     "active",
     "add_",
     "load_",
+    "merge_",
     "names",
     "parse",
     "per_request",
     "remove_",
     "save",
     "set_",
+    "to_sum_",
+    "unmerge_",
 ]

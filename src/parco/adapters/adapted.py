@@ -26,12 +26,13 @@ BASE = "__base__"
 
 
 class Adapted:
-    """Of every layer with adapters: their modules by name, which of them are active in which shares, and of
-    `per_request` the names for each row of the batch.
+    """Of every layer with adapters: which of them are active in which shares; of `per_request` the names for each row
+    of the batch; and which are in the layer's own matrix, with what that was before.
     """
 
     _active: tuple[tuple[str, float], ...]
     _requests: tuple[str, ...] | None
+    _merged: tuple[tuple[str, Any], ...]
 
 
 def attach(module: Any, name: str, adapter: nn.Module) -> None:
@@ -39,7 +40,7 @@ def attach(module: Any, name: str, adapter: nn.Module) -> None:
     if not carries_adapters(module):
         module.__class__ = _class_of(type(module))
         module.add_module("adapters", nn.ModuleDict())
-        module.__dict__["_active"], module.__dict__["_requests"] = (), None
+        module.__dict__.update(_active=(), _requests=None, _merged=())
     adapter.train(module.training)
     module.adapters[name] = adapter
 
@@ -47,10 +48,20 @@ def attach(module: Any, name: str, adapter: nn.Module) -> None:
 def detach(module: Any, name: str) -> None:
     """Takes an adapter away; with the last one the module is what it was before."""
     del module.adapters[name]
-    module._active = tuple(each for each in module._active if each[0] != name)
+    deactivate(module, name)
     if not len(module.adapters):
-        del module.adapters, module._active, module._requests
+        del module.adapters, module._active, module._requests, module._merged
         module.__class__ = type(module).__bases__[1]
+
+
+def deactivate(module: Any, name: str) -> None:
+    """Has one layer compute without the adapter."""
+    module._active = tuple(each for each in module._active if each[0] != name)
+
+
+def merged(module: Any) -> tuple[str, ...]:
+    """The adapters that are in the layer's own matrix, and could be taken out of it again."""
+    return tuple(name for name, _ in module._merged)
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -73,7 +84,7 @@ def check_name(model: nn.Module, name: str) -> None:
 
 def set_(model: nn.Module, name: str | Mapping[str, float] | None) -> None:
     """Has `model` compute with the adapter `name`, with several in the given shares (`{"a": 0.5, "b": 0.5}`), or with
-    None of them. What trains stays what it is.
+    None of them. What trains stays what it is, and what is merged stays so.
 
     Raises ValueError for an adapter that is not there, and for shares of one that only is there whole (DoRA, a copy of
     a module).
@@ -84,6 +95,9 @@ def set_(model: nn.Module, name: str | Mapping[str, float] | None) -> None:
     chosen: list[tuple[Any, tuple[tuple[str, float], ...]]] = []
     for path, module in adapted(model):
         own = tuple((each, float(share)) for each, share in shares.items() if each in module.adapters and share)
+        inside = next((each for each, _ in own if each in merged(module)), None)
+        if inside is not None:
+            raise ValueError(f"set_: {inside!r} is merged into {path} already; unmerge_ it first")
         whole = [each for each, _ in own if not module.adapters[each].additive]
         if whole and own != ((whole[0], 1.0),):
             raise ValueError(
@@ -111,6 +125,8 @@ def per_request(model: nn.Module, names: Sequence[str]) -> Generator[None]:
         if name != BASE:
             check_name(model, name)
     modules = [module for _, module in adapted(model)]
+    if any(merged(module) for module in modules):
+        raise ValueError("per_request: an adapter is merged into the model; unmerge_ it first")
     before = [module._requests for module in modules]
     for module in modules:
         module._requests = requests

@@ -41,9 +41,11 @@ class Adapter(nn.Module, abc.ABC):
     def around(self, x: Tensor, layer: Any, product: Product, share: float) -> Tensor:
         """The layer's output [M, N] for x [M, K] with this adapter, `share` of it where that makes sense."""
 
-    def delta(self, layer: Any) -> Tensor:
-        """fp32 [N, K]: what to add to the layer's matrix in the adapter's place. TypeError where nothing is."""
-        raise TypeError(f"{self.method} is no matrix that could be added to the layer's")
+    def merged(self, layer: Any) -> Tensor:
+        """[N, K] in fp32 (fp64 where the layer's is): the matrix that computes what layer and adapter do together.
+        TypeError where there is none.
+        """
+        raise TypeError(f"{self.method} has no matrix")
 
     def extra_repr(self) -> str:
         return str(self.method)
@@ -64,8 +66,12 @@ class LowRank(Adapter):
         x, t = enter(x, self.lora_A, self.method.dropout if self.training else 0.0)
         return leave(product(x), t, self.lora_B, self.method.scale * share)
 
-    def delta(self, layer: Any) -> Tensor:
-        return self.method.scale * (self.lora_B.detach().float() @ self.lora_A.detach().float())
+    def factors(self, layer: Any) -> tuple[Tensor, Tensor]:
+        """(left [N, r], right [r, K]): what is added to the matrix is their product."""
+        return self.method.scale * self.lora_B.detach(), self.lora_A.detach()
+
+    def merged(self, layer: Any) -> Tensor:
+        return _plus(layer, *self.factors(layer))
 
 
 class WeightDecomposed(LowRank):
@@ -91,9 +97,9 @@ class WeightDecomposed(LowRank):
         bias = layer.bias
         return y * factor if bias is None else y * factor + bias.to(y.dtype) * (1 - factor)
 
-    def delta(self, layer: Any) -> Tensor:
-        whole = matrix(layer) + super().delta(layer)
-        return whole * (self.magnitude.detach().float() / whole.norm(dim=1))[:, None] - matrix(layer)
+    def merged(self, layer: Any) -> Tensor:
+        whole = super().merged(layer)
+        return whole * (self.magnitude.detach().to(whole.dtype) / whole.norm(dim=1))[:, None]
 
     @torch.no_grad()
     def _norm(self, layer: Any) -> Tensor:
@@ -128,19 +134,19 @@ class VectorBased(Adapter):
         self.vera_lambda_b = nn.Parameter(torch.zeros(shape(layer)[0], dtype=dtype, device=device))
         self.vera_lambda_d = nn.Parameter(torch.full((method.rank,), method.initial, dtype=dtype, device=device))
 
-    def _factors(self, layer: Any) -> tuple[Tensor, Tensor]:
+    def factors(self, layer: Any) -> tuple[Tensor, Tensor]:
+        """(left [N, r], right [r, K]): what is added to the matrix is their product."""
         outputs, columns = shape(layer)
         d, b = self.vera_lambda_d[:, None], self.vera_lambda_b[:, None]
-        return d * self.vera_A[:, :columns], b * self.vera_B[:outputs]
+        return b * self.vera_B[:outputs], d * self.vera_A[:, :columns]
 
     def around(self, x: Tensor, layer: Any, product: Product, share: float) -> Tensor:
-        a, b = self._factors(layer)
+        b, a = self.factors(layer)
         x, t = enter(x, a, self.method.dropout if self.training else 0.0)
         return leave(product(x), t, b, share)
 
-    def delta(self, layer: Any) -> Tensor:
-        a, b = self._factors(layer)
-        return b.detach().float() @ a.detach().float()
+    def merged(self, layer: Any) -> Tensor:
+        return _plus(layer, *self.factors(layer))
 
 
 class Narrow(Adapter):
@@ -200,16 +206,23 @@ def of_layer(method: Method, rank: int | None, alpha: float | None) -> Method:
     if not isinstance(method, Factors):
         return method
     whole = method.rank if method.alpha is None else method.alpha
-    own = alpha if alpha is not None else None if rank in (None, method.rank) else whole
-    changes: dict[str, Any] = {} if rank is None else {"rank": rank}
-    return dataclasses.replace(method, **changes, **({} if own is None else {"alpha": own}))
+    return dataclasses.replace(
+        method, rank=method.rank if rank is None else rank, alpha=whole if alpha is None else alpha
+    )
 
 
 def matrix(layer: Any) -> Tensor:
-    """The layer's own matrix [N, K] in fp32, decoded where it is stored."""
+    """The layer's own matrix [N, K] in fp32 (fp64 where it is), decoded where it is stored."""
     if isinstance(layer.weight, StoredWeight):
         return layer.weight.dense().detach()
-    return dense_rows(layer).detach().float()
+    weight = dense_rows(layer).detach()
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def _plus(layer: Any, left: Tensor, right: Tensor) -> Tensor:
+    """The layer's matrix and the product of the factors."""
+    whole = matrix(layer)
+    return whole + left.detach().to(whole.dtype) @ right.detach().to(whole.dtype)
 
 
 def _squares(weight: StoredWeight) -> Tensor:

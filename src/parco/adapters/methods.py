@@ -70,6 +70,9 @@ class Factors(Method):
         super().__post_init__()
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"{self._name()}: alpha={self.alpha!r}; a positive number, or None (the rank) is needed")
+        if self.alpha is not None:
+            alpha = int(self.alpha) if float(self.alpha).is_integer() else self.alpha
+            object.__setattr__(self, "alpha", None if alpha == self.rank else alpha)
 
     @property
     def scale(self) -> float:

@@ -59,7 +59,7 @@ def config_of(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, An
     if isinstance(method, Factors):
         ranks = {name: each.rank for name, each in methods.items() if isinstance(each, Factors)}
         alphas = {
-            name: _whole(each.rank if each.alpha is None else each.alpha)
+            name: each.rank if each.alpha is None else each.alpha
             for name, each in methods.items()
             if isinstance(each, Factors)
         }
@@ -141,11 +141,9 @@ def _factors(config: Mapping[str, Any]) -> Factors:
             "it as an ordinary LoRA (path_initial_model_for_weight_conversion)"
         )
     kind = DoRA if config.get("use_dora") else LoRA
-    rank = config.get("r", 8)
-    alpha = config.get("lora_alpha", 8)
     return kind(
-        rank=rank,
-        alpha=None if alpha == rank else alpha,
+        rank=config.get("r", 8),
+        alpha=config.get("lora_alpha", 8),
         dropout=config.get("lora_dropout", 0.0),
         scaling="rslora" if config.get("use_rslora") else "lora",
         init="pissa" if init == "pissa" else "default",
@@ -194,10 +192,6 @@ def _shortest(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 def _usual(values: Iterable[Any]) -> Any:
     return collections.Counter(values).most_common(1)[0][0]
-
-
-def _whole(value: float) -> int | float:
-    return int(value) if float(value).is_integer() else value
 
 
 def _generates(model: Any) -> bool:
