@@ -36,9 +36,12 @@ def merge(
     Of a dense model the sums are exact up to their dtype. Stored weights are refused without --requantize.
     """
     terminal.quiet_libraries()
+    from transformers.utils.logging import disable_progress_bar
+
     from parco.report import tables, units
     from parco.trainer import merge as merge_
 
+    disable_progress_bar()
     text = None if data is None else terminal.read_text(data)
     with terminal.progress() as progress:
         done = merge_(model, adapter, out, progress, requantize=requantize, text=text)

@@ -26,7 +26,8 @@ KINDS = '"messages", "prompt" and "completion", or "text"'
 PLAIN = (
     "{{ bos_token or '' }}{% for message in messages %}### {{ message.role }}\n"
     "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}"
-    "{% else %}{{ message.content }}\n{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}### assistant\n{% endif %}"
+    "{% else %}{{ message.content }}\n{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}### assistant\n{% endif %}"
 )
 """The template that `plain` stands for: every message under a line "### role", answers ended by the end-of-text token.
 """
@@ -184,7 +185,5 @@ def _tokens(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> Exam
     if not tokenizer.is_fast:
         raise ValueError("this tokenizer does not say where its tokens lie: give --template with {% generation %}")
     made = tokenizer(text, verbose=False, add_special_tokens=False, return_offsets_mapping=True)
-    answers = [
-        any(first < end and begin < last for begin, end in spans) for first, last in made["offset_mapping"]
-    ]
+    answers = [any(first < end and begin < last for begin, end in spans) for first, last in made["offset_mapping"]]
     return _example(made["input_ids"], answers)

@@ -137,7 +137,8 @@ class TuneResult(RunResult):
 
 def tune(settings: TuneSettings, out: Path, progress: Progress, *, resume: bool = False) -> TuneResult:
     """Train an adapter, or with method "full" the model, and write checkpoint-N, `adapter` (or `model`), report.html
-    and result.json in `out`, each of them whole or absent. `adapter` is a PEFT folder with the tokenizer beside it.
+    and result.json in `out`, each of them whole or absent. `adapter` is a PEFT folder with the tokenizer beside it;
+    where a `base` is given, the folder `base` holds the matrices stored so, as `hub.save` writes them.
 
     A tuning that is done is not run again with `resume`, one that was interrupted goes on from its last checkpoint, to
     the same bits. Raises ValueError where `out` holds another run, a setting does not fit or the data is broken,
@@ -153,6 +154,7 @@ def tune(settings: TuneSettings, out: Path, progress: Progress, *, resume: bool 
         return json.loads((out / "result.json").read_text())
     memory.before()
     model, tokenizer = _model(settings)
+    caches = model.config.use_cache
     texts = _texts(settings, model, tokenizer, progress)
     made_of = {"data": texts.digest, "model": folder.digest_of(model.config)}
     size, flops = _size(model), flops_per_token(model, settings.seq, frozen=settings.method != FULL)
@@ -189,6 +191,7 @@ def tune(settings: TuneSettings, out: Path, progress: Progress, *, resume: bool 
         peak = memory.peak()
         best.put_back_()
         found = _result(settings, trainer, texts, layers, best, peak, meter, size, out)
+        model.config.use_cache = caches  # which Trainer has turned off
         with disk.explained(out):
             _write(settings, model, tokenizer, Path(found["adapter"]))
             write_whole(out / "report.html", functools.partial(curves.write, [found], gaps([found])))
@@ -235,7 +238,7 @@ def _texts(settings: TuneSettings, model: Any, tokenizer: Any, progress: Progres
     counts = cached.counts_of(texts.train)
     if counts:
         progress.note(
-            f"{counts['examples']:,} examples, {len(texts.train):,} windows to train on and {len(texts.held):,} held out; "
+            f"{counts['examples']:,} examples, {len(texts.train):,} windows to train on, {len(texts.held):,} held out; "
             f"{counts['cut']:,} cut to {settings.seq} tokens, {counts['left out']:,} left out: no answer before that"
         )
     return texts
@@ -321,3 +324,6 @@ def _write(settings: TuneSettings, model: Any, tokenizer: Any, target: Path) -> 
     with TemporaryDirectory() as beside:
         tokenizer.save_pretrained(beside)
         adapters.save(model, target, extra={file.name: file for file in Path(beside).iterdir() if file.is_file()})
+    if settings.base is not None:
+        adapters.remove_(model, "default")
+        hub.save(model, tokenizer, target.with_name("base"))

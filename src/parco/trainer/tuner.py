@@ -26,6 +26,14 @@ class Tuner(Trainer):
     loss is on, however they are spread over the windows.
     """
 
+    def __init__(self, model: Any, args: transformers.TrainingArguments, **named: Any) -> None:
+        # Of models that are loaded with stored weights Trainer takes only those that PEFT has given adapters.
+        stored = vars(model).pop("is_quantized", False)
+        try:
+            super().__init__(model, args, **named)
+        finally:
+            vars(model)["is_quantized"] = stored
+
     def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
         found = super().compute_loss(model, inputs, *arguments, **named)
         if model.training:
@@ -35,7 +43,7 @@ class Tuner(Trainer):
         return (found[0] * factor, *found[1:]) if isinstance(found, tuple) else found * factor
 
     def evaluate(self, eval_dataset: Any = None, *arguments: Any, **named: Any) -> Any:
-        rows = eval_dataset or self.eval_dataset
+        rows: Any = eval_dataset or self.eval_dataset
         column = "labels" if "labels" in rows.column_names else "input_ids"
         self._per_row = sum(_counted(row[column]) for row in rows) / len(rows)
         return super().evaluate(eval_dataset, *arguments, **named)

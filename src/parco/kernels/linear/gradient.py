@@ -66,7 +66,8 @@ def differentiate_coded(name: str) -> None:
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = (*ctx.needs_input_grad, False, False)
-        tensors, operands = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        saved = ctx.saved_tensors  # asked for once: a checkpoint hands them out once
+        tensors, operands = saved[:4], saved[4:]
         grad_x = grad_bias = None
         wide = grad.float()
         grad_addend = grad.to(ctx.addend_dtype) if ctx.addend_dtype is not None and needs[10] else None
