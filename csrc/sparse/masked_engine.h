@@ -16,13 +16,17 @@ namespace {
 
 constexpr std::int64_t word = 64;  // bits of a mask at a time
 
-// Bits [k, k + 64) of a row's mask, none from `columns` on.
+// Bits [k, k + 64) of a row's mask.
+inline std::uint64_t whole_word(const std::uint8_t* row, std::int64_t k) {
+  std::uint64_t bits;
+  std::memcpy(&bits, row + k / 8, 8);
+  return bits;
+}
+
+// The same, none from `columns` on. A call that a loop over whole words has to be spared: vectors do not outlive it.
 inline std::uint64_t mask_word(const std::uint8_t* row, std::int64_t k, std::int64_t columns) {
+  if (k + word <= columns) return whole_word(row, k);
   std::uint64_t bits = 0;
-  if (k + word <= columns) {
-    std::memcpy(&bits, row + k / 8, 8);
-    return bits;
-  }
   std::memcpy(&bits, row + k / 8, static_cast<std::size_t>((columns - k + 7) / 8));
   return bits & ((1ull << (columns - k)) - 1);
 }
@@ -62,26 +66,28 @@ class FloatProduct {
       from[s] = rows[s].from;
       for (int c = 0; c < columns; c++) sum[s][c] = V::set(0.0f);
     }
-    for (std::int64_t k = 0; k < call.columns; k += word) {
-#pragma GCC unroll 4
-      for (int s = 0; s < streams; s++) {
-        const std::uint64_t bits = mask_word(masks[s], k, call.columns);
-        __builtin_prefetch(from[s] + read_ahead);
-        __builtin_prefetch(masks[s] + k / 8 + read_ahead);
+    const auto add = [&](int s, std::int64_t k, std::uint64_t bits) __attribute__((always_inline)) {
+      __builtin_prefetch(from[s] + read_ahead);
+      __builtin_prefetch(masks[s] + k / 8 + read_ahead);
 #pragma GCC unroll 8
-        for (int i = 0; i < word / E::step; i++) {
-          const std::uint64_t own = E::step == word ? bits : bits >> i * E::step & ((1ull << E::step % word) - 1);
-          F numbers[E::vectors];
-          element.expand(from[s], rows[s].end - from[s], own, numbers);
-          from[s] = std::min(from[s] + count_of(own) * size_of(how), rows[s].last);
-          const float* at = x + m * padded + k + i * E::step;
-          for (int c = 0; c < columns; c++)
+      for (int i = 0; i < word / E::step; i++) {
+        const std::uint64_t own = E::step == word ? bits : bits >> i * E::step & ((1ull << E::step % word) - 1);
+        F numbers[E::vectors];
+        element.expand(from[s], rows[s].end - from[s], own, numbers);
+        from[s] = std::min(from[s] + count_of(own) * size_of(how), rows[s].last);
+        const float* at = x + m * padded + k + i * E::step;
+        for (int c = 0; c < columns; c++)
 #pragma GCC unroll 4
-            for (int v = 0; v < E::vectors; v++)
-              sum[s][c] = V::fma(numbers[v], V::load(at + c * padded + v * V::lanes), sum[s][c]);
-        }
+          for (int v = 0; v < E::vectors; v++)
+            sum[s][c] = V::fma(numbers[v], V::load(at + c * padded + v * V::lanes), sum[s][c]);
       }
-    }
+    };
+    const std::int64_t whole = call.columns / word * word;
+    for (std::int64_t k = 0; k < whole; k += word)
+#pragma GCC unroll 4
+      for (int s = 0; s < streams; s++) add(s, k, whole_word(masks[s], k));
+    if (whole < call.columns)
+      for (int s = 0; s < streams; s++) add(s, whole, mask_word(masks[s], whole, call.columns));
     for (int s = 0; s < streams; s++)
       for (int c = 0; c < columns; c++) sums[s * columns + c] = V::total(sum[s][c]);
   }

@@ -115,31 +115,28 @@ class WordProduct {
       from[s] = rows[s].from;
       for (int c = 0; c < columns; c++) total[s][c] = _mm512_setzero_ps();
     }
-    for (std::int64_t b = 0; b < count; b++) {
-      const Block* const own = x + m * count + b;
-      __m512i high[streams][columns], low[streams][columns];
+    __m512i high[streams][columns], low[streams][columns];
+    const auto begin = [&](const Block* own) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int s = 0; s < streams; s++)
 #pragma GCC unroll 4
         for (int c = 0; c < columns; c++)
           high[s][c] = _mm512_setzero_si512(), low[s][c] = _mm512_load_si512(own[c * count].excess);
-      for (int half = 0; half < 2 && b * block + half * word < call.columns; half++) {
-        const std::int64_t k = b * block + half * word;
+    };
+    const auto add = [&](const Block* own, int half, int s, std::int64_t k,
+                         std::uint64_t bits) __attribute__((always_inline)) {
+      __builtin_prefetch(from[s] + read_ahead);
+      __builtin_prefetch(masks[s] + k / 8 + read_ahead);
+      const __m512i codes = _mm512_mask_expand_epi8(dropped, bits, load_bytes(from[s], rows[s].end - from[s]));
+      from[s] = std::min(from[s] + count_of(bits), rows[s].last);
 #pragma GCC unroll 4
-        for (int s = 0; s < streams; s++) {
-          const std::uint64_t bits = mask_word(masks[s], k, call.columns);
-          __builtin_prefetch(from[s] + read_ahead);
-          __builtin_prefetch(masks[s] + k / 8 + read_ahead);
-          const __m512i codes = _mm512_mask_expand_epi8(dropped, bits, load_bytes(from[s], rows[s].end - from[s]));
-          from[s] = std::min(from[s] + count_of(bits), rows[s].last);
-#pragma GCC unroll 4
-          for (int c = 0; c < columns; c++) {
-            const auto& of_x = own[c * count].bytes[half];
-            high[s][c] = _mm512_dpbusd_epi32(high[s][c], codes, _mm512_load_si512(of_x[0]));
-            low[s][c] = _mm512_dpbusd_epi32(low[s][c], codes, _mm512_load_si512(of_x[1]));
-          }
-        }
+      for (int c = 0; c < columns; c++) {
+        const auto& of_x = own[c * count].bytes[half];
+        high[s][c] = _mm512_dpbusd_epi32(high[s][c], codes, _mm512_load_si512(of_x[0]));
+        low[s][c] = _mm512_dpbusd_epi32(low[s][c], codes, _mm512_load_si512(of_x[1]));
       }
+    };
+    const auto end = [&](std::int64_t b) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int s = 0; s < streams; s++)
 #pragma GCC unroll 4
@@ -148,6 +145,28 @@ class WordProduct {
           const __m512 scale = _mm512_set1_ps(scales[(m + c) * count + b]);
           total[s][c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, total[s][c]);
         }
+    };
+    const std::int64_t whole = call.columns / block;
+    for (std::int64_t b = 0; b < whole; b++) {
+      const Block* const own = x + m * count + b;
+      begin(own);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        const std::int64_t k = b * block + half * word;
+#pragma GCC unroll 4
+        for (int s = 0; s < streams; s++) add(own, half, s, k, whole_word(masks[s], k));
+      }
+      end(b);
+    }
+    if (whole < count) {
+      const Block* const own = x + m * count + whole;
+      begin(own);
+      for (int half = 0; half < 2; half++) {
+        const std::int64_t k = whole * block + half * word;
+        for (int s = 0; s < streams && k < call.columns; s++)
+          add(own, half, s, k, mask_word(masks[s], k, call.columns));
+      }
+      end(whole);
     }
     for (int s = 0; s < streams; s++)
       for (int c = 0; c < columns; c++) sums[s * columns + c] = _mm512_reduce_add_ps(total[s][c]);
