@@ -12,7 +12,7 @@ import torch
 
 import parco
 from parco import machine
-from parco.weights import Weight
+from parco.weights import Sparse, Weight
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -57,7 +57,10 @@ def _random(spec: Weight, generator: torch.Generator) -> tuple[torch.Tensor, ...
     parts = spec.parts()
     if parts:
         return sum((_random(part, generator) for part in parts.values()), ())
-    return spec.encode(torch.randn(spec.shape, generator=generator) / spec.shape[1] ** 0.5)
+    matrix = torch.randn(spec.shape, generator=generator) / spec.shape[1] ** 0.5
+    if isinstance(spec, Sparse):
+        matrix *= spec.keep(matrix.abs())
+    return spec.encode(matrix)
 
 
 def save(claim: str, rows: list[dict[str, object]]) -> None:

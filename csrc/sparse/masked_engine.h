@@ -16,62 +16,96 @@ namespace {
 
 constexpr std::int64_t word = 64;  // bits of a mask at a time
 
-// Bits [k, k + 64) of a row's mask, none from `columns` on.
+// Bits [k, k + 64) of a row's mask.
+inline std::uint64_t whole_word(const std::uint8_t* row, std::int64_t k) {
+  std::uint64_t bits;
+  std::memcpy(&bits, row + k / 8, 8);
+  return bits;
+}
+
+// The same, none from `columns` on. A call that a loop over whole words has to be spared: vectors do not outlive it.
 inline std::uint64_t mask_word(const std::uint8_t* row, std::int64_t k, std::int64_t columns) {
+  if (k + word <= columns) return whole_word(row, k);
   std::uint64_t bits = 0;
-  if (k + word <= columns) {
-    std::memcpy(&bits, row + k / 8, 8);
-    return bits;
-  }
   std::memcpy(&bits, row + k / 8, static_cast<std::size_t>((columns - k + 7) / 8));
   return bits & ((1ull << (columns - k)) - 1);
 }
 
 inline int count_of(std::uint64_t bits) { return __builtin_popcountll(bits); }
 
-// `streams` rows of W against `columns` rows of x, each `padded` numbers in the order of E: sums [streams][columns].
-template <class V, class E, int streams, int columns>
-void multiply_masked(const SparseCall& call, const E& element, const Row* rows, const std::uint8_t* const* masks,
-                     const float* x, std::int64_t padded, float* sums) {
+// x in fp32, in the order of E, and the products with it.
+template <class V, Kept how>
+class FloatProduct {
   using F = typename V::F;
-  constexpr int steps = word / E::step;
-  const char* from[streams];
-  F sum[streams][columns];
-  for (int s = 0; s < streams; s++) {
-    from[s] = rows[s].from;
-    for (int m = 0; m < columns; m++) sum[s][m] = V::set(0.0f);
+  using E = typename V::template Expand<how>;
+
+ public:
+  static constexpr int streams_of_four = V::streams_of_four;
+
+  static std::int64_t padded_of(const SparseCall& call) { return (call.columns + word - 1) / word * word; }
+  static std::size_t bytes(const SparseCall& call) {
+    return static_cast<std::size_t>(call.rows * padded_of(call)) * sizeof(float);
   }
-  for (std::int64_t k = 0; k < call.columns; k += word) {
-#pragma GCC unroll 4
+
+  FloatProduct(const SparseCall& call, const Source& source, char* memory)
+      : call(call), element(source.offset), x(reinterpret_cast<float*>(memory)), padded(padded_of(call)) {
+    widen_x(call, padded, x);
+    float natural[E::step];
+    for (std::int64_t k = 0; k < call.rows * padded; k += E::step) {
+      std::memcpy(natural, x + k, sizeof(natural));
+      for (int i = 0; i < E::step; i++) x[k + E::place(i)] = natural[i];
+    }
+  }
+
+  // `streams` rows of W against `columns` rows of x from m on: sums [streams][columns].
+  template <int streams, int columns>
+  void multiply(const Row* rows, const std::uint8_t* const* masks, std::int64_t m, float* sums) const {
+    const char* from[streams];
+    F sum[streams][columns];
     for (int s = 0; s < streams; s++) {
-      const std::uint64_t bits = mask_word(masks[s], k, call.columns);
+      from[s] = rows[s].from;
+      for (int c = 0; c < columns; c++) sum[s][c] = V::set(0.0f);
+    }
+    const auto add = [&](int s, std::int64_t k, std::uint64_t bits) __attribute__((always_inline)) {
       __builtin_prefetch(from[s] + read_ahead);
       __builtin_prefetch(masks[s] + k / 8 + read_ahead);
 #pragma GCC unroll 8
-      for (int i = 0; i < steps; i++) {
+      for (int i = 0; i < word / E::step; i++) {
         const std::uint64_t own = E::step == word ? bits : bits >> i * E::step & ((1ull << E::step % word) - 1);
         F numbers[E::vectors];
         element.expand(from[s], rows[s].end - from[s], own, numbers);
-        from[s] = std::min(from[s] + count_of(own) * size_of(E::kept), rows[s].last);
-        const float* at = x + k + i * E::step;
-        for (int m = 0; m < columns; m++)
+        from[s] = std::min(from[s] + count_of(own) * size_of(how), rows[s].last);
+        const float* at = x + m * padded + k + i * E::step;
+        for (int c = 0; c < columns; c++)
 #pragma GCC unroll 4
           for (int v = 0; v < E::vectors; v++)
-            sum[s][m] = V::fma(numbers[v], V::load(at + m * padded + v * V::lanes), sum[s][m]);
+            sum[s][c] = V::fma(numbers[v], V::load(at + c * padded + v * V::lanes), sum[s][c]);
       }
-    }
+    };
+    const std::int64_t whole = call.columns / word * word;
+    for (std::int64_t k = 0; k < whole; k += word)
+#pragma GCC unroll 4
+      for (int s = 0; s < streams; s++) add(s, k, whole_word(masks[s], k));
+    if (whole < call.columns)
+      for (int s = 0; s < streams; s++) add(s, whole, mask_word(masks[s], whole, call.columns));
+    for (int s = 0; s < streams; s++)
+      for (int c = 0; c < columns; c++) sums[s * columns + c] = V::total(sum[s][c]);
   }
-  for (int s = 0; s < streams; s++)
-    for (int m = 0; m < columns; m++) sums[s * columns + m] = V::total(sum[s][m]);
-}
 
-template <class V, class E, int streams, int columns>
-void masked_rows(const SparseCall& call, const Source& source, const E& element, const std::int64_t* n, const Row* rows,
-                 const float* x, std::int64_t padded, std::int64_t m) {
+ private:
+  const SparseCall& call;
+  const E element;
+  float* x;
+  std::int64_t padded;
+};
+
+template <class Product, int streams, int columns>
+void masked_rows(const SparseCall& call, const Source& source, const Product& product, const std::int64_t* n,
+                 const Row* rows, std::int64_t m) {
   const std::uint8_t* masks[streams];
   for (int s = 0; s < streams; s++) masks[s] = call.mask + n[s] * ((call.columns + 7) / 8);
   float sums[streams * columns];
-  multiply_masked<V, E, streams, columns>(call, element, rows, masks, x + m * padded, padded, sums);
+  product.template multiply<streams, columns>(rows, masks, m, sums);
   for (int s = 0; s < streams; s++) {
     const float scale = source.scale(n[s]);
     const float bias = call.bias ? linear::load_float(call.bias, call.bias_type, n[s]) : 0.0f;
@@ -81,48 +115,34 @@ void masked_rows(const SparseCall& call, const Source& source, const E& element,
 }
 
 // Rows n[0 .. streams) of W against all rows of x, which pass over them in the cache.
-template <class V, class E, int streams>
-void masked_streams(const SparseCall& call, const Source& source, const E& element, const std::int64_t* n,
-                    const float* x, std::int64_t padded, char* own) {
+template <class Product, int streams>
+void masked_streams(const SparseCall& call, const Source& source, const Product& product, const std::int64_t* n,
+                    char* own) {
+  constexpr int at_once = std::min(streams, Product::streams_of_four);
   Row rows[streams];
   for (int s = 0; s < streams; s++) rows[s] = source.row(n[s], own + s * source.row_bytes());
   std::int64_t m = 0;
   for (; m + 4 <= call.rows; m += 4)
-    for (int s = 0; s < streams; s += V::streams_of_four)
-      masked_rows<V, E, std::min(streams, V::streams_of_four), 4>(call, source, element, n + s, rows + s, x, padded, m);
-  for (; m + 2 <= call.rows; m += 2) masked_rows<V, E, streams, 2>(call, source, element, n, rows, x, padded, m);
-  for (; m < call.rows; m++) masked_rows<V, E, streams, 1>(call, source, element, n, rows, x, padded, m);
+    for (int s = 0; s < streams; s += at_once)
+      masked_rows<Product, at_once, 4>(call, source, product, n + s, rows + s, m);
+  for (; m + 2 <= call.rows; m += 2) masked_rows<Product, streams, 2>(call, source, product, n, rows, m);
+  for (; m < call.rows; m++) masked_rows<Product, streams, 1>(call, source, product, n, rows, m);
 }
 
-// x in the order of E.
-template <class E>
-void order_x(std::int64_t count, float* x) {
-  float natural[E::step];
-  for (std::int64_t k = 0; k < count; k += E::step) {
-    std::memcpy(natural, x + k, sizeof(natural));
-    for (int i = 0; i < E::step; i++) x[k + E::place(i)] = natural[i];
-  }
-}
-
-template <class V, Kept kept>
+template <class Product>
 void stream_masked(const SparseCall& call, const Source& source) {
-  using E = typename V::template Expand<kept>;
   constexpr int streams = 4;
-  const std::int64_t padded = (call.columns + word - 1) / word * word;
-  const std::size_t x_bytes = static_cast<std::size_t>(call.rows * padded) * 4;
-  const int threads = threads_for(call, size_of(kept));
+  const std::size_t x_bytes = linear::rounded(Product::bytes(call));
+  const int threads = threads_for(call, size_of(source.kept));
   char* memory = static_cast<char*>(linear::scratch(x_bytes + streams * source.row_bytes() * threads));
-  float* x = reinterpret_cast<float*>(memory);
-  widen_x(call, padded, x);
-  order_x<E>(call.rows * padded, x);
-  const E element(source.offset);
+  const Product product(call, source, memory);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int t = 0; t < threads; t++) {
     char* own = memory + x_bytes + streams * source.row_bytes() * t;
     in_streams<streams>(
         call.outputs * t / threads, call.outputs * (t + 1) / threads,
-        [&](const std::int64_t* n) { masked_streams<V, E, streams>(call, source, element, n, x, padded, own); },
-        [&](const std::int64_t* n) { masked_streams<V, E, 1>(call, source, element, n, x, padded, own); });
+        [&](const std::int64_t* n) { masked_streams<Product, streams>(call, source, product, n, own); },
+        [&](const std::int64_t* n) { masked_streams<Product, 1>(call, source, product, n, own); });
   }
 }
 

@@ -71,7 +71,7 @@ void masked_avx2(const SparseCall& call) {
   const Source source(call, cast::decode_avx2);
   with_kept(source.kept, [&](auto kept) {
     call.rows > streamed_rows ? tile_masked<Sparse256, kept()>(call, source)
-                              : stream_masked<Sparse256, kept()>(call, source);
+                              : stream_masked<FloatProduct<Sparse256, kept()>>(call, source);
   });
 }
 

@@ -68,7 +68,7 @@ struct Sparse8 {
 
 void masked_generic(const SparseCall& call) {
   const Source source(call, cast::decode_generic);
-  with_kept(source.kept, [&](auto kept) { stream_masked<Sparse8, kept()>(call, source); });
+  with_kept(source.kept, [&](auto kept) { stream_masked<FloatProduct<Sparse8, kept()>>(call, source); });
 }
 
 void blocks_generic(const SparseCall& call) {

@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from tests.hub import tiny
 
 import parco
-from parco import hub
+from parco import hub, nn
 from parco.nn import StoredWeight
 from parco.nn.saved import HINT
+from parco.weights import BlockSparse, SemiSparse
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,22 @@ def test_shards(fitted: Any, tmp_path: Path) -> None:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert sorted(set(index["weight_map"].values())) == shards
     assert torch.equal(tiny.logits(hub.load(folder).model), tiny.logits(fitted))
+
+
+def test_sparse_weights_come_back(tmp_path: Path) -> None:
+    made = tiny.model("llama")
+    specs = (SemiSparse("int8:row", (36, 50)), BlockSparse("bf16", (36, 50), 16, 2))
+    for layer, spec in enumerate(specs):
+        name = f"model.layers.{layer}.mlp.down_proj"
+        matrix = nn.matrix(made, name)
+        nn.replace_(made, name, StoredWeight.encode(spec, matrix * spec.keep(matrix.abs())))
+    folder = hub.save(made, tiny.tokenizer(), tmp_path / "out")
+    loaded = hub.load(folder).model
+    assert [layer.mlp.down_proj.weight.spec for layer in loaded.model.layers] == list(specs)
+    assert torch.equal(tiny.logits(loaded), tiny.logits(made))
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert {"model.layers.0.mlp.down_proj.weight.mask", "model.layers.1.mlp.down_proj.weight.blocks"} <= names
 
 
 def test_a_dense_model_can_be_saved_and_is_plain(tmp_path: Path) -> None:
