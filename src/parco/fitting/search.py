@@ -51,6 +51,11 @@ class IntegerGrid:
         return cls(format.bits, format.is_asymmetric, block.columns, block.rows == 1, dtype)
 
     @property
+    def by_row(self) -> bool:
+        """Whether a row has one scale and no zero point."""
+        return self.per_row and self.group is None and not self.asymmetric
+
+    @property
     def low(self) -> int:
         """Least code, centred on zero when symmetric. 8 bits leave −128 out, as the kernels' products do."""
         return 0 if self.asymmetric else -(2 ** (self.bits - 1)) + (self.bits == 8)

@@ -40,7 +40,7 @@ def sparsegpt(weight: Tensor, statistics: Statistics, pattern: Pattern, grid: In
     """
     if weight.shape[1] != statistics.columns:
         raise ValueError(f"weight has {weight.shape[1]} columns, the statistics have {statistics.columns}")
-    assert grid is None or (grid.per_row and grid.group is None and not grid.asymmetric)
+    assert grid is None or grid.by_row
     factor, _ = statistics.root
     weight = weight.detach()
     values = torch.empty(weight.shape, device=weight.device)

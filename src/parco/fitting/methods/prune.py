@@ -105,8 +105,8 @@ class QuantizedPrune(Method):
         check(weight, statistics, self)
         shape = matrix_shape(weight)
         grid = IntegerGrid.of(self.quantize.format)
-        joint = grid is not None and grid.per_row and grid.group is None and not grid.asymmetric
-        pruned = self.prune.solve(weight, statistics, grid if joint and self.quantize.solver != "rtn" else None)
+        joint = grid is not None and grid.by_row and self.quantize.solver != "rtn"
+        pruned = self.prune.solve(weight, statistics, grid if joint else None)
         if grid is None or pruned.scale is None:
             kept, where = self.prune.pattern.spec("fp32", shape).encode(pruned.values)
             return self.spec(shape), (*Quantize(self.quantize.format, "rtn")(kept)[1], where)
