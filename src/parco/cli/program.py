@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from parco.cli import bench, evaluate, explain, fit, generate, machine, train
+from parco.cli import bench, evaluate, explain, fit, generate, machine, report, train
 
 app = typer.Typer(
     name="parco",
@@ -28,6 +28,7 @@ for name, command, summary in (
     ("generate", generate.generate, "Let a model write."),
     ("explain", explain.explain, "Show what was chosen for each layer, and why."),
     ("train", train.train, "Train a model by a recipe of low precision, or by several side by side."),
+    ("report", report.report, "Make the page and the tables of a fit or a training again, also while it goes on."),
     ("bench", bench.bench, "Time every storage on a model's shapes, or the whole model, beside other libraries."),
     ("machine", machine.machine, "Show what this machine can do."),
 ):
