@@ -1,5 +1,5 @@
-"""Claim: a linear layer trained by a recipe on a CPU takes less time than torchao's emulation of the same formats there:
-forward and backward, interleaved. Without AMX the three products in fp32 are most of ours, and no cast can be saved there.
+"""Claim: a linear layer trained by a recipe on a CPU takes less time than torchao's emulation of the same formats
+there: forward and backward, interleaved. Without AMX most of our time is that of the three products in fp32.
 
     python benchmarks/recipes_beat_emulations.py [--threads N] [--rounds R] [--tokens T]
 
