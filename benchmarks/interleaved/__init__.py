@@ -17,26 +17,30 @@ from parco.weights import Sparse, Weight
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-def interleave(runs: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, list[float]]:
-    """Seconds of one call of each contender in each round, after two rounds that are not counted.
+def interleave(
+    runs: Mapping[str, Callable[[], object]], rounds: int, calls: int = 1, warm: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of one call of each contender in each round, after `warm` rounds that are not counted.
 
     With one thread they are seconds of its own CPU time, which other work on the machine disturbs less.
     """
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 2):
+    for turn in range(rounds + warm):
         for name, run in runs.items():
             begin = clock()
             for _ in range(calls):
                 run()
-            if turn >= 2:
+            if turn >= warm:
                 seconds[name].append((clock() - begin) / calls)
     return seconds
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Microseconds: the median and the quartiles."""
-    low, middle, high = statistics.quantiles(seconds, n=4)
+    """Microseconds: the median and the quartiles, or of less than four rounds the extremes."""
+    low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
+    if len(seconds) >= 4:
+        low, middle, high = statistics.quantiles(seconds, n=4)
     return {"median_us": middle * 1e6, "quartile1_us": low * 1e6, "quartile3_us": high * 1e6}
 
 

@@ -93,7 +93,7 @@ def test_what_is_typed_reaches_the_job(monkeypatch: pytest.MonkeyPatch):
     }
 
 
-@pytest.mark.parametrize("command", ["fit", "eval", "generate", "explain", "machine"])
+@pytest.mark.parametrize("command", ["fit", "eval", "generate", "explain", "train", "report", "machine"])
 def test_every_command_and_option_is_explained(command: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main([command, "--help"]) == 0
     shown = capsys.readouterr().out

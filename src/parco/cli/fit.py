@@ -113,7 +113,7 @@ def fit(
     if as_json:
         terminal.print_json(result)
     else:
-        _show(result)
+        show(result)
 
 
 def split_methods(methods: list[str] | None) -> list[str] | None:
@@ -123,7 +123,8 @@ def split_methods(methods: list[str] | None) -> list[str] | None:
     return [method for text in methods for method in BETWEEN_METHODS.split(text) if method]
 
 
-def _show(result: Result) -> None:
+def show(result: Result) -> None:
+    """Prints what a fit found, and where it lies."""
     from parco.report import comparison, tables
 
     out = terminal.console()

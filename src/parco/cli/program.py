@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from parco.cli import bench, evaluate, explain, fit, generate, machine, merge, train, tune
+from parco.cli import bench, evaluate, explain, fit, generate, machine, merge, report, train, tune
 
 app = typer.Typer(
     name="parco",
@@ -30,6 +30,7 @@ for name, command, summary in (
     ("train", train.train, "Train a model by a recipe of low precision, or by several side by side."),
     ("tune", tune.tune, "Adapt a model to texts or chats, in few parameters."),
     ("merge", merge.merge, "Make an adapter part of its model."),
+    ("report", report.report, "Make the page and the tables of a fit or a training again, also while it goes on."),
     ("bench", bench.bench, "Time every storage on a model's shapes, or the whole model, beside other libraries."),
     ("machine", machine.machine, "Show what this machine can do."),
 ):

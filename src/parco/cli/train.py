@@ -11,7 +11,10 @@ import typer
 from parco.cli import terminal
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from parco.trainer import Failure
+    from parco.trainer.pages import Remade
     from parco.training.optimizer import States
 
 _EMBEDDED = "Without it: the small model that comes with parco, with new weights."
@@ -101,6 +104,10 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of every random draw.")] = 0,
     shard: Annotated[bool, typer.Option("--shard", help="Under torchrun: FSDP2 instead of DDP.")] = False,
+    tensorboard: Annotated[
+        bool,
+        typer.Option("--tensorboard", help="Log and readings to --out/tensorboard too, in TensorBoard's files."),
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     as_json: terminal.Json = False,
     debug: terminal.Debug = False,
@@ -115,7 +122,7 @@ def train(
 
     from parco import hub
     from parco.fitting.stages import Silent
-    from parco.report import curves, tables
+    from parco.report import curves
     from parco.trainer import Settings, run
     from parco.trainer import compare as compare_
 
@@ -147,23 +154,46 @@ def train(
     with terminal.progress() as shown:
         progress = shown if first else Silent()
         if compare is None:
-            done = run(settings, out, progress, resume=resume, shard=shard)
+            done = run(settings, out, progress, resume=resume, shard=shard, tensorboard=tensorboard)
             table = curves.run_table(done)
         else:
             names = [name.strip() for name in compare.split(",") if name.strip()]
-            done = compare_(settings, names, out, progress, seeds=seeds, resume=resume, shard=shard)
+            done = compare_(
+                settings, names, out, progress, seeds=seeds, resume=resume, shard=shard, tensorboard=tensorboard
+            )
             table, failed = curves.gap_table(done["gaps"]), done["failed"]
     if not first:
         return
     if as_json:
         terminal.print_json(done)
     else:
-        console = terminal.console()
-        console.print()
-        console.print(table)
-        console.print()
-        places = [("page", str(out / "report.html")), *([("model", str(out / "model"))] if compare is None else [])]
-        console.print(tables.pairs_table(places))
+        _show(table, out, has_model=compare is None)
     if failed:
         said = "; ".join(f"{each['recipe']}, seed {each['seed']}, stopped at {each['said']}" for each in failed)
         raise FloatingPointError(f"{len(failed)} of the runs failed, the others are above: {said}")
+
+
+def _show(table: Table, out: Path, *, has_model: bool) -> None:
+    from parco.report import tables
+
+    console = terminal.console()
+    console.print()
+    console.print(table)
+    console.print()
+    places = [("page", str(out / "report.html")), *([("model", str(out / "model"))] if has_model else [])]
+    console.print(tables.pairs_table(places))
+
+
+def show_remade(remade: Remade, out: Path) -> None:
+    """Prints what a training folder holds: the tables of its end, or how far it is."""
+    from parco.report import curves
+
+    going, is_one = remade["so_far"], (out / "model").exists()
+    if going is not None:
+        table = curves.going_table(going)
+    else:
+        table = curves.run_table(remade["runs"][0]) if is_one else curves.gap_table(remade["gaps"])
+    _show(table, out, has_model=is_one)
+    if going is None:
+        for one in remade["going"]:
+            print(f"{one['recipe']}, seed {one['seed']}: at step {one['step']} of {one['steps']}")

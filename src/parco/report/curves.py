@@ -13,7 +13,7 @@ from rich.text import Text
 from parco.report import tables, units
 
 if TYPE_CHECKING:
-    from parco.trainer import Gap, RunResult, TuneResult
+    from parco.trainer import Gap, RunResult, SoFar, TuneResult
 
 _COLORS = ("#3d6fb6", "#d1652b", "#3f8f4f", "#b03a4c", "#7a5ca8", "#8a6a4f", "#c46fa8", "#6b6b6b", "#a8a033", "#3aa0a8")
 
@@ -51,6 +51,24 @@ def tune_table(run: TuneResult) -> Table:
         said = f"{run['examples']:,}, {run['cut']:,} cut, {run['left_out']:,} left out"
         rows.insert(4, ("examples", said))
     return tables.pairs_table(rows)
+
+
+def going_table(going: SoFar) -> Table:
+    """A run at its last checkpoint."""
+    run = going["run"]
+    losses = [
+        (name, points[-1]) for name, points in (("training", run["train"]), ("held-out", run["held_out"])) if points
+    ]
+    return tables.pairs_table(
+        [
+            ("recipe", run["recipe"]),
+            ("at step", f"{going['step']} of {going['steps']}"),
+            *((f"{name} loss", f"{units.nats(loss)} nats per token, step {step}") for name, (step, loss) in losses),
+            ("speed", units.speed(run["tokens_per_second"])),
+            ("skipped steps", str(run["skipped"])),
+            ("ran on", run["runs_on"]),
+        ]
+    )
 
 
 def gap_table(gaps: Sequence[Gap]) -> Table:

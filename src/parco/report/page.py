@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import json
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -11,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from parco.fitting.stages import void, write_whole
 from parco.report import chart, comparison, units
 
 if TYPE_CHECKING:
@@ -32,6 +34,21 @@ def write(result: Result, path: str | Path) -> Path:
     path = Path(path)
     path.write_text(render(result), encoding="utf-8")
     return path
+
+
+def remake(folder: Path) -> Result:
+    """Writes the page of a fitted folder again, from its result.json, which is returned. FileNotFoundError where there
+    is none, ValueError where it is of something else.
+    """
+    file = folder / "result.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no result.json: give a folder that parco train or parco fit made")
+    result = json.loads(file.read_text(encoding="utf-8"))
+    if not {"original", "fitted", "groups"} <= set(result):
+        raise ValueError(f"{file} is of no fit: give a folder that parco train or parco fit made")
+    result["folder"] = str(folder)
+    write_whole(folder / "report.html", lambda partial: void(write(result, partial)))
+    return result  # type: ignore[no-any-return]
 
 
 def render(result: Result) -> str:

@@ -3,7 +3,8 @@
 from parco.trainer.compare import Comparison, Failure, compare
 from parco.trainer.gaps import Gap, gaps
 from parco.trainer.merge import Merged, merge
-from parco.trainer.run import RunResult, Settings, run
+from parco.trainer.result import RunResult, SoFar, so_far
+from parco.trainer.run import Settings, run
 from parco.trainer.trainer import Trainer
 from parco.trainer.tune import TuneResult, TuneSettings, method_of, tune
 
@@ -14,6 +15,7 @@ __all__ = [
     "Merged",
     "RunResult",
     "Settings",
+    "SoFar",
     "Trainer",
     "TuneResult",
     "TuneSettings",
@@ -22,5 +24,6 @@ __all__ = [
     "merge",
     "method_of",
     "run",
+    "so_far",
     "tune",
 ]

@@ -13,7 +13,8 @@ from parco.fitting.stages import Progress, digest, write_json, write_whole
 from parco.report import curves
 from parco.trainer import folder
 from parco.trainer.gaps import Gap, gaps
-from parco.trainer.run import RunResult, Settings, run
+from parco.trainer.result import RunResult
+from parco.trainer.run import Settings, run
 from parco.training import Recipe
 
 
@@ -42,6 +43,7 @@ def compare(
     seeds: int = 1,
     resume: bool = False,
     shard: bool = False,
+    tensorboard: bool = False,
 ) -> Comparison:
     """Runs each recipe with the seeds settings.seed, settings.seed + 1, …, in folders below `out`, all recipes of one
     seed before the next, and writes `out`/result.json and `out`/report.html after every seed.
@@ -65,7 +67,8 @@ def compare(
             own = dataclasses.replace(settings, recipe=recipe, seed=seed)
             place = out / f"{_name(recipe)}-seed{seed}"
             try:
-                done = run(own, place, progress, resume=resume and folder.has_run(place), shard=shard)
+                goes_on = resume and folder.has_run(place)
+                done = run(own, place, progress, resume=goes_on, shard=shard, tensorboard=tensorboard)
             except FloatingPointError as error:
                 if recipe == recipes[0]:  # beside it are the others
                     raise

@@ -26,6 +26,11 @@ def has_run(out: Path) -> bool:
     return (out / _SETTINGS).exists()
 
 
+def began(out: Path) -> float:
+    """When the run in `out` began, in seconds since 1970."""
+    return (out / _SETTINGS).stat().st_mtime
+
+
 def check(settings: dict[str, Any], defaults: dict[str, Any], out: Path, resume: bool) -> None:
     """Raises FileExistsError where `out` holds something else or `resume` is not asked for, FileNotFoundError where
     there is nothing to go on with, and ValueError where the run there has other `settings`; those that came after it
@@ -39,7 +44,7 @@ def check(settings: dict[str, Any], defaults: dict[str, Any], out: Path, resume:
         return
     if not resume:
         raise FileExistsError(f"--out {out} holds a training run: --resume goes on with it, or name a new folder")
-    before = defaults | _read(out)
+    before = defaults | read(out)
     changed = [
         f"--{name.replace('_', '-')} was {before.get(name)}" for name in settings if settings[name] != before.get(name)
     ]
@@ -53,11 +58,13 @@ def taken(
     settings: dict[str, Any],
     defaults: dict[str, Any],
     made_of: dict[str, str],
+    known: dict[str, Any],
     ranks: int,
     resume: bool,
     progress: Progress,
 ) -> Generator[None]:
-    """Works in `out` as the only process, for the run of these `settings` that is `made_of` what the digests say.
+    """Works in `out` as the only process, for the run of these `settings` that is `made_of` what the digests say; what
+    is `known` of its result before it begins is kept beside them.
 
     Raises ValueError where another process works there or the run that began there was made of something else, and what
     `check` raises. Libraries and machines other than those it began with are told to `progress`: bits may change.
@@ -80,9 +87,9 @@ def taken(
         }
         if has_run(out):
             check(settings, defaults, out, resume)
-            _compare(_read(out), made_of, runs_on, out, progress)
+            _compare(read(out), made_of, runs_on, out, progress)
         else:
-            write_json(out / _SETTINGS, settings | {"made_of": made_of, "runs_on": runs_on})
+            write_json(out / _SETTINGS, settings | {"made_of": made_of, "runs_on": runs_on, "known": known})
         yield
     finally:
         os.close(handle)
@@ -102,7 +109,8 @@ def _compare(
         progress.note(f"the run began with {', '.join(others)}: from here on its bits may be others")
 
 
-def _read(out: Path) -> dict[str, Any]:
+def read(out: Path) -> dict[str, Any]:
+    """The settings of the run in `out`, with what it was made of and what was known of it when it began."""
     return json.loads((out / _SETTINGS).read_text())
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
-    from parco.trainer.run import RunResult
+    from parco.trainer.result import RunResult
 
 
 class Gap(TypedDict):

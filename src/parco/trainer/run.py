@@ -7,18 +7,15 @@ import functools
 import json
 import math
 import os
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import transformers
 from transformers.trainer_utils import get_last_checkpoint
 
-import parco
 from parco import hub, machine
-from parco.bench.record import best
 from parco.fitting.stages import Progress, write_json, write_whole
 from parco.hub.save import flush, put_in_place
 from parco.nn import fuse_
@@ -26,16 +23,17 @@ from parco.report import curves
 from parco.trainer import disk, folder, memory
 from parco.trainer.gaps import gaps
 from parco.trainer.meter import Meter, flops_per_token
+from parco.trainer.result import RunResult, begun, finished
 from parco.trainer.settings import Schedule, arguments, check_libraries
+from parco.trainer.tensorboard import TensorBoard
+from parco.trainer.tensorboard import check as check_tensorboard
 from parco.trainer.trainer import Trainer
-from parco.trainer.watching import Watched, Watching
-from parco.trainer.windows import Split, collate, split
+from parco.trainer.watching import Watching
+from parco.trainer.windows import collate, split
 from parco.training import fuse_loss_, prepare_
 
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Dtypes that the trained weights may have; bf16 ones are rounded stochastically."""
-PROBED = 60.0
-"""Seconds of a run after which two more seconds for measuring the machine's peaks again are worth it."""
 GLANCE = 64
 """Held-out windows that are looked at while a run goes on; at its end it is all of them."""
 
@@ -61,45 +59,25 @@ class Settings(Schedule):
             raise ValueError(f"--weights {self.weights}: is one of {', '.join(WEIGHTS)}")
 
 
-class RunResult(TypedDict):
-    """What one run found, as result.json holds it. Losses are in nats per token: `train` and `held_out`, the latter of
-    the first 64 windows, are [step, loss] pairs, `loss` is that of all held-out windows at the end. Memory is in bytes
-    above what the process held before its first run; `mfu` is the share of the machine's measured bf16 peak. `watched`
-    and `said` are what watching found.
-    """
-
-    recipe: str
-    settings: dict[str, Any]
-    parco: str
-    versions: dict[str, str]
-    cpu: str
-    threads: int
-    runs_on: str
-    layers: str
-    parameters: int
-    text: str
-    windows: int
-    tokens: int
-    held_out_windows: int
-    train: list[list[float]]
-    held_out: list[list[float]]
-    loss: float
-    tokens_per_second: float
-    mfu: float
-    peak_memory: int
-    skipped: int
-    watched: list[Watched]
-    said: list[str]
-
-
-def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = False, shard: bool = False) -> RunResult:
+def run(
+    settings: Settings,
+    out: Path,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    shard: bool = False,
+    tensorboard: bool = False,
+) -> RunResult:
     """Train, and write checkpoint-N, model, report.html and result.json in `out`, each of them whole or absent.
 
     A run that is done is not run again with `resume`, one that was interrupted goes on from its last checkpoint, to the
-    same bits. Raises ValueError where `out` holds another run or a setting does not fit, FloatingPointError for numbers
-    that are not finite, and OSError for a full disk.
+    same bits. With `tensorboard` its log and readings go to event files in `out`/tensorboard as well. Raises ValueError
+    where `out` holds another run, a setting does not fit or a library is missing, FloatingPointError for numbers that
+    are not finite, and OSError for a full disk.
     """
     check_libraries()
+    if tensorboard:
+        check_tensorboard()
     machine.peaks()  # before the clock runs
     folder.check(settings.to_json(), settings.defaults(), out, resume)
     if resume and (out / "result.json").exists():
@@ -137,8 +115,14 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
     meter = Meter(trainer, settings.batch * settings.seq, flops_per_token(model, settings.seq), progress)
     trainer.pop_callback(transformers.PrinterCallback)
     trainer.add_callback(meter)
+    board = TensorBoard(out, meter) if tensorboard else None
+    if board is not None:
+        trainer.add_callback(board)
+        if trainer.watching is not None:
+            trainer.watching.told = board.told
     trainer.meet()  # before a rank writes where another looks whether there is a run
-    taken = folder.taken(out, settings.to_json(), settings.defaults(), made_of, ranks, resume, progress)
+    known = begun(settings.to_json(), trainer, texts, layers)
+    taken = folder.taken(out, settings.to_json(), settings.defaults(), made_of, known, ranks, resume, progress)
     with taken if first else contextlib.nullcontext():
         progress.note(f"{layers}\n{trainer.describe()}")
         memory.forget_peak()
@@ -147,7 +131,9 @@ def run(settings: Settings, out: Path, progress: Progress, *, resume: bool = Fal
         progress.stage("held out", math.ceil(len(texts.held) / trainer.args.eval_batch_size / ranks))
         meter.judging = True
         loss = trainer.evaluate(texts.held)["eval_loss"]
-        result = result_of(settings, trainer, texts, layers, loss, peak, meter)
+        result = finished(known, settings.to_json(), trainer, loss, peak, meter)
+        if board is not None:
+            board.close()
         with disk.explained(out):
             partial = out / ".model.partial"
             trainer.save_model(str(partial))
@@ -250,42 +236,3 @@ def _is_causal(model: Any) -> bool:
     embedded = model.eval().get_input_embeddings()(tokens).detach().requires_grad_()
     said = model(inputs_embeds=embedded).logits[0, 0].float().square().sum()
     return not torch.autograd.grad(said, embedded)[0][0, 1:].any()
-
-
-def result_of(
-    settings: Schedule, trainer: Trainer, texts: Split, layers: str, loss: float, peak: int, meter: Meter
-) -> RunResult:
-    """What `trainer` found in a run whose held-out windows have `loss` at its end."""
-    logs: list[dict[str, Any]] = trainer.state.log_history
-    steps = [entry for entry in logs if "step_seconds" in entry]
-    timed = [entry["step_seconds"] for entry in (steps[1:] or steps)]
-    if meter.spent > PROBED:
-        meter.peaks = best(meter.peaks, machine.peaks(refresh=True))  # a probe too is slowed by what else runs
-    speed, share = meter.rate(statistics.median(timed))
-    tokens = trainer.args.max_steps * settings.batch * settings.seq
-    model: Any = trainer.model
-    held = [[entry["step"], entry["eval_loss"]] for entry in logs if "eval_loss" in entry][:-1]
-    return RunResult(
-        recipe=settings.recipe,
-        settings=settings.to_json(),
-        parco=parco.__version__,
-        versions={"torch": torch.__version__, "transformers": transformers.__version__},
-        cpu=machine.detect().cpu,
-        threads=torch.get_num_threads(),
-        runs_on=trainer.describe(),
-        layers=layers,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        text=texts.digest,
-        windows=len(texts.train),
-        tokens=tokens,
-        held_out_windows=len(texts.held),
-        train=[[entry["step"], entry["loss"]] for entry in steps],
-        held_out=held,
-        loss=loss,
-        tokens_per_second=speed,
-        mfu=share,
-        peak_memory=peak,
-        skipped=int(trainer.skipped),
-        watched=trainer.watching.summary if trainer.watching else [],
-        said=trainer.watching.said if trainer.watching else [],
-    )

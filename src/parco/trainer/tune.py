@@ -26,7 +26,8 @@ from parco.report import curves
 from parco.trainer import cached, disk, examples, folder, memory, packing
 from parco.trainer.gaps import gaps
 from parco.trainer.meter import Meter, flops_per_token
-from parco.trainer.run import RunResult, check_model, fuse, result_of, train
+from parco.trainer.result import RunResult, begun, finished
+from parco.trainer.run import check_model, fuse, train
 from parco.trainer.settings import Schedule, arguments, check_libraries
 from parco.trainer.tuner import Best, Tuner
 from parco.trainer.windows import Split, collate, split
@@ -182,7 +183,8 @@ def tune(settings: TuneSettings, out: Path, progress: Progress, *, resume: bool 
     meter = Meter(trainer, settings.batch * settings.seq, flops, progress)
     trainer.pop_callback(transformers.PrinterCallback)
     trainer.add_callback(meter)
-    with folder.taken(out, settings.to_json(), settings.defaults(), made_of, 1, resume, progress):
+    known = begun(settings.to_json(), trainer, texts, layers)
+    with folder.taken(out, settings.to_json(), settings.defaults(), made_of, known, 1, resume, progress):
         progress.note(f"{layers}\n{trainer.describe()}")
         best = Best(model, out / "best.safetensors", progress)
         trainer.add_callback(best)
@@ -190,7 +192,8 @@ def tune(settings: TuneSettings, out: Path, progress: Progress, *, resume: bool 
         train(trainer, f"tune by {settings.method}", out, progress)
         peak = memory.peak()
         best.put_back_()
-        found = _result(settings, trainer, texts, layers, best, peak, meter, size, out)
+        run = finished(known, settings.to_json(), trainer, best.loss, peak, meter)
+        found = _result(settings, trainer, texts, run, best, size, out)
         model.config.use_cache = caches  # which Trainer has turned off
         with disk.explained(out):
             _write(settings, model, tokenizer, Path(found["adapter"]))
@@ -277,17 +280,8 @@ def _size(model: Any) -> int:
 
 
 def _result(
-    settings: TuneSettings,
-    trainer: Tuner,
-    texts: Split,
-    layers: str,
-    best: Best,
-    peak: int,
-    meter: Meter,
-    size: int,
-    out: Path,
+    settings: TuneSettings, trainer: Tuner, texts: Split, run: RunResult, best: Best, size: int, out: Path
 ) -> TuneResult:
-    run = result_of(settings, trainer, texts, layers, best.loss, peak, meter)
     every: list[dict[str, Any]] = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     counts = cached.counts_of(texts.train)
     filled = 1.0

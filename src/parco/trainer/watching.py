@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -49,6 +50,8 @@ class Watching:
         self.model, self.every, self.fallback = model, every, fallback
         self.progress = progress or Silent()
         self.file = file
+        self.told: Callable[[Readings], None] = void
+        """Whom readings are told besides."""
         self.watch = self._begin()
         self.summary: list[Watched] = []
         self.said: list[str] = []
@@ -65,6 +68,7 @@ class Watching:
             return None
         self.summary += summarized(readings)
         self._write(readings)
+        self.told(readings)
         found = diagnose(self.watch.history)
         new = [each for each in found if (each.layer, each.product) not in self._named]
         self._named |= {(each.layer, each.product) for each in new}

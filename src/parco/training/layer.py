@@ -129,7 +129,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         weight, x, seeds, *kept = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        given = (*grad_outputs, weight, x, kept, seeds, list(ctx.scales), ctx.key, *ctx.dtypes, needs, *ctx.keeps)
+        given: Any = (*grad_outputs, weight, x, kept, seeds, list(ctx.scales), ctx.key, *ctx.dtypes, needs, *ctx.keeps)
         if ctx.sums is None:
             found = iter(torch.ops.parco.recipe_backward.default(*given))
         else:

@@ -113,8 +113,8 @@ def _has_subnormals(element: Any, scale: Tensor, numbers: Tensor) -> bool:
 def restored(operand: Operand, shape: tuple[int, int], tensors: Iterator[Tensor]) -> Written:
     """What `write` made of a matrix of `shape` [M, R], from the next of the `tensors`, its own in their order."""
     named = {name: next(tensors) for name in tensors_of(operand, shape)}
-    beyond = [named.pop(name, None) for name in _OUTLIERS]
-    return Written(Encoded(operand.format, padded_shape(operand, shape), named), *beyond)
+    columns, values = (named.pop(name, None) for name in _OUTLIERS)
+    return Written(Encoded(operand.format, padded_shape(operand, shape), named), columns, values)
 
 
 def write(

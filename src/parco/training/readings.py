@@ -174,5 +174,5 @@ def _rows_of(written: Written, rows: Tensor) -> Written:
         else tensor
         for name, tensor in encoded.tensors.items()
     }
-    beyond = (None if each is None else each[rows] for each in (written.columns, written.values))
-    return Written(Encoded(encoded.format, (len(rows), encoded.shape[1]), parts), *beyond)
+    columns, values = (None if each is None else each[rows] for each in (written.columns, written.values))
+    return Written(Encoded(encoded.format, (len(rows), encoded.shape[1]), parts), columns, values)

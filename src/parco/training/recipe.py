@@ -243,8 +243,11 @@ class Recipe:
         found: list[tuple[ProductName, int]] = []
         for name in PRODUCTS:
             left, right = self.pair(name)
-            found += [(name, SIGNS)] * bool(left.hadamard)
-            found += [(name, side) for side, each in ((1, right), (0, left)) if each.rounding == "stochastic"]
+            if left.hadamard:
+                found.append((name, SIGNS))
+            for side, each in ((1, right), (0, left)):
+                if each.rounding == "stochastic":
+                    found.append((name, side))
         return tuple(found)
 
     @functools.cached_property

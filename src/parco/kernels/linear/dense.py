@@ -277,8 +277,8 @@ def linear_dense(
     `dtype`, by default that of x (but where torch's own product serves, which rounds before).
 
     x, weight, bias and y are each fp32, bf16 or fp16; `activation` is none, silu, gelu, gelu_tanh, relu or
-    relu_squared, and `addend` [..., N] has x's dtype or fp32. Differentiable with respect to all tensors. Raises ValueError or
-    TypeError naming the argument.
+    relu_squared, and `addend` [..., N] has x's dtype or fp32. Differentiable with respect to all tensors. Raises
+    ValueError or TypeError naming the argument.
     """
     if undispatched(x, weight, bias, addend):
         return _cpu(x, weight, bias, activation, addend, dtype)
