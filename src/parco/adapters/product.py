@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from parco.kernels.cast.philox import random_bits
 from parco.kernels.library import transformed
-from parco.training.products import draw_seed
 
 _ROWS = 256
 """Of x, whose random bits (8 bytes each, in some dozen copies) are in memory at a time."""
@@ -52,7 +51,7 @@ def enter(x: Tensor, a: Tensor, p: float = 0.0) -> tuple[Tensor, Tensor]:
     """
     if _plainly():
         return x, functional.linear(functional.dropout(x, p), a.to(x.dtype))
-    seed = draw_seed() if p else 0
+    seed = int(torch.randint(1 << 62, (), device="cpu")) if p else 0
     if not torch.is_grad_enabled():
         return x, functional.linear(dropped(x, p, seed) if p else x, a.to(x.dtype))
     return _Enter.apply(x, a, p, seed)  # type: ignore[no-any-return]
