@@ -21,7 +21,6 @@ from torch.nn import functional
 from parco.formats import parse
 from parco.kernels.cast import encode
 from parco.kernels.library import transformed
-from parco.training.products import draw_seed
 
 _ROWS = 256
 """Of x, whose mask is in memory at a time. Others would be other masks."""
@@ -44,7 +43,7 @@ def _masks(like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
     """(rows, factors 0 or 1/(1 - p)) of a matrix of the shape and dtype of `like`, some rows at a time.
 
     They are 1 - p rounded stochastically to whole numbers: casts do that compiled, with random bits counted by rows and
-    columns, in a fiftieth of the time that `random_bits` takes.
+    columns, some twenty times faster than `random_bits`.
     """
     count, columns = like.shape
     height = min(count, _ROWS)
@@ -63,7 +62,7 @@ def enter(x: Tensor, a: Tensor, p: float = 0.0) -> tuple[Tensor, Tensor]:
     """
     if _plainly():
         return x, functional.linear(functional.dropout(x, p), a.to(x.dtype))
-    seed = draw_seed() if p else 0
+    seed = int(torch.randint(1 << 62, (), device="cpu")) if p else 0
     if not torch.is_grad_enabled():
         return x, functional.linear(dropped(x, p, seed) if p else x, a.to(x.dtype))
     return _Enter.apply(x, a, p, seed)  # type: ignore[no-any-return]
