@@ -65,6 +65,8 @@ def test_several_come_out_in_the_other_order():
         adapters.unmerge_(made, "a")
     assert not same(bits(made), before)
     adapters.unmerge_(made, "b")
+    with pytest.raises(ValueError, match=r"'a' is merged into .*q_proj reversibly, and taking it out would lose 'b'"):
+        adapters.merge_(made, "b")
     adapters.unmerge_(made, "a")
     assert same(bits(made), before)
 

@@ -216,12 +216,7 @@ def _class_of(original: type[nn.Module]) -> type[nn.Module]:
 
     functools.update_wrapper(forward, parent.forward)  # Trainer asks the forward for the names of its arguments
     members: dict[str, object] = {"__reduce_ex__": reduce, "forward": forward}
-    return under_its_name(kind_of_class(original), (Adapted, original), members)
-
-
-def kind_of_class(original: type[nn.Module]) -> type[nn.Module]:
-    """`kind_of` of the modules of this class."""
-    return original.__dict__.get("_original", original)
+    return under_its_name(getattr(original, "_original", original), (Adapted, original), members)
 
 
 def _revived(made: Any) -> nn.Module:

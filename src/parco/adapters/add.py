@@ -17,12 +17,14 @@ from parco.adapters.methods import Factors, Method, VeRA, parse
 from parco.adapters.targets import Targets, by_pattern, check_patterns, chosen, modules_named
 from parco.nn import StoredWeight
 from parco.nn.parts import shape
+from parco.nn.saved import describe, stored_parameters
 
 
 @dataclass(frozen=True)
 class Added:
     """What `add_` did: the method of each layer that got an adapter, the modules copied whole, how many numbers train
-    and how many there are in all, and why other linear layers were left, by name.
+    and how many there are in all (of a stored matrix as many as it stands for), and why other linear layers were left,
+    by name.
     """
 
     name: str
@@ -108,9 +110,11 @@ def added(
     model: nn.Module, name: str, methods: Mapping[str, Method], copies: Iterable[str], left: Mapping[str, str]
 ) -> Added:
     """What was put into `model`."""
-    parameters = list(model.parameters())
-    trained = sum(each.numel() for each in parameters if each.requires_grad)
-    return Added(name, dict(methods), tuple(copies), trained, sum(each.numel() for each in parameters), dict(left))
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    inside = {id(each) for _, each in stored_parameters(model)}
+    total = sum(each.numel() for each in model.parameters() if id(each) not in inside)
+    total += sum(math.prod(spec.shape) for spec in describe(model).weights.values())
+    return Added(name, dict(methods), tuple(copies), trained, total, dict(left))
 
 
 def check_copies(modules: Mapping[str, nn.Module], copies: Sequence[str], layers: Sequence[str]) -> None:

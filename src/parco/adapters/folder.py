@@ -57,9 +57,9 @@ def save(
 
 
 def load_(model: nn.Module, folder: str | os.PathLike[str], name: str = "default", *, trainable: bool = False) -> Added:
-    """Gives `model` the adapter that PEFT or `save` wrote in `folder`; it is active then. With `trainable` it trains
-    and all else is frozen, as after `add_`; without, nothing of it trains. A PiSSA adapter's base is changed as PEFT
-    changes it.
+    """Gives `model` the adapter that PEFT or `save` wrote in `folder`, in fp32; it is active then. With `trainable` it
+    trains and all else is frozen, as after `add_`; without, nothing of it trains. A PiSSA adapter's base is changed as
+    PEFT changes it.
 
     Raises FileNotFoundError where there is no such folder, ValueError for files that are absent, broken or of a kind
     not known here, and for an adapter of another model, naming the first tensor that does not fit. Then nothing is
@@ -228,4 +228,5 @@ def _fill(adapter: Adapter, names: Mapping[str, str], tensors: Mapping[str, Tens
 
 
 def _dtype(tensor: Tensor) -> torch.dtype:
-    return tensor.dtype if tensor.is_floating_point() else torch.float32
+    """That of a loaded adapter's parameters: in 16 bits they would not move by small updates."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -227,8 +227,8 @@ def _plus(layer: Any, left: Tensor, right: Tensor) -> Tensor:
 
 def _squares(weight: StoredWeight) -> Tensor:
     """[N] fp32: the sum of squares of each row of a stored weight. It does not train, so it is found once and kept."""
-    found: tuple[list[int], Tensor] | None = weight.__dict__.get("_row_squares")
-    versions = [tensor._version for tensor in weight.tensors()]
-    if found is None or found[0] != versions or found[1].device != weight.device:
-        found = weight.__dict__["_row_squares"] = (versions, weight.dense().square().sum(1))
+    found: tuple[Any, Tensor] | None = weight.__dict__.get("_row_squares")
+    seen = [(each.data_ptr(), 0 if each.is_inference() else each._version) for each in weight.tensors()]
+    if found is None or found[0] != seen or found[1].device != weight.device:
+        found = weight.__dict__["_row_squares"] = (seen, weight.dense().square().sum(1))
     return found[1]

@@ -50,7 +50,7 @@ def merge_(model: nn.Module, name: str = "default", *, requantize: bool = False,
     Raises ValueError, before anything is changed: where no such adapter is; for a stored weight without `requantize`,
     or one made of parts; for a matrix that another module shares; for bottleneck adapters, which are no matrix.
     """
-    adapters = _adapters(model, name)
+    adapters = _adapters(model, name, reversible)
     for path, (module, adapter) in adapters.items():
         _check(model, path, module, adapter, requantize)
     losses: dict[str, tuple[float, float]] = {}
@@ -99,7 +99,7 @@ def to_sum_(model: nn.Module, name: str = "default", dtype: torch.dtype = torch.
     exact there), or the adapter is no product of two factors (LoRA and VeRA are).
     """
     chosen: dict[str, tuple[Any, LowRank | VectorBased]] = {}
-    for path, (module, adapter) in _adapters(model, name).items():
+    for path, (module, adapter) in _adapters(model, name, False).items():
         _check_whose(model, path)
         if not isinstance(module, Linear):
             raise ValueError(f"to_sum_: the weight of {path} is not a stored one; merge_ adds to it exactly")
@@ -117,14 +117,21 @@ def to_sum_(model: nn.Module, name: str = "default", dtype: torch.dtype = torch.
     return tuple(chosen)
 
 
-def _adapters(model: nn.Module, name: str) -> dict[str, tuple[Any, Adapter]]:
-    """{layer's name: (layer, adapter)}. Raises ValueError where there are none, or they are merged already."""
+def _adapters(model: nn.Module, name: str, reversible: bool) -> dict[str, tuple[Any, Adapter]]:
+    """{layer's name: (layer, adapter)}. Raises ValueError where there are none, they are merged already, or what is to
+    stay lies over what can be taken out again.
+    """
     adapted.check_name(model, name)
     found: dict[str, tuple[Any, Adapter]] = {}
     for path, module in adapted.adapted(model):
         if name in adapted.merged(module):
             raise ValueError(f"{name!r} is merged already")
         if name in module.adapters:
+            if module._merged and not reversible:
+                raise ValueError(
+                    f"{module._merged[-1][0]!r} is merged into {path} reversibly, and taking it out would lose "
+                    f"{name!r}: unmerge_ it, or merge with reversible=True"
+                )
             found[path] = module, module.adapters[name]
     return found
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from parco.hub import ggml, vocabulary
 from parco.nn import StoredWeight, embedding_name, head_name
+from parco.nn.saved import refuse_adapters
 from parco.weights import Dense, Weight
 
 if TYPE_CHECKING:
@@ -64,10 +65,11 @@ def save_gguf(
     numbers stay.
 
     Raises ImportError without the library `gguf`; ValueError, with the name of the matrix, where a type cannot hold
-    what is stored, for an unknown type, another architecture, variants that llama.cpp computes otherwise, and a
-    tokenizer that it does not know.
+    what is stored, for adapters, an unknown type, another architecture, variants that llama.cpp computes otherwise, and
+    a tokenizer that it does not know.
     """
     target = Path(file).expanduser().resolve()
+    refuse_adapters(model)
     _check(model)
     types = _type(type, "type"), _type(ends, "ends")
     writer = _writer(model)

@@ -76,8 +76,10 @@ class Embedding(torch.nn.Module):
 
 
 def kind_of(module: torch.nn.Module) -> type[torch.nn.Module]:
-    """The module's class, before `fuse_` or `training.prepare_` gave it a subclass where it did."""
-    return type(module).__dict__.get("_original", type(module))
+    """The module's class, before `fuse_`, `training.prepare_` or `adapters.add_` gave it a subclass where they did, of
+    which fully_shard may have made another.
+    """
+    return getattr(type(module), "_original", type(module))
 
 
 def carries_adapters(module: torch.nn.Module) -> bool:

@@ -141,7 +141,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_conv1d(module: Any) -> bool:
     """Whether this is Transformers' Conv1D, a linear layer that holds its matrix transposed."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return kind_of(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def shape(layer: Any) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from parco.nn.linear import carries_adapters
 from parco.nn.stored import StoredWeight
 from parco.products import Native, Product
 from parco.weights import Weight
@@ -72,8 +73,9 @@ def tensors_to_save(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Name -> tensor for the file: the state without tied copies, the clashing names, and the hint; in the order of
     the names. Tensors that share memory without being tied by the architecture are copied.
 
-    Raises ValueError if a tensor lies on the meta device (offloaded): there is nothing to write.
+    Raises ValueError if a tensor lies on the meta device (offloaded): there is nothing to write; and for adapters.
     """
+    refuse_adapters(model)
     description = describe(model)
     targets: set[str] = set(getattr(model, "all_tied_weights_keys", None) or {})
     ignored: set[str] = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
@@ -100,6 +102,16 @@ def tensors_to_save(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     if description.weights:
         found[HINT] = torch.ones(1, dtype=torch.uint8)
     return dict(sorted(found.items()))
+
+
+def refuse_adapters(model: torch.nn.Module) -> None:
+    """Raises ValueError where a layer of `model` carries adapters, which files of models have no place for."""
+    name = next((name for name, module in model.named_modules() if carries_adapters(module)), None)
+    if name is not None:
+        raise ValueError(
+            f"{name} carries adapters: merge them first (parco.adapters.merge_, to_sum_), or save them by themselves "
+            "(parco.adapters.save)"
+        )
 
 
 def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:

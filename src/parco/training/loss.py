@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from parco.kernels.loss import linear_cross_entropy
 from parco.nn import head_name
-from parco.nn.linear import kind_of, under_its_name
+from parco.nn.linear import carries_adapters, kind_of, under_its_name
 from parco.training.recipe import Operand, Recipe
 
 LOSS = "ForCausalLMLoss"
@@ -36,7 +36,8 @@ def fuse_loss_(model: nn.Module, *, evaluation: bool = False) -> nn.Module:
     the products are those of `linear_cross_entropy`, under the head's recipe where it was prepared.
 
     Raises TypeError where `model` is no module, ValueError where its forward has no head or no such loss, was replaced,
-    or where the head is prepared under a recipe of fewer than 16 bits, holds a stored weight or is sharded by itself.
+    or where the head is prepared under a recipe of fewer than 16 bits, holds a stored weight, carries adapters or is
+    sharded by itself.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -76,6 +77,8 @@ def _multiplied(head: Any, name: str) -> torch.dtype | None:
         raise ValueError(f"fuse_loss_: the head {name} is a {type(head).__name__}; nn.Linear is needed")
     if "forward" in head.__dict__:
         raise ValueError(f"fuse_loss_: the forward of the head {name} has been replaced")
+    if carries_adapters(head):
+        raise ValueError(f"fuse_loss_: the head {name} carries adapters, which the fused loss would pass by")
     recipe: Recipe | None = head.__dict__.get("_recipe")
     if recipe is None:
         return None
