@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,9 @@ def test_a_base_in_few_bits_is_left_beside_its_adapter(folder: Path, chats: Path
 
 
 def test_blocks_computed_twice_learn_the_same(folder: Path, chats: Path, tmp_path: Path) -> None:
-    one = tune(settings(folder, chats, base="nf4:32"), tmp_path / "one", Silent())
-    other = tune(settings(folder, chats, base="nf4:32", checkpointing=True), tmp_path / "other", Silent())
+    given = {"base": "nf4:32", "targets": ("all-linear",)}
+    one = tune(settings(folder, chats, **given), tmp_path / "one", Silent())
+    other = tune(settings(folder, chats, **given, checkpointing=True), tmp_path / "other", Silent())
     assert one["train"] == other["train"] and one["loss"] == other["loss"]
 
 
@@ -190,13 +192,20 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 def test_changed_data_and_damaged_files_are_refused(folder: Path, chats: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.jsonl"
     mine.write_text(chats.read_text())
-    given = settings(folder, mine)
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    given = settings(base, mine)
     with pytest.raises(Killed):
         tune(given, tmp_path / "out", KilledAfter(3))
     mine.write_text(chats.read_text() + "\n" + json.dumps({"text": "import torch"}))
     with pytest.raises(ValueError, match="whose data has changed since"):
         tune(given, tmp_path / "out", Silent(), resume=True)
     mine.write_text(chats.read_text())
+    weights = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(ValueError, match="whose model has changed since"):
+        tune(given, tmp_path / "out", Silent(), resume=True)
+    (base / "model.safetensors").write_bytes(weights)
     for name in ("best.safetensors", f"checkpoint-2/{TRAINED}"):
         whole = (tmp_path / "out" / name).read_bytes()
         (tmp_path / "out" / name).write_bytes(whole[:-10])

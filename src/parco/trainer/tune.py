@@ -18,6 +18,7 @@ import transformers
 from parco import adapters, hub, machine
 from parco.adapters import Bottleneck, DoRA, LoRA, VeRA
 from parco.adapters.methods import KNOWN
+from parco.adapters.targets import ALL_LINEAR
 from parco.fitting.convert import convert_
 from parco.fitting.stages import Progress, write_json, write_whole
 from parco.nn import StoredWeight, linears
@@ -80,8 +81,9 @@ def method_of(name: str, rank: int | None = None, alpha: float | None = None, dr
 @dataclass(frozen=True)
 class TuneSettings(Schedule):
     """What decides every number of a tuning. `method` is the text of an adapter's method, or "full", which trains all
-    of the model; `base` a format or method that the frozen matrices are stored by; `template` "plain" or a file with a
-    chat template. Of `steps` and `epochs` one is given, or neither: 3 epochs.
+    of the model; `targets` are names of layers, or "all-linear" alone; `base` is a format or method that the frozen
+    matrices are stored by; `template` "plain" or a file with a chat template. Of `steps` and `epochs` one is given, or
+    neither: 3 epochs.
     """
 
     model: str
@@ -154,10 +156,10 @@ def tune(settings: TuneSettings, out: Path, progress: Progress, *, resume: bool 
         progress.note(f"{out}: done before")
         return json.loads((out / "result.json").read_text())
     memory.before()
-    model, tokenizer = _model(settings)
-    caches = model.config.use_cache
+    model, tokenizer, fingerprint = _model(settings)
+    caches = getattr(model.config, "use_cache", None)
     texts = _texts(settings, model, tokenizer, progress)
-    made_of = {"data": texts.digest, "model": folder.digest_of(model.config)}
+    made_of = {"data": texts.digest, "model": fingerprint}
     size, flops = _size(model), flops_per_token(model, settings.seq, frozen=settings.method != FULL)
     layers = _prepare_(settings, model, texts)
     steps = settings.steps_of(len(texts.train))
@@ -194,7 +196,8 @@ def tune(settings: TuneSettings, out: Path, progress: Progress, *, resume: bool 
         best.put_back_()
         run = finished(known, settings.to_json(), trainer, best.loss, peak, meter)
         found = _result(settings, trainer, texts, run, best, size, out)
-        model.config.use_cache = caches  # which Trainer has turned off
+        if caches is not None:
+            model.config.use_cache = caches  # which Trainer has turned off
         with disk.explained(out):
             _write(settings, model, tokenizer, Path(found["adapter"]))
             write_whole(out / "report.html", functools.partial(curves.write, [found], gaps([found])))
@@ -203,8 +206,10 @@ def tune(settings: TuneSettings, out: Path, progress: Progress, *, resume: bool 
     return found
 
 
-def _model(settings: TuneSettings) -> tuple[Any, Any]:
-    """The model as it lies in its folder, in fp32 where all of it trains, and its tokenizer, with the chat template."""
+def _model(settings: TuneSettings) -> tuple[Any, Any, str]:
+    """The model as it lies in its folder, in fp32 where all of it trains, its tokenizer with the chat template, and the
+    folder's fingerprint: no checkpoint holds the frozen matrices.
+    """
     full = settings.method == FULL
     template = None if settings.template is None else examples.template_of(settings.template)
     # What is stored anew is read once; all else is in memory, because initialisations change matrices in place.
@@ -221,7 +226,7 @@ def _model(settings: TuneSettings) -> tuple[Any, Any]:
     if template is not None:
         tokenizer.chat_template = template
     check_model(model, tokenizer, settings.seq, settings.model)
-    return model, tokenizer
+    return model, tokenizer, loaded.fingerprint
 
 
 def _texts(settings: TuneSettings, model: Any, tokenizer: Any, progress: Progress) -> Split:
@@ -261,7 +266,8 @@ def _prepare_(settings: TuneSettings, model: Any, texts: Split) -> str:
         transformers.set_seed(settings.seed)
         method = adapters.parse(settings.method)
         inputs = _inputs(settings, texts) if getattr(method, "init", None) == "eva" else None
-        done.append(str(adapters.add_(model, method, settings.targets, inputs=inputs)))
+        targets = ALL_LINEAR if settings.targets == (ALL_LINEAR,) else settings.targets
+        done.append(str(adapters.add_(model, method, targets, inputs=inputs)))
     return "\n".join(done)
 
 
@@ -288,7 +294,7 @@ def _result(
     if counts:
         made = len(texts.train) + (0 if settings.held else len(texts.held))
         filled = counts["tokens"] / (made * settings.seq)
-    train_able = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    trains = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     changed: dict[str, Any] = {
         "settings": run["settings"] | {"steps": trainer.args.max_steps},
         "parameters": size,
@@ -298,7 +304,7 @@ def _result(
         "mfu": run["mfu"] * filled,
         "method": settings.method,
         "base": settings.base,
-        "trained": train_able,
+        "trained": trains,
         "before": every[0]["eval_loss"],
         "best_step": best.step,
         "examples": counts.get("examples", 0),

@@ -32,7 +32,8 @@ class Tuner(Trainer):
         try:
             super().__init__(model, args, **named)
         finally:
-            vars(model)["is_quantized"] = stored
+            if stored:
+                vars(model)["is_quantized"] = stored
 
     def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
         found = super().compute_loss(model, inputs, *arguments, **named)
