@@ -17,7 +17,7 @@ struct Features {
   bool avx512_bf16 = false;
   bool avx512_fp16 = false;
   bool avx512_vbmi2 = false;  // expands bytes and words
-  bool amx_int8 = false;  // reported by CPUID and XGETBV; usable when amx is true
+  bool amx_int8 = false;      // reported by CPUID and XGETBV; usable when amx is true
   bool amx_bf16 = false;
   std::string model;     // brand string, trimmed
   std::int64_t l1d = 0;  // bytes, as CPUID reports them for one instance of the cache; 0 where it does not

@@ -108,7 +108,10 @@ void multiply_runs(const float* x, const Run* runs, std::int64_t count, bool fir
   for (std::int64_t j = 0; j < count; j++) {
     const float* at = x + runs[j].column * rows;
     const float* weights = runs[j].weights;
-    for (std::int64_t k = 0; k < runs[j].length; k++, at += rows, weights += vectors * V::lanes) {
+    // Where the next run begins nothing else would foresee.
+    const std::int64_t ahead = j + 1 < count ? (runs[j + 1].column - runs[j].column) * rows : 0;
+    const auto add = [&]() __attribute__((always_inline)) {
+      __builtin_prefetch(at + ahead);
       F number[vectors];
       for (int v = 0; v < vectors; v++) number[v] = V::load(weights + v * V::lanes);
 #pragma GCC unroll 12
@@ -116,7 +119,14 @@ void multiply_runs(const float* x, const Run* runs, std::int64_t count, bool fir
         const F value = V::set(at[m]);
         for (int v = 0; v < vectors; v++) sum[m][v] = V::fma(value, number[v], sum[m][v]);
       }
-    }
+      at += rows, weights += vectors * V::lanes;
+    };
+    // Four at a time: the end of so short a loop would be guessed wrong each time.
+    std::int64_t k = 0;
+    for (; k + 4 <= runs[j].length; k += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) add();
+    for (; k < runs[j].length; k++) add();
   }
 #pragma GCC unroll 12
   for (int m = 0; m < rows; m++)

@@ -95,3 +95,29 @@ def test_what_does_not_fit_is_named(operation: Any, text: str, index: int, wrong
     call[index] = wrong
     with pytest.raises((ValueError, TypeError), match=said):
         operation(*call)
+
+
+@pytest.mark.parametrize(
+    "text", ["bitmap(int8:row, 300x700, 350)", "bitmap(bf16, 300x700, 350)", "blocksparse(bf16, 300x700, 32, 11)"]
+)
+@pytest.mark.parametrize("rows", [8, 30])
+def test_neither_threads_nor_other_rows_change_the_bits(text: str, rows: int) -> None:
+    x, *rest = arguments(text, rows, torch.bfloat16)
+    operation = linear_blocks if text.startswith("blocks") else linear_masked
+    whole = operation(x, *rest)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(operation(x, *rest), whole)
+    finally:
+        torch.set_num_threads(threads)
+    few = 3 if rows <= 8 else 21
+    assert torch.equal(operation(x[:few], *rest), whole[:few])
+
+
+def test_a_block_that_the_matrix_has_not_is_named() -> None:
+    call = list(arguments("blocksparse(bf16, 40x64, 16, 2)", 1, torch.float32))
+    call[5] = call[5].clone()
+    call[5][2, 1] = 4
+    with pytest.raises(IndexError, match=r"blocks\[2, 1\] is 4; 64 columns are 4 blocks of 16"):
+        linear_blocks(*call)
