@@ -83,14 +83,13 @@ def forward(step: Step, x: Tensor, weight: Tensor, dtype: torch.dtype, *, keeps_
         y = multiply(left, right, dtype)
     kept_x = None
     if keeps_x:
-        reuses, turned = recipe.grad_weight.right.reused, recipe.grad_weight.right.is_plain
-        kept_x = left if reuses else step.write("grad_weight", 1, x, transposed=not turned)
+        kept_x = left if recipe.grad_weight.right.reused else step.write("grad_weight", 1, x, transposed=True)
     return Passed(y, kept_x, right if keeps_weight else None)
 
 
 class Passed(NamedTuple):
     """What forward found: y [T, N], and the operands that backward needs again: x as `grad_weight` wants it (its
-    numbers [T, K] where the format is plain or they are reused, else written along the tokens) and weight as `output`
+    numbers [T, K] where these turn or are reused, else written along the tokens) and weight as `output`
     did.
     """
 
@@ -161,16 +160,23 @@ class Step:
     ) -> None:
         self.recipe, self.scales, self.sums = recipe, scales, sums
         self.seeds = dict(zip(recipe.seeds, seeds, strict=False))
+        self._written: dict[tuple[Role, Operand], Written] = {}
 
     def write(self, product: ProductName, side: int, x: Tensor, *, transposed: bool = False) -> Written:
-        """`x`, or its transpose, as the left (`side` 0) or right operand of `product`."""
+        """`x`, or its transpose, as the left (`side` 0) or right operand of `product`. What turns is written once."""
         operand, role = (*self.recipe.pair(product),)[side], FACTORS[product][side]
         scale = self.scales[role] if operand.is_delayed else None
         seed, sign_seed = self.seeds.get((product, side), 0), self.seeds.get((product, SIGNS), 0)
-        written = write(operand, x, transposed=transposed, seed=seed, sign_seed=sign_seed, scale=scale)
+        turned = transposed and operand.turns
+        how = {"transposed": transposed and not turned, "sign_seed": sign_seed}
+        written = self._written.get((role, operand))
+        if written is None:
+            written = write(operand, x, seed=seed, scale=scale, **how)
+        if operand.turns:
+            self._written[role, operand] = written
         if self.sums is not None:
-            self.sums.add(product, role, x, written, operand, transposed=transposed, sign_seed=sign_seed)
-        return written
+            self.sums.add(product, role, x, written, operand, **how)
+        return dataclasses.replace(written, turned=True) if turned else written
 
     def product(
         self, product: ProductName, left: Tensor, right: Written, dtype: torch.dtype, *, transposed: bool = False
