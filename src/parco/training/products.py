@@ -71,7 +71,18 @@ def multiply_bytes(left: Tensor, right: Written, dtype: torch.dtype) -> Tensor:
     return linear_coded_int8(left, *stored, None, str(right.encoded.format), left.shape[1]).to(dtype)  # type: ignore[arg-type]
 
 
-def forward(step: Step, x: Tensor, weight: Tensor, dtype: torch.dtype, *, keeps_x: bool, keeps_weight: bool) -> Passed:
+class Kept(NamedTuple):
+    """The operands that backward needs again: x as `grad_weight` wants it (its numbers [T, K] where these turn or are
+    reused, else written along the tokens) and weight as `output` did.
+    """
+
+    x: Written | None
+    weight: Written | None
+
+
+def forward(
+    step: Step, x: Tensor, weight: Tensor, dtype: torch.dtype, *, keeps_x: bool, keeps_weight: bool
+) -> tuple[Tensor, Kept]:
     """output = x [T, K] · weight [N, K]ᵀ in `dtype`, and of both operands what is to be kept for backward."""
     recipe = step.recipe
     right = step.write("output", 1, weight)
@@ -84,22 +95,11 @@ def forward(step: Step, x: Tensor, weight: Tensor, dtype: torch.dtype, *, keeps_
     kept_x = None
     if keeps_x:
         kept_x = left if recipe.grad_weight.right.reused else step.write("grad_weight", 1, x, transposed=True)
-    return Passed(y, kept_x, right if keeps_weight else None)
-
-
-class Passed(NamedTuple):
-    """What forward found: y [T, N], and the operands that backward needs again: x as `grad_weight` wants it (its
-    numbers [T, K] where these turn or are reused, else written along the tokens) and weight as `output`
-    did.
-    """
-
-    y: Tensor
-    x: Written | None
-    weight: Written | None
+    return y, Kept(kept_x, right if keeps_weight else None)
 
 
 def backward(
-    step: Step, grad: Tensor, weight: Tensor, kept: Passed, dtypes: Sequence[torch.dtype], needs: Sequence[bool]
+    step: Step, grad: Tensor, weight: Tensor, kept: Kept, dtypes: Sequence[torch.dtype], needs: Sequence[bool]
 ) -> list[Tensor]:
     """Those of grad_x [T, K], grad_weight [N, K] and grad_bias [N] of which one `needs`, in their `dtypes`, from `grad`
     [T, N].
@@ -121,7 +121,7 @@ def backward(
     return found
 
 
-def _grad_weight(step: Step, grad: Tensor, weight: Tensor, kept: Passed, dtype: torch.dtype) -> Tensor:
+def _grad_weight(step: Step, grad: Tensor, weight: Tensor, kept: Kept, dtype: torch.dtype) -> Tensor:
     if not grad.shape[0]:
         return torch.zeros_like(weight, dtype=dtype)
     operand = step.recipe.output.right
