@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -168,7 +168,7 @@ class Step:
         scale = self.scales[role] if operand.is_delayed else None
         seed, sign_seed = self.seeds.get((product, side), 0), self.seeds.get((product, SIGNS), 0)
         turned = transposed and operand.turns
-        how = {"transposed": transposed and not turned, "sign_seed": sign_seed}
+        how: dict[str, Any] = {"transposed": transposed and not turned, "sign_seed": sign_seed}
         written = self._written.get((role, operand))
         if written is None:
             written = write(operand, x, seed=seed, scale=scale, **how)
