@@ -21,12 +21,14 @@ class Told(Silent):
 def test_a_run_that_goes_on_elsewhere_is_told(tmp_path: Path) -> None:
     told = Told()
     for ranks in (2, 2, 1):
-        with folder.taken(tmp_path, {"lr": 1.0, "new": 5}, DEFAULTS, {"text": "a"}, ranks, resume=True, progress=told):
+        with folder.taken(
+            tmp_path, {"lr": 1.0, "new": 5}, DEFAULTS, {"text": "a"}, {}, ranks, resume=True, progress=told
+        ):
             assert folder.has_run(tmp_path)
             with (
                 pytest.raises(ValueError, match="another process trains in --out"),
                 folder.taken(
-                    tmp_path, {"lr": 1.0, "new": 5}, DEFAULTS, {"text": "a"}, ranks, resume=True, progress=told
+                    tmp_path, {"lr": 1.0, "new": 5}, DEFAULTS, {"text": "a"}, {}, ranks, resume=True, progress=told
                 ),
             ):
                 pass
@@ -43,6 +45,6 @@ def test_a_run_that_goes_on_elsewhere_is_told(tmp_path: Path) -> None:
     ):
         with (
             pytest.raises((ValueError, FileExistsError), match=words),
-            folder.taken(tmp_path, settings, DEFAULTS, made_of, 2, resume=resume, progress=told),
+            folder.taken(tmp_path, settings, DEFAULTS, made_of, {}, 2, resume=resume, progress=told),
         ):
             pass

@@ -185,6 +185,32 @@ def test_a_product_with_numbers_that_tiles_take_for_zero_is_right(tiles):
     assert not tiles
 
 
+def test_what_turns_is_written_once(monkeypatch):
+    """x and the gradient for both of their products, W before and after."""
+    written = []
+    before = products.write
+    monkeypatch.setattr(products, "write", lambda each, x, **how: written.append(x.shape) or before(each, x, **how))
+    for name, count in (("fp8-current", 4), ("fp8-delayed", 4), ("bf16", 4), ("mxfp8", 6), ("nvfp4", 6)):
+        layer = torch.nn.Linear(32, 16)
+        prepare_(torch.nn.Sequential(layer), RECIPES[name].with_(ends=0))
+        del written[:]
+        layer(torch.randn(64, 32, requires_grad=True)).square().sum().backward()
+        assert len(written) == count, (name, written)
+
+
+@pytest.mark.parametrize("text", ["fp8_e4m3:tensor", "fp8_e4m3:128x128", "nvfp4:16x16", "int8:tensor", "bf16"])
+def test_what_turns_is_the_same_written_turned(text):
+    operand = Operand.parse(text)
+    assert operand.turns
+    x = torch.randn(150, 70) * torch.exp(torch.randn(150, 1))
+    assert torch.equal(write(operand, x).numbers().T, write(operand, x, transposed=True).numbers())
+
+
+@pytest.mark.parametrize("text", ["fp8_e4m3:row", "mxfp8_e4m3", "bf16+stochastic", "fp8_e4m3:tensor+stochastic"])
+def test_what_does_not_turn_is_written_anew(text):
+    assert not Operand.parse(text).turns
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_leading_dimensions_bias_and_no_tokens(name):
     torch.manual_seed(0)

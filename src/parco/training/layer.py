@@ -18,7 +18,7 @@ from parco.formats import Float
 from parco.kernels.cast import DelayedScaling, Encoded
 from parco.kernels.library import LIBRARY, graph_break
 from parco.training.operands import Written, restored, tensors_of
-from parco.training.products import Passed, Step, backward, forward, scale_of
+from parco.training.products import Kept, Step, backward, forward, scale_of
 from parco.training.readings import Probe, Sums
 from parco.training.recipe import Recipe, Role, known
 
@@ -181,7 +181,7 @@ def _forward(
         }
         step = Step(recipe, _numbers(seeds), _of_formats(found), sums)
         own = dtype if bias is None else torch.float32
-        y, *kept = forward(step, rows, matrix, own, keeps_x=keeps_x, keeps_weight=keeps_weight)
+        y, kept = forward(step, rows, matrix, own, keeps_x=keeps_x, keeps_weight=keeps_weight)
         y = y if bias is None else (y + bias.detach()).to(dtype)
         tensors = [t for each in kept if each is not None for t in each.tensors.values()]
         # y belongs to nobody else: not a view, of which autograd and FSDP2 would beware.
@@ -223,7 +223,7 @@ def _backward(
             kept_weight = restored(recipe.output.right, (outputs, columns), rest)
         step = Step(recipe, _numbers(seeds), _of_formats(found), sums)
         dtypes = x_dtype, weight.dtype, bias_dtype
-        grads = backward(step, rows, weight, Passed(rows, kept_x, kept_weight), dtypes, needs)
+        grads = backward(step, rows, weight, Kept(kept_x, kept_weight), dtypes, needs)
         if needs[0]:
             grads[0] = grads[0].reshape(*grad.shape[:-1], columns)
         return grads + [found[role] for role in recipe.delayed if role == "grad"]

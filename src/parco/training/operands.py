@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parco.formats import BF16 as _BF16
 from parco.formats import Float, Format, ScaleE4M3, ScaleE8M0, Table, TensorSpec, Unscaled
 from parco.kernels.cast import Encoded, Hadamard, decode, decode_tensors, encode, encode_transposed
 from parco.kernels.cast.scaling import scale_numbers
@@ -85,10 +86,13 @@ def has_bf16(format: Format) -> bool:
     """
     if format.is_dense:
         return format.dtype == torch.bfloat16
+    element = format.element
+    fits = not isinstance(element, Table)
+    if isinstance(element, Float):
+        least = element.least_exponent - element.mantissa_bits
+        fits = element.mantissa_bits <= _BF16.mantissa_bits and least >= _BF16.least_exponent
     whole_rows = format.block.columns is None and format.block.rows in (1, None)
-    return not isinstance(format.element, Table) and (
-        isinstance(format.scale, Unscaled | ScaleE8M0 | ScaleE4M3) or whole_rows
-    )
+    return fits and (isinstance(format.scale, Unscaled | ScaleE8M0 | ScaleE4M3) or whole_rows)
 
 
 def _apart(format: Format) -> str | None:

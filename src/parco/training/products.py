@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +71,18 @@ def multiply_bytes(left: Tensor, right: Written, dtype: torch.dtype) -> Tensor:
     return linear_coded_int8(left, *stored, None, str(right.encoded.format), left.shape[1]).to(dtype)  # type: ignore[arg-type]
 
 
-def forward(step: Step, x: Tensor, weight: Tensor, dtype: torch.dtype, *, keeps_x: bool, keeps_weight: bool) -> Passed:
+class Kept(NamedTuple):
+    """The operands that backward needs again: x as `grad_weight` wants it (its numbers [T, K] where these turn or are
+    reused, else written along the tokens) and weight as `output` did.
+    """
+
+    x: Written | None
+    weight: Written | None
+
+
+def forward(
+    step: Step, x: Tensor, weight: Tensor, dtype: torch.dtype, *, keeps_x: bool, keeps_weight: bool
+) -> tuple[Tensor, Kept]:
     """output = x [T, K] · weight [N, K]ᵀ in `dtype`, and of both operands what is to be kept for backward."""
     recipe = step.recipe
     right = step.write("output", 1, weight)
@@ -83,24 +94,12 @@ def forward(step: Step, x: Tensor, weight: Tensor, dtype: torch.dtype, *, keeps_
         y = multiply(left, right, dtype)
     kept_x = None
     if keeps_x:
-        reuses, turned = recipe.grad_weight.right.reused, recipe.grad_weight.right.is_plain
-        kept_x = left if reuses else step.write("grad_weight", 1, x, transposed=not turned)
-    return Passed(y, kept_x, right if keeps_weight else None)
-
-
-class Passed(NamedTuple):
-    """What forward found: y [T, N], and the operands that backward needs again: x as `grad_weight` wants it (its
-    numbers [T, K] where the format is plain or they are reused, else written along the tokens) and weight as `output`
-    did.
-    """
-
-    y: Tensor
-    x: Written | None
-    weight: Written | None
+        kept_x = left if recipe.grad_weight.right.reused else step.write("grad_weight", 1, x, transposed=True)
+    return y, Kept(kept_x, right if keeps_weight else None)
 
 
 def backward(
-    step: Step, grad: Tensor, weight: Tensor, kept: Passed, dtypes: Sequence[torch.dtype], needs: Sequence[bool]
+    step: Step, grad: Tensor, weight: Tensor, kept: Kept, dtypes: Sequence[torch.dtype], needs: Sequence[bool]
 ) -> list[Tensor]:
     """Those of grad_x [T, K], grad_weight [N, K] and grad_bias [N] of which one `needs`, in their `dtypes`, from `grad`
     [T, N].
@@ -122,7 +121,7 @@ def backward(
     return found
 
 
-def _grad_weight(step: Step, grad: Tensor, weight: Tensor, kept: Passed, dtype: torch.dtype) -> Tensor:
+def _grad_weight(step: Step, grad: Tensor, weight: Tensor, kept: Kept, dtype: torch.dtype) -> Tensor:
     if not grad.shape[0]:
         return torch.zeros_like(weight, dtype=dtype)
     operand = step.recipe.output.right
@@ -161,16 +160,23 @@ class Step:
     ) -> None:
         self.recipe, self.scales, self.sums = recipe, scales, sums
         self.seeds = dict(zip(recipe.seeds, seeds, strict=False))
+        self._written: dict[tuple[Role, Operand], Written] = {}
 
     def write(self, product: ProductName, side: int, x: Tensor, *, transposed: bool = False) -> Written:
-        """`x`, or its transpose, as the left (`side` 0) or right operand of `product`."""
+        """`x`, or its transpose, as the left (`side` 0) or right operand of `product`. What turns is written once."""
         operand, role = (*self.recipe.pair(product),)[side], FACTORS[product][side]
         scale = self.scales[role] if operand.is_delayed else None
         seed, sign_seed = self.seeds.get((product, side), 0), self.seeds.get((product, SIGNS), 0)
-        written = write(operand, x, transposed=transposed, seed=seed, sign_seed=sign_seed, scale=scale)
+        turned = transposed and operand.turns
+        how: dict[str, Any] = {"transposed": transposed and not turned, "sign_seed": sign_seed}
+        written = self._written.get((role, operand))
+        if written is None:
+            written = write(operand, x, seed=seed, scale=scale, **how)
+        if operand.turns:
+            self._written[role, operand] = written
         if self.sums is not None:
-            self.sums.add(product, role, x, written, operand, transposed=transposed, sign_seed=sign_seed)
-        return written
+            self.sums.add(product, role, x, written, operand, **how)
+        return dataclasses.replace(written, turned=True) if turned else written
 
     def product(
         self, product: ProductName, left: Tensor, right: Written, dtype: torch.dtype, *, transposed: bool = False

@@ -81,6 +81,14 @@ class Operand:
         return self.format.is_dense and self.rounding == "nearest" and not self.hadamard
 
     @property
+    def turns(self) -> bool:
+        """Whether what is written of a matrix's transpose is the transpose of what is written of the matrix: its blocks
+        are as long as they are wide, and no number's place decides how it is rounded.
+        """
+        block = self.format.block
+        return self.rounding == "nearest" and not (self.hadamard or self.clamp) and block.rows == block.columns
+
+    @property
     def is_delayed(self) -> bool:
         """Whether its scale comes from earlier steps."""
         return isinstance(self.format.scale, ScaleDelayed)
@@ -268,7 +276,7 @@ class Recipe:
     @property
     def turns_x(self) -> bool:
         """Whether x is kept for `grad_weight` by rows [T, K], and not written along the tokens."""
-        return self.grad_weight.right.reused or self.grad_weight.right.is_plain
+        return self.grad_weight.right.reused or self.grad_weight.right.turns
 
     def delayed_format(self, role: Role) -> Format | None:
         """The format of "x", "weight" or "grad" whose scale comes from earlier steps; None where there is none."""

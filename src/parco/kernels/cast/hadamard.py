@@ -13,6 +13,8 @@ from torch import Tensor
 from parco.kernels.cast.philox import random_bits
 
 SIZES = (16, 32, 64, 128)
+_AT_ONCE = 1 << 17
+"""Numbers whose transforms are in work together."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,15 @@ class Hadamard:
             raise ValueError(f"seed={self.seed}: must lie in [0, 2**64)")
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[-1] % self.size:
-            raise ValueError(
-                f"x is {tuple(x.shape)}: a Hadamard transform of {self.size} needs a multiple of it in a row"
-            )
+        self.check(x.shape[-1])
         return transform(x, self.size, self.seed)
+
+    def check(self, columns: int) -> None:
+        """ValueError unless so many numbers can be transformed."""
+        if columns % self.size:
+            raise ValueError(
+                f"{columns} numbers in a row: a Hadamard transform of {self.size} needs a multiple of it in a row"
+            )
 
 
 def check_size(name: str, size: int) -> None:
@@ -61,3 +67,27 @@ def transform(x: Tensor, size: int, seed: int) -> Tensor:
         numbers = torch.stack([first + second, first - second], -2).flatten(-3)
         apart *= 2
     return numbers.flatten(-2)
+
+
+def turned_amax(x: Tensor, size: int, seed: int, group: int) -> Tensor:
+    """The greatest magnitude of each `group` neighbours, which divide `size`, of the transpose of `x` [N, K] after its
+    transform: fp32 [N / group, K], NaN where one of them is. x is read by rows, some at a time, so that the sums of a
+    transform stay in the cache.
+    """
+    rows, columns = x.shape
+    scale = signs(size, seed).to(x.device)[:, None]
+    step = max(1, _AT_ONCE // (size * max(columns, 1))) * size
+    found: list[Tensor] = []
+    for first in range(0, rows, step):
+        numbers = x[first : first + step].to(torch.float32).unflatten(0, (-1, size)) * scale
+        spare = torch.empty_like(numbers)
+        apart = 1
+        while apart < size:
+            left, right = numbers.unflatten(1, (-1, 2, apart)).unbind(2)
+            sums = spare.unflatten(1, (-1, 2, apart))
+            torch.add(left, right, out=sums[:, :, 0])
+            torch.sub(left, right, out=sums[:, :, 1])
+            numbers, spare = spare, numbers
+            apart *= 2
+        found.append(numbers.abs_().unflatten(1, (-1, group)).amax(2).flatten(0, 1))
+    return torch.cat(found)

@@ -30,6 +30,7 @@ from parco.formats import (
     Unscaled,
 )
 from parco.kernels.cast.amax import greatest_amax
+from parco.kernels.cast.hadamard import Hadamard, turned_amax
 from parco.kernels.cast.rounding import from_codes, to_codes
 from parco.kernels.cast.tiles import block_absmean, block_amax, block_range
 
@@ -103,6 +104,13 @@ def nvfp4_global_scale(block_amax: Tensor) -> Tensor:
 def own_global_scale(x: Tensor, format: Format) -> Tensor:
     """NVFP4's global scale of x [N, K]: fp32 [1]."""
     return nvfp4_global_scale(greatest_amax(x, format.block.columns or x.shape[1]))
+
+
+def turned_global_scale(x: Tensor, format: Format, hadamard: Hadamard) -> Tensor:
+    """`own_global_scale` of the transpose of x [N, K] after its transform. ValueError where N does not fit it."""
+    hadamard.check(x.shape[0])
+    amax = turned_amax(x, hadamard.size, hadamard.seed, format.block.columns or hadamard.size)
+    return nvfp4_global_scale(torch.nan_to_num(amax, nan=0.0, posinf=_LARGEST))
 
 
 def poison(scale: Tensor, format: Format, has_nan: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from parco.kernels.cast.both import cast_both, fits
 from parco.kernels.cast.codec import SOURCE_DTYPES, Encoded, encode, matrix_shape
 from parco.kernels.cast.hadamard import Hadamard
 from parco.kernels.cast.rounding import Rounding, check_rounding
-from parco.kernels.cast.scaling import own_global_scale
+from parco.kernels.cast.scaling import own_global_scale, turned_global_scale
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def _encode(
             own = own_global_scale(matrix, format)
         first = own if straight and first is None else first
         if second is None:
-            second = own if hadamard is None else own_global_scale(hadamard(matrix.T), format)
+            second = own if hadamard is None else turned_global_scale(matrix, format, hadamard)
     written = cast_both(
         matrix,
         first,
