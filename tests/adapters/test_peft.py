@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from tests.adapters.models import moved
-from tests.nn.models import logits, model
+from tests.nn.models import logits, model, tokens
 
 from parco import adapters
 
@@ -104,3 +104,23 @@ def test_a_bottleneck_has_a_type_of_its_own(tmp_path):
     assert torch.equal(logits(again), logits(ours))
     with pytest.raises(KeyError, match="PARCO_BOTTLENECK"):
         peft.PeftModel.from_pretrained(model("gpt2"), tmp_path / "ours")
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_training_goes_the_way_that_it_goes_in_peft(variant, tmp_path):
+    theirs = peft.get_peft_model(model("llama"), peft.LoraConfig(r=4, target_modules="all-linear", **LORA[variant]))
+    theirs.save_pretrained(tmp_path)
+    ours = model("llama")
+    adapters.load_(ours, tmp_path, trainable=True)
+    losses = []
+    for made in (ours, theirs):
+        optimizer = torch.optim.AdamW([each for each in made.parameters() if each.requires_grad], lr=1e-2)
+        losses.append([])
+        for _ in range(5):
+            loss = made(tokens(), labels=tokens()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < 0.9 * losses[0][0]
