@@ -8,7 +8,8 @@ saw, or to C.
 The corner is the held-out text that ships with parco, every tenth part of 200 lines held out; C is the headers of the
 Python that runs this, every eighth held out. Full fine-tuning takes --steps steps; how many a method may take in the
 same time is measured first, with steps of all methods in turn. Runs lie in --out; the same command goes on where it was
-stopped. For a fair comparison several rates are tried for each method: the result names the best of each.
+stopped. For a fair comparison several rates are tried for each method: the result names the best of each. On C the
+claim does not hold (docs/LOG.md); the corner has not been measured yet.
 """
 
 import argparse

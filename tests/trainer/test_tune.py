@@ -219,7 +219,7 @@ def test_names_of_methods() -> None:
     assert method_of("lora") == "lora(16)" and method_of("vera") == "vera(256)"
     assert method_of("pissa", 8, 16.0) == "lora(8, alpha=16, init=pissa)"
     assert method_of("adapter", 32, dropout=0.1) == "bottleneck(32, dropout=0.1)"
-    assert method_of("lora(4, alpha=8)") == "lora(4, alpha=8.0)" and method_of("full") == "full"
+    assert method_of("lora(4, alpha=8)") == "lora(4, alpha=8)" and method_of("full") == "full"
     for words, wrong in (
         (("lorra",), "--method lorra: is one of lora, dora"),
         (("vera", 8, 2.0), "--alpha is not for --method vera"),
