@@ -27,7 +27,7 @@ Codes settle_codes(std::uintptr_t values, std::int64_t group, std::int64_t block
   return codes;
 }
 
-// Returns the index in `where` of the first block that the matrix has not, and then does nothing; otherwise -1.
+// Returns the index in `where` of the first block that is misplaced, and then does nothing; otherwise -1.
 template <void (*kernel)(const SparseCall&)>
 std::int64_t run(const Codes* codes, std::uintptr_t x, std::uintptr_t values, std::uintptr_t scale, std::uintptr_t zero,
                  std::uintptr_t factor, std::uintptr_t where, std::uintptr_t bias, std::uintptr_t y, std::int64_t rows,
@@ -54,7 +54,7 @@ std::int64_t run(const Codes* codes, std::uintptr_t x, std::uintptr_t values, st
     call.values = address<const void>(values);
   }
   if (block) {
-    const std::int64_t wrong = first_outside(call);
+    const std::int64_t wrong = first_misplaced(call);
     if (wrong >= 0) return wrong;
   }
   parco::linear::unlocked_if(rows * outputs * kept >= parco::linear::worth_unlocking, [&] { kernel(call); });
@@ -69,7 +69,8 @@ void define(nb::module_& module, const char* name) {
       nb::arg("columns"), nb::arg("kept"), nb::arg("block"), nb::arg("index_bytes"), nb::arg("x_type"),
       nb::arg("value_type"), nb::arg("bias_type"), nb::arg("threads"),
       "y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, "
-      "0 for an absent one. Returns the index of the first block outside the matrix, or -1. The machine must "
+      "0 for an absent one. Returns the index of the first block outside the matrix or out of order, or -1. The "
+      "machine must "
       "have the instruction set.");
 }
 

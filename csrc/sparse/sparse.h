@@ -5,7 +5,8 @@
 // With up to `streamed_rows` rows of x the kept numbers go from memory through registers into the products, several
 // rows of W at a time. With more, masked rows are expanded to fp32 in the cache and multiplied as a dense matrix is
 // (linear/float_tiles.h), and blocks are multiplied one by one, so that what is not stored costs nothing. Sums are
-// fp32, in an order that depends on neither the number of rows beside a row nor that of threads.
+// fp32, in an order that does not depend on the number of threads, nor on the rows beside a row, but for which of the
+// two ways they make it go.
 #pragma once
 #include "cast/decode.h"
 #include "linear/coded.h"
@@ -47,13 +48,14 @@ void masked_generic(const SparseCall& call);
 void masked_avx2(const SparseCall& call);
 void masked_avx512(const SparseCall& call);  // needs VBMI2
 
-// Blocks' columns must be those of the matrix: see `first_outside`.
+// Each band's block columns must ascend within the matrix, none twice: the memory of a kernel is for as many as fit in
+// a row. See `first_misplaced`.
 void blocks_generic(const SparseCall& call);
 void blocks_avx2(const SparseCall& call);
 void blocks_avx512(const SparseCall& call);
 
-// The first entry of `blocks` that is no block column of the matrix, or -1.
-std::int64_t first_outside(const SparseCall& call);
+// The first entry of `blocks` that is no block column of the matrix, or not after the one before it in its band; or -1.
+std::int64_t first_misplaced(const SparseCall& call);
 
 constexpr std::int64_t streamed_rows = 8;
 

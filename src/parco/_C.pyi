@@ -374,30 +374,30 @@ class SparseCodes:
 
 def sparse_masked_generic(codes: SparseCodes | None, x: int, values: int, scale: int, zero: int, factor: int, where: int, bias: int, y: int, rows: int, outputs: int, columns: int, kept: int, block: int, index_bytes: int, x_type: int, value_type: int, bias_type: int, threads: int) -> int:
     """
-    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix, or -1. The machine must have the instruction set.
+    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix or out of order, or -1. The machine must have the instruction set.
     """
 
 def sparse_masked_avx2(codes: SparseCodes | None, x: int, values: int, scale: int, zero: int, factor: int, where: int, bias: int, y: int, rows: int, outputs: int, columns: int, kept: int, block: int, index_bytes: int, x_type: int, value_type: int, bias_type: int, threads: int) -> int:
     """
-    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix, or -1. The machine must have the instruction set.
+    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix or out of order, or -1. The machine must have the instruction set.
     """
 
 def sparse_masked_avx512(codes: SparseCodes | None, x: int, values: int, scale: int, zero: int, factor: int, where: int, bias: int, y: int, rows: int, outputs: int, columns: int, kept: int, block: int, index_bytes: int, x_type: int, value_type: int, bias_type: int, threads: int) -> int:
     """
-    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix, or -1. The machine must have the instruction set.
+    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix or out of order, or -1. The machine must have the instruction set.
     """
 
 def sparse_blocks_generic(codes: SparseCodes | None, x: int, values: int, scale: int, zero: int, factor: int, where: int, bias: int, y: int, rows: int, outputs: int, columns: int, kept: int, block: int, index_bytes: int, x_type: int, value_type: int, bias_type: int, threads: int) -> int:
     """
-    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix, or -1. The machine must have the instruction set.
+    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix or out of order, or -1. The machine must have the instruction set.
     """
 
 def sparse_blocks_avx2(codes: SparseCodes | None, x: int, values: int, scale: int, zero: int, factor: int, where: int, bias: int, y: int, rows: int, outputs: int, columns: int, kept: int, block: int, index_bytes: int, x_type: int, value_type: int, bias_type: int, threads: int) -> int:
     """
-    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix, or -1. The machine must have the instruction set.
+    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix or out of order, or -1. The machine must have the instruction set.
     """
 
 def sparse_blocks_avx512(codes: SparseCodes | None, x: int, values: int, scale: int, zero: int, factor: int, where: int, bias: int, y: int, rows: int, outputs: int, columns: int, kept: int, block: int, index_bytes: int, x_type: int, value_type: int, bias_type: int, threads: int) -> int:
     """
-    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix, or -1. The machine must have the instruction set.
+    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix or out of order, or -1. The machine must have the instruction set.
     """

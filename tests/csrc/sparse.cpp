@@ -195,7 +195,7 @@ void check_blocks(std::int64_t rows, std::int64_t outputs, std::int64_t columns,
   SparseCall call{};
   call.rows = rows, call.outputs = outputs, call.columns = columns, call.kept = each * block;
   call.block = block, call.blocks = blocks.indices.data, call.index_bytes = bytes;
-  if (first_outside(call) != -1) failures++, std::printf("blocks within the matrix are said to be outside\n");
+  if (first_misplaced(call) != -1) failures++, std::printf("blocks within the matrix are said to be outside\n");
   of_every_kind(call, [&](const SparseCall& made, const std::vector<double>& numbers) {
     on_every_instruction_set(
         made,
@@ -226,9 +226,12 @@ void name_blocks_outside() {
   const std::int16_t indices[6] = {0, 2, 1, 3, 0, -1};
   SparseCall call{};
   call.outputs = 40, call.columns = 60, call.kept = 32, call.block = 16, call.index_bytes = 2, call.blocks = indices;
-  if (first_outside(call) != 5) failures++, std::printf("a negative block is not found\n");
+  if (first_misplaced(call) != 5) failures++, std::printf("a negative block is not found\n");
   call.columns = 48;
-  if (first_outside(call) != 3) failures++, std::printf("a block past the last is not found\n");
+  if (first_misplaced(call) != 3) failures++, std::printf("a block past the last is not found\n");
+  const std::int16_t twice[6] = {0, 2, 2, 2, 3, 1};
+  call.columns = 60, call.blocks = twice;
+  if (first_misplaced(call) != 3) failures++, std::printf("a block that comes twice is not found\n");
 }
 
 }  // namespace

@@ -194,3 +194,14 @@ def test_arguments_are_checked() -> None:
             Prune("2:4", score)(weights())
     with pytest.raises(ValueError, match="160 columns, the statistics have 32"):
         sparsegpt(weights(), Statistics.of(inputs(32)), Pattern.parse("2:4"))
+
+
+@pytest.mark.parametrize("text", ["prune(2:4)>>int4:32@gptq", "prune(2:4,score=wanda)>>int8:row@gptq"])
+def test_gptq_that_cannot_be_had_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="gptq rounds kept numbers in sparsegpt's pass"):
+        parse(text)
+    assert str(parse(text.replace("gptq", "rtn"))) == text.replace("gptq", "rtn")
+
+
+def test_a_share_is_printed_whole() -> None:
+    assert Pattern.parse(str(Pattern.parse("33.3333333%"))) == Pattern.parse("33.3333333%")

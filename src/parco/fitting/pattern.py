@@ -45,7 +45,7 @@ class Pattern:
     def __str__(self) -> str:
         if self.window is not None:
             return "2:4"
-        share = f"{100 * self.removed:g}%"
+        share = f"{100 * self.removed:.12g}%"
         if self.block == 1:
             return share
         return f"block:{self.block}" if self.removed == 0.5 else f"block:{self.block}:{share}"

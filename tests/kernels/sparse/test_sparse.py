@@ -115,9 +115,11 @@ def test_neither_threads_nor_other_rows_change_the_bits(text: str, rows: int) ->
     assert torch.equal(operation(x[:few], *rest), whole[:few])
 
 
-def test_a_block_that_the_matrix_has_not_is_named() -> None:
-    call = list(arguments("blocksparse(bf16, 40x64, 16, 2)", 1, torch.float32))
+@pytest.mark.parametrize("rows", [1, 30])
+@pytest.mark.parametrize("given", [[0, 4], [2, 2], [3, 1]])
+def test_a_block_that_the_matrix_has_not_or_that_does_not_ascend_is_named(given: list[int], rows: int) -> None:
+    call = list(arguments("blocksparse(bf16, 40x64, 16, 2)", rows, torch.float32))
     call[5] = call[5].clone()
-    call[5][2, 1] = 4
-    with pytest.raises(IndexError, match=r"blocks\[2, 1\] is 4; 64 columns are 4 blocks of 16"):
+    call[5][2] = torch.tensor(given)
+    with pytest.raises(IndexError, match=rf"blocks\[2, 1\] is {given[1]}; each row must ascend within 0 to 3"):
         linear_blocks(*call)

@@ -97,9 +97,9 @@ class Factor(Method):
 class QuantizedFactors(Method):
     """`factor >> quantize`: low-rank factors, each stored by `quantize`.
 
-    `right` is rounded first, under the gram of x (its errors reach the output unchanged, as `left` is orthonormal).
-    Then `left` is fitted again, by least squares, to the right factor as it is stored, and rounded under the gram of
-    right · x.
+    `right` is rounded first, under the gram of x (its errors reach the output unchanged where `left` is
+    orthonormal, which fisher's is not). Then `left` is fitted again, by least squares under the gram whatever metric
+    chose `right`, to the right factor as it is stored, and rounded under the gram of right · x.
     """
 
     has_factors: ClassVar[bool] = True

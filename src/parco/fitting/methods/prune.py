@@ -95,18 +95,31 @@ class QuantizedPrune(Method):
 
     Under sparsegpt, integers with one scale for a row are rounded in the pass that chooses the zeros, so that later
     columns make up for both. Other formats round what stays to nearest: their scales belong to numbers that stand apart
-    in the matrix.
+    in the matrix. Raises ValueError where gptq is asked for and cannot be had in that pass.
     """
 
     prune: Prune
     quantize: Quantize
 
+    def __post_init__(self) -> None:
+        if self.quantize.solver == "gptq" and not self._joint:
+            raise ValueError(
+                f"{self.prune}>>{self.quantize}: gptq rounds kept numbers in sparsegpt's pass, integers with one scale "
+                f"for a row; {self.quantize.format}@rtn rounds them to nearest"
+            )
+
+    @property
+    def _joint(self) -> bool:
+        """Whether numbers are rounded in the pass that chooses the zeros."""
+        grid = IntegerGrid.of(self.quantize.format)
+        chosen = self.prune.score in ("auto", "sparsegpt") and self.quantize.solver != "rtn"
+        return chosen and grid is not None and grid.by_row
+
     def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
         check(weight, statistics, self)
         shape = matrix_shape(weight)
         grid = IntegerGrid.of(self.quantize.format)
-        joint = grid is not None and grid.by_row and self.quantize.solver != "rtn"
-        pruned = self.prune.solve(weight, statistics, grid if joint else None)
+        pruned = self.prune.solve(weight, statistics, grid if self._joint else None)
         if grid is None or pruned.scale is None:
             kept, where = self.prune.pattern.spec("fp32", shape).encode(pruned.values)
             return self.spec(shape), (*Quantize(self.quantize.format, "rtn")(kept)[1], where)

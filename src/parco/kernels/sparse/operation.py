@@ -142,8 +142,8 @@ def compiled(kernel: Callable[..., int], name: str) -> Callable[..., Tensor]:
         if wrong >= 0:
             band, at = divmod(wrong, where.shape[1])
             raise IndexError(
-                f"{name}: blocks[{band}, {at}] is {int(where[band, at])}; {columns} columns are "
-                f"{-(-columns // block)} blocks of {block}"
+                f"{name}: blocks[{band}, {at}] is {int(where[band, at])}; each row must ascend within 0 to "
+                f"{-(-columns // block) - 1}, as {columns} columns are {-(-columns // block)} blocks of {block}"
             )
         return y
 
