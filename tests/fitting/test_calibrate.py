@@ -71,7 +71,7 @@ def test_moments_are_those_of_the_inputs_in_a_plain_forward(calibrated: Calibrat
             torch.testing.assert_close(statistics.gram, inputs.T @ inputs, rtol=1e-3, atol=1e-2)
             assert statistics.magnitude is not None and statistics.fisher is not None
             torch.testing.assert_close(statistics.magnitude, inputs.abs().sum(0), rtol=1e-3, atol=1e-2)
-            assert statistics.fisher.shape == (matrix(model, member).shape[0],)
+            assert statistics.fisher.shape == (statistics.columns,)
             assert statistics.row_energy is not None and statistics.row_energy.shape == (
                 matrix(model, member).shape[0],
             )
@@ -81,14 +81,14 @@ def test_fisher_information_is_the_squared_gradient_of_each_windows_matrix() -> 
     generator = torch.Generator().manual_seed(0)
     layer, windows = nn.Linear(6, 4), torch.randn(3, 5, 6, generator=generator)
     energies = Energies()
-    expected = torch.zeros(4)
+    expected = torch.zeros(6)
     for batch in (windows[:2], windows[2:]):
         output = layer(batch)
         energies.see("layer", batch, output)
         output.sin().sum().backward()
     for window in windows:
         (grad,) = torch.autograd.grad(layer(window).sin().sum(), layer.weight)
-        expected += grad.square().sum(1)
+        expected += grad.square().sum(0)
     torch.testing.assert_close(energies.mean(1)["fisher/layer"], expected)
 
 

@@ -64,11 +64,11 @@ def test_activation_aware_is_no_worse_than_plain(shape: tuple[int, int]) -> None
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fwsvd_is_the_papers(shape: tuple[int, int]) -> None:
     weight, rank = weights(shape), 12
-    fisher = torch.logspace(0, -4, shape[0])[torch.randperm(shape[0], generator=torch.Generator().manual_seed(2))]
+    fisher = torch.logspace(0, -4, shape[1])[torch.randperm(shape[1], generator=torch.Generator().manual_seed(2))]
     left, right = fisher_factors(weight, rank, Statistics(torch.eye(shape[1]), 1, fisher=fisher))
     importance = torch.diag(fisher.sqrt()).double()
-    u, s, v = torch.linalg.svd(importance @ weight.double(), full_matrices=False)
-    expected = torch.linalg.inv(importance) @ (u[:, :rank] * s[:rank]) @ v[:rank]
+    u, s, v = torch.linalg.svd(weight.double() @ importance, full_matrices=False)
+    expected = (u[:, :rank] * s[:rank]) @ v[:rank] @ torch.linalg.inv(importance)
     torch.testing.assert_close((left @ right).double(), expected, rtol=1e-3, atol=1e-5)
 
 
@@ -91,7 +91,7 @@ def test_each_metric_keeps_more_of_the_outputs_than_the_one_before() -> None:
 
 def test_rows_and_columns_that_are_never_used_can_be_divided_by() -> None:
     weight = weights((40, 64))
-    nothing = Statistics(torch.eye(64), 1, magnitude=torch.zeros(64), fisher=torch.zeros(40))
+    nothing = Statistics(torch.eye(64), 1, magnitude=torch.zeros(64), fisher=torch.zeros(64))
     for factors in (fisher_factors, scaled_factors):
         left, right = factors(weight, 12, nothing)
         torch.testing.assert_close(left @ right, torch.matmul(*factorize(weight, 12)), rtol=1e-3, atol=1e-5)

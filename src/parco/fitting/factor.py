@@ -158,14 +158,15 @@ def _leading(weight: Tensor, rank: int, statistics: Statistics | None) -> tuple[
 
 
 def fisher_factors(weight: Tensor, rank: int, statistics: Statistics) -> tuple[Tensor, Tensor]:
-    """FWSVD (arXiv 2207.00112): the truncated SVD of D W carried back, D the square roots of each row's summed Fisher
-    information. left [N, rank], right [rank, K] float32. Raises ValueError where the statistics hold none.
+    """FWSVD (arXiv 2207.00112): the truncated SVD of W D carried back, D the square roots of the Fisher information
+    summed over all that reads an input (a row of the paper's matrix, which multiplies from the right, and a column of
+    this one). left [N, rank], right [rank, K] float32. Raises ValueError where the statistics hold none.
     """
     if statistics.fisher is None:
         raise ValueError("the statistics hold no Fisher information, which comes from gradients: calibrate gives it")
     importance = _above_zero(statistics.fisher.float().sqrt())
-    left, right = factorize(importance[:, None] * weight.detach().float(), rank)
-    return left / importance[:, None], right
+    left, right = factorize(weight.detach().float() * importance, rank)
+    return left, right / importance
 
 
 def scaled_factors(weight: Tensor, rank: int, statistics: Statistics) -> tuple[Tensor, Tensor]:

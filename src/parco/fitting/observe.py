@@ -122,9 +122,9 @@ def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 class Energies:
-    """Squared gradients per output of every member: of the outputs themselves over the tokens that a backward pass has
-    reached, and of the rows of the matrix, summed over its columns, window by window (the empirical Fisher information
-    of FWSVD, each window an example).
+    """Squared gradients of every member: of each output over the tokens that a backward pass has reached, and of each
+    column of the matrix, summed over its rows, window by window (the Fisher information of FWSVD, each window an
+    example).
     """
 
     def __init__(self) -> None:
@@ -140,12 +140,12 @@ class Energies:
         """Inputs [..., T, K] and gradients of the outputs [..., T, N] of some windows of T tokens."""
         inputs, slope = seen.detach().float(), grad.detach().float()
         _accumulate(self.sums, member, slope.square().flatten(0, -2).sum(0))
-        # Σ_k (Σ_t g_tn x_tk)² of a window is gₙᵀ (X Xᵀ) gₙ: no gradient of the matrix is formed.
-        rows = (inputs @ inputs.mT @ slope).mul_(slope)
-        _accumulate(self.fisher, member, rows.flatten(0, -2).sum(0))
+        # Σ_n (Σ_t g_tn x_tk)² of a window is xₖᵀ (G Gᵀ) xₖ: no gradient of the matrix is formed.
+        columns = (slope @ slope.mT @ inputs).mul_(inputs)
+        _accumulate(self.fisher, member, columns.flatten(0, -2).sum(0))
 
     def mean(self, tokens: int) -> dict[str, Tensor]:
-        """[N] float32 per member, and another for the rows of its matrix as "fisher/member": sums over all `tokens` of
+        """[N] float32 per member, and [K] for the columns of its matrix as "fisher/member": sums over all `tokens` of
         the model, so that an expert that few tokens reach weighs little.
         """
         fisher = {f"fisher/{name}": total for name, total in self.fisher.items()}

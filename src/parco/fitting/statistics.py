@@ -41,7 +41,7 @@ class Statistics:
         the layers before this one have already changed, so that solvers aim at the original output W · x_original.
     row_energy: [N] or None, mean squared gradient of the loss with respect to each output (used by planners).
     magnitude: [K] or None, Σ |x| of every input.
-    fisher: [N] or None, squared gradient of the loss with respect to the matrix, summed over each row.
+    fisher: [K] or None, squared gradient of the loss with respect to the matrix, summed over each column.
 
     Raises ValueError when shapes disagree, when the count is negative or when a moment is not finite.
     """
@@ -152,8 +152,8 @@ class Statistics:
         return self._sharing(replace(self, cross=None))
 
     def with_energy(self, row_energy: Tensor | None, fisher: Tensor | None = None) -> Statistics:
-        """The same inputs with what is known of another layer's outputs [N] (q, k and v share their inputs); shares
-        what is cached.
+        """The same inputs with what another layer's gradients were (q, k and v share their inputs); shares what is
+        cached.
         """
         return self._sharing(replace(self, row_energy=row_energy, fisher=fisher))
 

@@ -25,8 +25,8 @@ class Factor(Method):
 
     Give `ratio`, the share of parameters kept, r(N + K)/(NK), from which the rank follows to the nearest multiple of
     16; or `rank` itself (at most the smaller side is taken). metric: "activation" is the optimum for the outputs on
-    the inputs that were seen (SVD-LLM's), "fisher" weighs rows by their Fisher information (FWSVD), "scaled" columns by
-    the size of their inputs (ASVD); all need statistics. "plain" is the truncated SVD, "auto" activation or plain.
+    the inputs that were seen (SVD-LLM's), "fisher" weighs columns by their Fisher information (FWSVD), "scaled" by the
+    size of their inputs (ASVD); all need statistics. "plain" is the truncated SVD, "auto" activation or plain.
     Text: `factor(0.5)`, `factor(rank=32)`, `factor(0.5,metric=plain,format=fp16)`.
     """
 

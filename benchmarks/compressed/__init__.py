@@ -1,0 +1,190 @@
+"""What claims about compressed models have in common: two small models, their texts, their statistics and their losses.
+
+The models are the one that ships with parco, a Llama of 10 M parameters, and a GPT-2 of 3 M that is trained here for
+some minutes on the same text (the Python installation's own sources) and kept under --work. Both are calibrated on a
+part of that text and judged on sources that neither has seen: the held-out part of the standard library, and
+PyTorch's functional.py, which others wrote in another style.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from recipes_train_to_bf16s_loss import texts as sources
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from parco import hub
+from parco.fitting import calibrate, evaluate, texts
+from parco.fitting.calibrate import Extent, block_groups, statistics_of
+from parco.fitting.observe import Moments, observed
+from parco.fitting.stages import Silent, Stage, Stages
+from parco.fitting.statistics import Statistics
+from parco.fitting.stream import Stream, windows_in_batches
+from parco.nn import StoredWeight
+from parco.nn.blocks import Group, groups, replace_
+from parco.trainer import Settings
+from parco.trainer import run as train
+from parco.weights import Dense
+
+EXTENT = Extent(statistics=32, energy=16, check=8)
+HELD = 16
+"""Windows of each text on which a model is judged."""
+STEPS = 300
+ROWS = 4
+"""Windows at once."""
+GPT2 = {"n_embd": 192, "n_layer": 4, "n_head": 3, "n_positions": 512}
+
+
+@dataclass
+class Judged:
+    """A model with its windows and what calibration saw of it. `load` gives a fresh copy in float32."""
+
+    name: str
+    load: Callable[[], Any]
+    windows: texts.Windows
+    other: torch.Tensor
+    stage: Stage
+    stages: Stages
+
+    @property
+    def linear_groups(self) -> list[Group]:
+        """The groups inside the blocks: what is compressed here."""
+        return [group for group in groups(self.load()) if group.block is not None]
+
+    def statistics(self, group: Group) -> dict[str, Statistics]:
+        return statistics_of(self.stage, group)
+
+    def perplexities(self, model: Any) -> dict[str, float]:
+        """On the held-out text and on the other."""
+        return {
+            name: math.exp(evaluate.quality(model, windows[:HELD], Silent()).loss)
+            for name, windows in (("held_out", self.windows.held), ("other_text", self.other))
+        }
+
+
+def models(work: Path) -> Iterator[Judged]:
+    """Both, calibrated; what takes minutes is kept in `work`."""
+    yield _judged("llama", hub.embedded_path(), work)
+    yield _judged("gpt2", gpt2(work), work)
+
+
+def _judged(name: str, folder: Path, work: Path) -> Judged:
+    loaded = hub.load(folder)
+    shipped = hub.embedded_texts()
+    found = texts.two_texts(loaded.tokenizer, shipped.calibration, shipped.heldout, "shipped", 512)
+    other = texts.tokenize(loaded.tokenizer, inspect.getsource(torch.nn.functional), 512)
+    stages = Stages(work / name, Silent())
+    stage = stages.open("calibrate", model=loaded.fingerprint, digest=found.digest, extent=vars(EXTENT))
+    if not stage.whole:
+        calibrate.calibrate(loaded.model.float(), found, EXTENT, 0, stage, Silent())
+    return Judged(name, lambda: hub.load(folder).model.float(), found, other, stage, stages)
+
+
+class Rows:
+    """Rows of a claim's result, each kept on disk when it is found: the same command goes on where it was stopped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, object]] = json.loads(path.read_text()) if path.exists() else []
+
+    def add(self, judged: Judged, make: Callable[[], Any], **key: object) -> None:
+        """The perplexities of the model that `make` gives, as the row of `key`."""
+        wanted = {"model": judged.name, **key}
+        if not any(wanted.items() <= row.items() for row in self.rows):
+            self.rows.append({**wanted, **judged.perplexities(make())})
+            self.path.write_text(json.dumps(self.rows, indent=1))
+            print(self.rows[-1], flush=True)
+
+
+def gpt2(work: Path) -> Path:
+    """A GPT-2 with the shipped tokenizer, trained on the installation's sources without those that are held out."""
+    start = work / "gpt2-new"
+    if not start.exists():
+        torch.manual_seed(0)
+        tokenizer = AutoTokenizer.from_pretrained(hub.embedded_path())
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **GPT2, **ends)).save_pretrained(start)
+        tokenizer.save_pretrained(start)
+    data, held = sources(work)
+    out = work / "gpt2-trained"
+    settings = Settings(
+        model=str(start), data=(str(data),), held=str(held), steps=STEPS, batch=4, seq=512, lr=4e-3, warmup=30,
+        eval_every=STEPS, save_every=STEPS // 3, watch_every=0,
+    )  # fmt: skip
+    train(settings, out, Silent(), resume=out.exists())
+    return out / "model"
+
+
+Change = Callable[[Any, Group, dict[str, Statistics]], dict[str, torch.Tensor]]
+"""The new matrices [N, K] of a group's members, for the model as it is and what was seen of the group's inputs."""
+
+
+@torch.no_grad()
+def at_once(judged: Judged, change: Change) -> Any:
+    """A model whose groups are all changed on the inputs of the original, as the published methods do."""
+    model = judged.load()
+    for group in judged.linear_groups:
+        _put(model, change(model, group, judged.statistics(group)))
+    return model
+
+
+def _put(model: Any, made: Mapping[str, torch.Tensor]) -> None:
+    for member, values in made.items():
+        spec = Dense((values.shape[0], values.shape[1]), "fp32")
+        replace_(model, member, StoredWeight(spec, spec.encode(values)))
+
+
+@torch.no_grad()
+def in_turn(judged: Judged, change: Change, together: bool = True) -> Any:
+    """A model whose groups are changed on shifted inputs, what the groups changed before them produce: block by block
+    as a fit and the published methods of pruning do, or, not `together`, group by group. The statistics hold the cross
+    moments with the original's inputs.
+    """
+    model = judged.load()
+    stream = Stream(model)
+    before = stream.enter(judged.windows.calibration[: EXTENT.statistics])
+    after = before.clone()
+    for index in range(len(stream.names)):
+        chosen = block_groups(model, index)
+        original = _inputs(stream, index, before, chosen)
+        for now in [chosen] if together else [[group] for group in chosen]:
+            found = _shifted(stream, index, after, now, original)
+            for group in now:
+                _put(model, change(model, group, dict.fromkeys(group.members, found[group.name])))
+        with stream.block(index) as run:
+            for part in windows_in_batches(after, ROWS):
+                after[part] = run(after[part])
+    return model
+
+
+def _inputs(stream: Stream, index: int, hidden: torch.Tensor, chosen: list[Group]) -> list[dict[str, torch.Tensor]]:
+    """What the members of some groups of a block see, batch by batch; `hidden` becomes what the block returns."""
+    batches: list[dict[str, torch.Tensor]] = []
+    with stream.block(index) as run:
+        for part in windows_in_batches(hidden, ROWS):
+            seen: dict[str, torch.Tensor] = {}
+            with observed(stream.model, chosen, lambda member, x, _, seen=seen: seen.__setitem__(member, x)):
+                hidden[part] = run(hidden[part])
+            batches.append(seen)
+    return batches
+
+
+def _shifted(
+    stream: Stream, index: int, hidden: torch.Tensor, now: list[Group], original: list[dict[str, torch.Tensor]]
+) -> dict[str, Statistics]:
+    """Statistics of some groups of a block by the groups' names; of `original` are the inputs in the original model."""
+    moments = Moments()
+    for seen, before in zip(_inputs(stream, index, hidden.clone(), now), original, strict=True):
+        for group in now:
+            moments.add(group.name, seen[group.members[0]], before[group.members[0]])
+    return {
+        name: Statistics(gram.float(), moments.count[name], moments.cross[name].float())
+        for name, gram in moments.gram.items()
+    }
