@@ -1,9 +1,9 @@
 """Zeros column by column, so that later columns repair the error of earlier ones (SparseGPT, arXiv 2301.00774).
 
 The pass is that of feedback.py. Setting the compensated value v of column k to zero costs v² · D_kk, the paper's
-v² / [H⁻¹]_kk with the inverse of what is left of H; when a span of 128 columns is reached the mask of the span is chosen by that (for 2:4 the mask of every
-four), and what is set to zero is made up for by the columns after it. Where the numbers that stay are integers under a
-scale of their row they are rounded in the same pass.
+v² / [H⁻¹]_kk with the inverse of what is left of H; when a span of 128 columns is reached the mask of the span is
+chosen by that (for 2:4 the mask of every four), and what is set to zero is made up for by the columns after it. Where
+the numbers that stay are integers under a scale of their row they are rounded in the same pass.
 
 The paper compares all entries of a span; here every row of a span keeps as many as every other, so that what is stored
 is a rectangle.
