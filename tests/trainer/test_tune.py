@@ -17,6 +17,7 @@ from parco import adapters, hub
 from parco.cli import main
 from parco.fitting.stages import Silent
 from parco.trainer import TuneSettings, method_of, packing, tune
+from parco.trainer.pages import remake
 from parco.trainer.tuner import TRAINED
 from parco.trainer.windows import collate, split
 
@@ -215,6 +216,15 @@ def test_changed_data_and_damaged_files_are_refused(folder: Path, chats: Path, t
     assert tune(given, tmp_path / "out", Silent(), resume=True)["best_step"] == 6
 
 
+def test_a_page_while_a_tuning_that_counts_epochs_goes_on(folder: Path, chats: Path, tmp_path: Path) -> None:
+    given = settings(folder, chats, epochs=1.0, save_every=1, eval_every=1)
+    with pytest.raises(Killed):
+        tune(given, tmp_path / "out", KilledAfter(2))
+    going = remake(tmp_path / "out")["so_far"]
+    assert going is not None and going["steps"] == going["run"]["settings"]["steps"] > going["step"] == 2
+    assert (tmp_path / "out" / "report.html").exists()
+
+
 def test_names_of_methods() -> None:
     assert method_of("lora") == "lora(16)" and method_of("vera") == "vera(256)"
     assert method_of("pissa", 8, 16.0) == "lora(8, alpha=16, init=pissa)"
@@ -245,6 +255,9 @@ def test_wrong_use_is_one_line_and_leaves_nothing(
         ([str(folder), "--data", str(chat), "--seq", "32"], f"{chat}, line 1: messages are written by a chat template"),
         ([*usual, "--target", "q_prj"], "'q_prj' is the name of no module; the nearest are q_proj"),
         ([*usual, "--rank", "99"], "rank 99 is above the smaller side of"),
+        ([*usual, "--rank", "0"], "lora: rank=0; a whole number from 1 up is needed"),
+        ([*usual, "--method", "adapter", "--rank", "0"], "bottleneck: width=0; a whole number from 1 up is needed"),
+        ([*usual, "--alpha", "0"], "lora: alpha=0"),
         ([*usual, "--method", "full", "--base", "int4:32"], "leave --base and --targets out"),
         ([*usual, "--base", "int99"], "int99"),
         ([*usual, "--epochs", "2"], "--epochs 2 and --steps 1: give one of them"),
@@ -270,6 +283,8 @@ def test_the_command_tunes_chats_by_the_plain_template(
     assert main([*map(str, words), "--rank", "2", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr()
     assert "lora(2)" in shown.out and "→" in shown.out and "20, 0 cut" in shown.out
+    assert main(["report", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == shown.out
     words = hub.load(folder).tokenizer
     kept = type(words).from_pretrained(tmp_path / "out" / "adapter")
     assert kept.apply_chat_template(turns, tokenize=False) == (

@@ -13,7 +13,7 @@ from parco.cli import terminal
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from parco.trainer import Failure
+    from parco.trainer import Failure, TuneResult
     from parco.trainer.pages import Remade
     from parco.training.optimizer import States
 
@@ -167,33 +167,38 @@ def train(
     if as_json:
         terminal.print_json(done)
     else:
-        _show(table, out, has_model=compare is None)
+        show(table, out, out / "model" if compare is None else None)
     if failed:
         said = "; ".join(f"{each['recipe']}, seed {each['seed']}, stopped at {each['said']}" for each in failed)
         raise FloatingPointError(f"{len(failed)} of the runs failed, the others are above: {said}")
 
 
-def _show(table: Table, out: Path, *, has_model: bool) -> None:
+def show(table: Table, out: Path, made: Path | None) -> None:
+    """Prints the table of a training, and where its page lies and the folder that it `made`."""
     from parco.report import tables
 
     console = terminal.console()
     console.print()
     console.print(table)
     console.print()
-    places = [("page", str(out / "report.html")), *([("model", str(out / "model"))] if has_model else [])]
+    places = [("page", str(out / "report.html")), *([(made.name, str(made))] if made is not None else [])]
     console.print(tables.pairs_table(places))
 
 
 def show_remade(remade: Remade, out: Path) -> None:
     """Prints what a training folder holds: the tables of its end, or how far it is."""
     from parco.report import curves
+    from parco.trainer import folder
 
-    going, is_one = remade["so_far"], (out / "model").exists()
+    going, made = remade["so_far"], [out / name for name in ("model", "adapter") if (out / name).exists()]
     if going is not None:
         table = curves.going_table(going)
+    elif not folder.has_run(out):
+        table = curves.gap_table(remade["gaps"])
     else:
-        table = curves.run_table(remade["runs"][0]) if is_one else curves.gap_table(remade["gaps"])
-    _show(table, out, has_model=is_one)
+        run = remade["runs"][0]
+        table = curves.tune_table(cast("TuneResult", run)) if "method" in run else curves.run_table(run)
+    show(table, out, made[0] if made else None)
     if going is None:
         for one in remade["going"]:
             print(f"{one['recipe']}, seed {one['seed']}: at step {one['step']} of {one['steps']}")

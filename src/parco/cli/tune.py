@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from parco.cli import terminal
+from parco.cli.train import show
 
 if TYPE_CHECKING:
     from parco.training.optimizer import States
@@ -139,7 +140,7 @@ def tune(
     terminal.quiet_libraries()
     from transformers.utils.logging import disable_progress_bar
 
-    from parco.report import curves, tables
+    from parco.report import curves
     from parco.trainer import TuneSettings, method_of
     from parco.trainer import tune as tune_
 
@@ -174,8 +175,4 @@ def tune(
     if as_json:
         terminal.print_json(done)
         return
-    console = terminal.console()
-    console.print()
-    console.print(curves.tune_table(done))
-    console.print()
-    console.print(tables.pairs_table([("adapter", done["adapter"]), ("page", str(out / "report.html"))]))
+    show(curves.tune_table(done), out, Path(done["adapter"]))

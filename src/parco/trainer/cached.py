@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from parco.fitting.stages import Progress, is_full
+from parco.hub.save import flush
 from parco.machine import cache_folder
 
 Rows = Callable[[dict[str, int]], Iterator[dict[str, Any]]]
@@ -37,6 +38,7 @@ def dataset(digest: str, features: Any, rows: Rows, size: int, progress: Progres
                 if is_full(cause):
                     raise OSError(errno.ENOSPC, "the disk is full: no tokens were written to", str(folder)) from error
                 raise cause from None
+            flush(Path(temporary) / "whole")
             try:
                 (Path(temporary) / "whole").rename(folder)
             except OSError:

@@ -21,6 +21,8 @@ from parco.trainer import cached, examples
 from parco.trainer.examples import IGNORED, Example
 from parco.trainer.windows import Reader, digest_of, files_of
 
+LAYOUT = 1
+"""To be raised when the same lines are to become other windows: those that were made before are then made anew."""
 OPEN = 32
 """Windows that are open at once for more examples; the fullest is closed for a new one."""
 
@@ -52,7 +54,8 @@ def windows(
     import datasets
 
     files = files_of(data)
-    digest = digest_of(files, tokenizer, f"{length} {packed} {tokenizer.chat_template} {tokenizer.pad_token_id}")
+    special = sorted(tokenizer.special_tokens_map.items(), key=str)
+    digest = digest_of(files, tokenizer, f"{LAYOUT} {length} {packed} {tokenizer.chat_template} {special}")
     names = ["input_ids", "labels", *(["position_ids"] if packed else [])]
     numbers = datasets.List(datasets.Value("int32"), length=length)
     features = datasets.Features(dict.fromkeys(names, numbers) | {"window": datasets.Value("int64")})

@@ -125,7 +125,8 @@ def so_far(out: Path) -> SoFar | None:
             watched = json.loads(file.read_text())
     logs: list[dict[str, Any]] = state["log_history"]
     found: dict[str, Any] = logged(logs) | {
-        "settings": {name: begun_with[name] for name in begun_with if name not in ("made_of", "runs_on", "known")},
+        "settings": {name: begun_with[name] for name in begun_with if name not in ("made_of", "runs_on", "known")}
+        | {"steps": state["max_steps"]},
         "mfu": 0.0,
         "peak_memory": 0,
         "skipped": max([0, *(int(entry.get("skipped", 0)) for entry in logs)]),

@@ -61,7 +61,8 @@ def method_of(name: str, rank: int | None = None, alpha: float | None = None, dr
     alpha and dropout. A method that is written out, "lora(16, alpha=32)", is told nothing besides. Raises ValueError
     for an unknown name, and for a number that the method has not or has been told.
     """
-    given = {key: value for key, value in (("rank", rank), ("alpha", alpha), ("dropout", dropout or None)) if value}
+    numbers = {"rank": rank, "alpha": alpha, "dropout": dropout or None}
+    given = {key: value for key, value in numbers.items() if value is not None}
     if name == FULL or "(" in name:
         if given:
             raise ValueError(f"--{next(iter(given))} is not for --method {name}: leave it out, or write it in there")

@@ -109,8 +109,8 @@ def linear_blocks(
     Rows `block`·b to `block`·(b + 1) of W [N, columns] have numbers in the block columns blocks[b] (int16, int32 above
     2¹⁵ of them), which ascend, and zeros elsewhere. values, scale, zero and global_scale are the tensors of `format`,
     whose name this is, for the matrix [N, kept·block] of their numbers; None for those that it has not. `block` is 16,
-    32 or 64. Differentiable with respect to x and bias. Raises ValueError or TypeError naming the argument, and IndexError for a
-    block that the matrix has not or that is out of order.
+    32 or 64. Differentiable with respect to x and bias. Raises ValueError or TypeError naming the argument, and
+    IndexError for a block that the matrix has not or that is out of order.
     """
     arguments = (x, values, scale, zero, global_scale, blocks, bias, format, columns, block)
     if undispatched(x, values, scale, zero, global_scale, blocks, bias):
