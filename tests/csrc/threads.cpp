@@ -13,6 +13,7 @@
 #include "linear/float.h"
 #include "linear/int.h"
 #include "machine/features.h"
+#include "sparse/sparse.h"
 
 using namespace parco::linear;
 
@@ -35,10 +36,10 @@ int main() {
   if (parco::features().avx2) kernels.insert(kernels.end(), {int_avx2, float_avx2});
   if (parco::features().avx512) kernels.insert(kernels.end(), {int_avx512, float_avx512, int_amx_emulated});
   // bf16 x, and panels: any codes are some.
-  std::vector<std::uint16_t> halves(rows * columns);
+  std::vector<std::uint16_t> halves(outputs * columns);
   for (std::size_t i = 0; i < halves.size(); i++) {
     std::uint32_t bits;
-    std::memcpy(&bits, &x[i], 4);
+    std::memcpy(&bits, &x[i % x.size()], 4);
     halves[i] = static_cast<std::uint16_t>(bits >> 16);
   }
   constexpr std::int64_t all_panels = (outputs + 15) / 16 * 16;
@@ -47,7 +48,8 @@ int main() {
   const auto tiles = [&](std::vector<float>& found) {
     std::vector<std::uint16_t> y(rows * outputs);
     CodedCall own = call;
-    own.x = halves.data(), own.x_type = Type::bf16, own.packed = true, own.rows = rows, own.y = y.data();
+    own.x = halves.data(), own.x_type = own.y_type = Type::bf16, own.packed = true, own.rows = rows;
+    own.y = y.data();
     float_amx_emulated(own);
     found.insert(found.end(), y.begin(), y.end());
     dense_amx_emulated(
@@ -55,9 +57,35 @@ int main() {
     found.insert(found.end(), y.begin(), y.end());
   };
 
+  // Numbers of which every other one is kept, by a mask and by blocks.
+  const std::vector<std::uint8_t> mask(outputs * columns / 8, 0x55);
+  std::vector<std::int16_t> blocks;
+  for (std::int64_t band = 0; band < (outputs + 31) / 32; band++)
+    for (std::int16_t column = 0; column < columns / 32; column += 2) blocks.push_back(column);
+  using Sparse = void (*)(const parco::sparse::SparseCall&);
+  std::vector<Sparse> masked{parco::sparse::masked_avx2}, in_blocks{parco::sparse::blocks_avx2};
+  if (!parco::features().avx2) masked.clear(), in_blocks.clear();
+  if (parco::features().avx512_vbmi2)
+    masked.push_back(parco::sparse::masked_avx512), in_blocks.push_back(parco::sparse::blocks_avx512);
+  const auto zeros = [&](const std::vector<Sparse>& own, int block, std::vector<float>& found) {
+    for (const auto kernel : own) {
+      for (std::int64_t height : {std::int64_t{1}, std::int64_t{5}, rows}) {
+        std::vector<float> y(height * outputs);
+        parco::sparse::SparseCall sparse{};
+        sparse.x = x.data(), sparse.y = y.data(), sparse.rows = height, sparse.outputs = outputs;
+        sparse.columns = columns, sparse.kept = columns / 2, sparse.block = block, sparse.index_bytes = 2;
+        sparse.threads = 1, sparse.mask = mask.data(), sparse.blocks = block ? blocks.data() : nullptr;
+        sparse.values = halves.data(), sparse.value_type = Type::bf16;
+        kernel(sparse);
+        found.insert(found.end(), y.begin(), y.end());
+      }
+    }
+  };
+
   const auto all = [&] {
     std::vector<float> found;
     if (parco::features().avx512) tiles(found);
+    zeros(masked, 0, found), zeros(in_blocks, 32, found);
     for (const auto kernel : kernels) {
       for (std::int64_t height : {std::int64_t{1}, std::int64_t{5}, rows}) {
         std::vector<float> y(height * outputs);
@@ -86,6 +114,7 @@ int main() {
   for (const auto& result : results)
     failures += result.size() != expected.size() ||
                 std::memcmp(result.data(), expected.data(), expected.size() * sizeof(float)) != 0;
-  std::printf("%zu kernels on %zu threads, %d differ\n", kernels.size(), threads.size(), failures);
+  std::printf("%zu kernels on %zu threads, %d differ\n", kernels.size() + masked.size() + in_blocks.size(),
+              threads.size(), failures);
   return failures != 0;
 }
