@@ -170,14 +170,23 @@ def sorted_names(
             continue
         name = full.removeprefix(PREFIX)
         suffix = next((each for each in _PARAMETERS if name.endswith(f".{each}")), None)
-        owner, _, leaf = name.rpartition(".")
-        if full.startswith(PREFIX) and any(ends(owner, each) for each in wanted):
-            modules.setdefault(owner, {})[leaf] = full
+        copied = _copied(name, wanted)
+        if full.startswith(PREFIX) and copied is not None:
+            modules.setdefault(copied, {})[name.removeprefix(f"{copied}.")] = full
         elif full.startswith(PREFIX) and suffix is not None:
             layers.setdefault(name.removesuffix(f".{suffix}"), {})[_PARAMETERS[suffix]] = full
         else:
             raise ValueError(f"{where}: tensor {full!r} is no part of an adapter of linear layers that is known here")
     return layers, modules
+
+
+def _copied(name: str, wanted: tuple[str, ...]) -> str | None:
+    """The module copied whole that holds this parameter, at whatever depth: the outermost whose name ends in one of
+    `wanted`.
+    """
+    parts = name.split(".")
+    above = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((path for path in above if any(ends(path, each) for each in wanted)), None)
 
 
 def _shortest(model: nn.Module, names: Iterable[str]) -> list[str]:
