@@ -1,5 +1,7 @@
 """How factors begin: PiSSA, LoftQ, EVA."""
 
+import copy
+
 import pytest
 import torch
 from tests.adapters.models import moved
@@ -48,6 +50,31 @@ def test_loftq_trains_the_correction_of_a_matrix_in_few_bits():
     assert layer.adapters["default"].lora_A.requires_grad
     norms = [each.norm().item() for each in layer.adapters["default"].parameters()]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_a_loftq_adapter_loads_over_the_base_that_lacks_its_correction(tmp_path):
+    def stored(correction=None):
+        made = model("llama")
+        parco.convert_(made, parco.Quantize("int4:32") + correction if correction else parco.Quantize("int4:32"))
+        return made
+
+    made = stored(parco.Factor(rank=4))
+    adapters.add_(made, "dora(4, init=loftq)", ["q_proj", "down_proj"])
+    moved(made)
+    adapters.save(made, tmp_path / "once")
+    expected = logits(made)
+    bare = copy.deepcopy(made)
+    adapters.remove_(bare, "default")
+    for folder in ("once", "twice"):  # what is loaded and saved again is known for what it is too
+        for other in (model("llama"), stored(parco.Factor(rank=4))):
+            before = logits(other)
+            with pytest.raises(ValueError, match=r"init=loftq: the adapter holds what rounding model\.layers\.0\."):
+                adapters.load_(other, tmp_path / folder)
+            assert torch.equal(logits(other), before) and not adapters.names(other)
+        again = copy.deepcopy(bare)
+        adapters.load_(again, tmp_path / folder)
+        assert torch.equal(logits(again), expected)
+        adapters.save(again, tmp_path / "twice")
 
 
 def test_eva_reads_the_leading_directions_of_the_inputs():

@@ -29,14 +29,13 @@ def prepare(model: nn.Module, methods: Mapping[str, Method], inputs: Iterable[An
     """What sets the adapters of these layers to their beginning, as their methods say. Raises ValueError where one
     cannot have it.
     """
-    inits = {name: method.init for name, method in methods.items() if isinstance(method, Factors)}
+    inits = _inits(methods)
     modules = dict(model.named_modules())
     for name, init in inits.items():
-        if init in ("pissa", "loftq"):
-            _check_own(model, name, modules[name], init)
-        if init == "pissa" and isinstance(modules[name], Linear):
-            raise ValueError(f"init=pissa takes the matrix of {name} apart, which is no dense one of PyTorch's")
+        if init == "pissa":
+            _check_dense(model, name, modules[name])
         if init == "loftq":
+            _check_own(model, name, modules[name], init)
             check_correction(name, modules[name], methods[name])
     watched = [name for name, init in inits.items() if init == "eva"]
     seen = _inputs(model, watched, inputs) if watched else {}
@@ -52,6 +51,32 @@ def prepare(model: nn.Module, methods: Mapping[str, Method], inputs: Iterable[An
             adapter.lora_A.data.copy_(_leading(seen[name], adapter.method.rank))
 
     return begin
+
+
+def check_loaded(model: nn.Module, methods: Mapping[str, Method]) -> None:
+    """Raises ValueError unless trained adapters of these methods fit the layers: pissa's a dense matrix that nobody
+    else computes with, loftq's one in few bits without its correction, which is in the adapter.
+    """
+    modules = dict(model.named_modules())
+    for name, init in _inits(methods).items():
+        if init == "pissa":
+            _check_dense(model, name, modules[name])
+        if init == "loftq" and (_corrected(modules[name], methods[name]) or not _in_few_bits(modules[name])):
+            raise ValueError(
+                f"init=loftq: the adapter holds what rounding {name} to few bits lost, which its matrix here has "
+                "already: give the base that it was trained over, its matrices in few bits and without the correction"
+            )
+
+
+def _inits(methods: Mapping[str, Method]) -> dict[str, str]:
+    return {name: method.init for name, method in methods.items() if isinstance(method, Factors)}
+
+
+def _check_dense(model: nn.Module, name: str, layer: Any) -> None:
+    """PiSSA's matrix is to be one of PyTorch's and the layer's own."""
+    _check_own(model, name, layer, "pissa")
+    if isinstance(layer, Linear):
+        raise ValueError(f"init=pissa takes the matrix of {name} apart, which is no dense one of PyTorch's")
 
 
 def _check_own(model: nn.Module, name: str, layer: Any, init: str) -> None:
@@ -80,17 +105,24 @@ def principal_(layer: Any, adapter: LowRank) -> None:
 
 def check_correction(name: str, layer: Any, method: Method) -> None:
     """Raises ValueError unless the layer's weight ends in a low-rank term of dense factors of the method's rank."""
-    spec = layer.weight.spec if isinstance(layer, Linear) else None
-    term = spec.terms[-1] if isinstance(spec, Sum) else None
     assert isinstance(method, Factors)
-    fits = isinstance(term, LowRankWeight) and term.rank == method.rank
-    parts = term.parts().values() if term is not None else ()
-    if not (fits and all(isinstance(part, Dense) for part in parts)):
+    if not _corrected(layer, method):
         raise ValueError(
             f"init=loftq takes over the low-rank correction of a weight in few bits, and {name} has none of rank "
             f"{method.rank}: convert the model first, as in parco.convert_(model, parco.Quantize('nf4:64') + "
             f"parco.Factor(rank={method.rank}))"
         )
+
+
+def _corrected(layer: Any, method: Method) -> bool:
+    spec = layer.weight.spec if isinstance(layer, Linear) else None
+    term = spec.terms[-1] if isinstance(spec, Sum) else None
+    fits = isinstance(term, LowRankWeight) and isinstance(method, Factors) and term.rank == method.rank
+    return fits and all(isinstance(part, Dense) for part in term.parts().values())
+
+
+def _in_few_bits(layer: Any) -> bool:
+    return isinstance(layer, Linear) and not isinstance(layer.weight.spec, Dense)
 
 
 @torch.no_grad()
