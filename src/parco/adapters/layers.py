@@ -219,6 +219,18 @@ def matrix(layer: Any) -> Tensor:
     return weight if weight.dtype == torch.float64 else weight.float()
 
 
+def put_(module: Any, stored: StoredWeight) -> None:
+    """The layer's weight is `stored` from now on, packed where the former one was, and multiplied by as that was where
+    some part of it still can be.
+    """
+    former: StoredWeight = module.weight
+    if former.is_packed:
+        stored.pack_()
+    if stored.spec.takes(former.product):
+        stored.product = former.product
+    module.weight = stored
+
+
 def _plus(layer: Any, left: Tensor, right: Tensor) -> Tensor:
     """The layer's matrix and the product of the factors."""
     whole = matrix(layer)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from parco.adapters.adapted import Adapted
-from parco.adapters.layers import Adapter, LowRank
+from parco.adapters.layers import Adapter, LowRank, put_
 from parco.adapters.methods import Factors, Method
 from parco.fitting.observe import Moments
 from parco.nn import StoredWeight, tied
@@ -140,8 +140,7 @@ def _take_correction_(layer: Any, adapter: LowRank) -> None:
     adapter.lora_A.copy_(right / (balance * root))
     rest = spec.terms[:-1]
     tensors = spec.unpack(*stored.tensors())[:-count]
-    kept = StoredWeight(rest[0] if len(rest) == 1 else Sum(*rest), tensors, stored.dtype)
-    layer.weight = kept.pack_() if stored.is_packed else kept
+    put_(layer, StoredWeight(rest[0] if len(rest) == 1 else Sum(*rest), tensors, stored.dtype))
 
 
 @torch.no_grad()
