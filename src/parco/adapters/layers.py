@@ -93,9 +93,10 @@ class WeightDecomposed(LowRank):
         if share != 1:
             raise ValueError(f"{self.method}: a share of {share:g} of it means nothing; 1 is what it can have")
         y = super().around(x, layer, product, 1.0)
-        factor = (self.magnitude / self._norm(layer)).to(y.dtype)
-        bias = layer.bias
-        return y * factor if bias is None else y * factor + bias.to(y.dtype) * (1 - factor)
+        wide = torch.promote_types(self.magnitude.dtype, torch.float32)
+        # In 16 bits the factor itself, near 1, would not move by less than half a percent.
+        excess = (self.magnitude.to(wide) / self._norm(layer).to(wide) - 1).to(y.dtype)
+        return torch.addcmul(y, y if layer.bias is None else y - layer.bias.to(y.dtype), excess)
 
     def merged(self, layer: Any) -> Tensor:
         whole = super().merged(layer)
@@ -108,12 +109,13 @@ class WeightDecomposed(LowRank):
         """
         a, b = self.lora_A, self.lora_B
         s = self.method.scale
-        if isinstance(layer, Linear):
-            squares, mixed = _squares(layer.weight).to(a.dtype), layer.weight(a).t()
-        else:
-            weight = dense_rows(layer).to(a.dtype)
-            squares, mixed = weight.square().sum(1), weight @ a.t()
-        total = squares + (b * (2 * s * mixed + s * s * (b @ (a @ a.t())))).sum(1)
+        with torch.autocast(a.device.type, enabled=False):
+            if isinstance(layer, Linear):
+                squares, mixed = _squares(layer.weight).to(a.dtype), layer.weight(a).t()
+            else:
+                weight = dense_rows(layer).to(a.dtype)
+                squares, mixed = weight.square().sum(1), weight @ a.t()
+            total = squares + (b * (2 * s * mixed + s * s * (b @ (a @ a.t())))).sum(1)
         return total.clamp_(min=torch.finfo(a.dtype).tiny).sqrt()
 
 
