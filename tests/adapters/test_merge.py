@@ -71,6 +71,23 @@ def test_several_come_out_in_the_other_order():
     assert same(bits(made), before)
 
 
+def test_what_cannot_be_active_beside_another_stays_merged():
+    made = model("llama")
+    adapters.add_(made, "dora(4)", name="a")
+    adapters.add_(moved(made), "lora(4)", name="b")
+    adapters.set_(made, "a")
+    expected = logits(made)
+    adapters.merge_(made, "a", reversible=True)
+    adapters.set_(made, "b")
+    before, mixed = bits(made), logits(made)
+    with pytest.raises(ValueError, match="active whole and alone"):
+        adapters.unmerge_(made, "a")
+    assert same(bits(made), before) and torch.equal(logits(made), mixed)
+    adapters.set_(made, None)
+    adapters.unmerge_(made, "a")
+    assert torch.equal(logits(made), expected)
+
+
 def test_a_stored_base_is_rounded_anew_only_where_that_is_asked_for():
     made = model("llama")
     parco.convert_(made, parco.Quantize("int8:32"))

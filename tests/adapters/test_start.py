@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from tests.adapters.models import moved
@@ -31,6 +32,20 @@ def test_pissa_takes_the_leading_directions_out_of_the_base(name):
     parco.convert_(stored, parco.Quantize("int4:32"))
     with pytest.raises(ValueError, match=r"init=pissa takes the matrix of .*q_proj apart, which is no dense one"):
         adapters.add_(stored, "lora(4, init=pissa)")
+
+
+def test_pissa_in_16_bits_comes_back_here_and_in_peft(tmp_path):
+    made = model("llama")
+    adapters.add_(made, "lora(4, alpha=8, init=pissa)", dtype=torch.bfloat16)
+    expected = logits(moved(made))
+    adapters.save(made, tmp_path / "saved")
+    again = model("llama")
+    adapters.load_(again, tmp_path / "saved")
+    path = "model.layers.0.mlp.up_proj"
+    assert torch.equal(parco.nn.matrix(again, path), parco.nn.matrix(made, path))
+    theirs = peft.PeftModel.from_pretrained(model("llama"), tmp_path / "saved").eval()
+    for found in (logits(again), logits(theirs)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_loftq_trains_the_correction_of_a_matrix_in_few_bits():

@@ -133,8 +133,9 @@ def check_copies(modules: Mapping[str, nn.Module], copies: Sequence[str], layers
 
 
 def remove_(model: nn.Module, name: str) -> None:
-    """Takes the adapter `name` out; layers that carry no other are what they were. The matrices that `pissa` and
-    `loftq` changed stay changed. Raises ValueError where there is none of that name, or it is merged.
+    """Takes the adapter `name` out; layers that carry no other have the class and the names that they had before. What
+    `add_` froze stays frozen, and the matrices that `pissa` and `loftq` changed stay changed. Raises ValueError where
+    there is none of that name, or it is merged.
     """
     adapted.check_name(model, name)
     if any(name in adapted.merged(module) for _, module in adapted.adapted(model)):

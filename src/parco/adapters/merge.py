@@ -42,8 +42,9 @@ class Merged:
 @torch.no_grad()
 def merge_(model: nn.Module, name: str = "default", *, requantize: bool = False, reversible: bool = False) -> Merged:
     """Adds the adapter `name` to the matrices of its layers, in place: W + s·B·A is computed in fp32 and rounded to W's
-    dtype. The adapter is gone then, and the layers are what they were before it. With `reversible` it stays beside
-    its layers, not active, as do the former matrices, so that `unmerge_` brings back their very bits.
+    dtype. The adapter is gone then, and the layers are what they were before it, but that what it froze stays
+    frozen. With `reversible` it stays beside its layers, not active, as do the former matrices, so that `unmerge_`
+    brings back their very bits.
 
     A weight stored in few bits would lose part of the sum: with `requantize` it is rounded to nearest in its format and
     the loss is reported; `to_sum_` keeps all of it.
@@ -72,7 +73,8 @@ def merge_(model: nn.Module, name: str = "default", *, requantize: bool = False,
 @torch.no_grad()
 def unmerge_(model: nn.Module, name: str = "default") -> None:
     """Brings back the matrices, bit by bit, that `merge_(..., reversible=True)` added the adapter `name` to; it is
-    active again. Raises ValueError where it was not merged so, or another one after it.
+    active again, beside those that are. Raises ValueError, before anything is changed, where it was not merged so, or
+    another one after it, or where it cannot be active beside one that is (DoRA): `set_(model, None)` first.
     """
     modules = [module for _, module in adapted.adapted(model) if name in adapted.merged(module)]
     if not modules:
@@ -80,6 +82,7 @@ def unmerge_(model: nn.Module, name: str = "default") -> None:
     for module in modules:
         if module._merged[-1][0] != name:
             raise ValueError(f"{module._merged[-1][0]!r} was merged after {name!r}: unmerge it first")
+    chosen = adapted.shares_of(model, {**adapted.active(model), name: 1.0}, out=name)
     for module in modules:
         *module._merged, (_, former) = module._merged
         module._merged = tuple(module._merged)
@@ -88,7 +91,8 @@ def unmerge_(model: nn.Module, name: str = "default") -> None:
         else:
             for own, each in zip(_tensors(module, module.adapters[name]), former, strict=True):
                 own.copy_(each)
-    adapted.set_(model, {**adapted.active(model), name: 1.0})
+    for module, own in chosen:
+        module._active = own
 
 
 @torch.no_grad()

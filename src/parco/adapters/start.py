@@ -91,16 +91,17 @@ def _check_own(model: nn.Module, name: str, layer: Any, init: str) -> None:
 @torch.no_grad()
 def principal_(layer: Any, adapter: LowRank) -> None:
     """PiSSA: s·B·A becomes the best matrix of its rank for W, each factor with the roots of the singular values, and W
-    what is left. By PyTorch's SVD in fp32, as PEFT does, so that either finds the other's W again.
+    what is left; it loses the product of the factors before these are rounded to their dtype. By PyTorch's SVD in fp32,
+    as PEFT does, so that either finds the other's W again.
     """
     method = adapter.method
     weight = dense_rows(layer)
     left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
     root = (values[: method.rank] / method.scale).sqrt()
-    adapter.lora_A.copy_(root[:, None] * right[: method.rank])
-    adapter.lora_B.copy_(left[:, : method.rank] * root)
-    product = adapter.lora_B.float() @ adapter.lora_A.float()
-    weight.copy_(weight.float() - method.scale * product)
+    a, b = root[:, None] * right[: method.rank], left[:, : method.rank] * root
+    adapter.lora_A.copy_(a)
+    adapter.lora_B.copy_(b)
+    weight.copy_(weight.float() - method.scale * (b @ a))
 
 
 def check_correction(name: str, layer: Any, method: Method) -> None:
