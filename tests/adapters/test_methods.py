@@ -42,6 +42,9 @@ def test_scales():
         ("lora(4, alpha=-1)", "alpha=-1.0; a positive number"),
         ("lora(4, dropout=1)", "dropout=1.0; a number in [0, 1)"),
         ("dora(4, scaling=sqrt)", "dora: scaling='sqrt'; one of lora, rslora"),
+        ("vera(8, initial=inf)", "vera: initial=inf; a finite number"),
+        ("vera(8, seed=18446744073709551616)", "vera: seed=18446744073709551616; a whole number of 64 bits"),
+        ("bottleneck(4, factor=nan)", "bottleneck: factor=nan; a finite number"),
         ("bottleneck(4, activation=swish)", "activation='swish'; one of silu, gelu"),
     ],
 )

@@ -84,8 +84,10 @@ def config_of(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, An
             "projection_prng_key": method.seed,
             "save_projection": True,
         }
-    else:
+    elif isinstance(method, Bottleneck):
         config |= {"peft_type": _BOTTLENECK, "method": str(method)}
+    else:
+        raise AssertionError(f"{method}: nothing says how its files are written")
     return dict(sorted(config.items()))
 
 
