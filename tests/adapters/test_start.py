@@ -1,6 +1,7 @@
 """How factors begin: PiSSA, LoftQ, EVA."""
 
 import copy
+import pickle
 
 import peft
 import pytest
@@ -119,9 +120,15 @@ def test_vera_shares_its_random_factors():
     adapters.add_(made, "vera(8)")
     moved(made)
     own = [module.adapters["default"] for module in made.modules() if "adapters" in module._modules]
-    assert len({each.vera_A.data_ptr() for each in own}) == 1
     assert not any("vera_A" in name for name in made.state_dict())
+    expected = logits(made)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(made).double())).float()
+    torch.testing.assert_close(logits(twin), expected)
+    for each in (made, twin):
+        found = [tensor for module in each.modules() for tensor in module._buffers.values() if tensor is not None]
+        held = {tensor.data_ptr() for tensor in found if tensor.shape in ((8, 88), (88, 8))}
+        assert len(held) == 2
     other = model("llama")
     adapters.add_(other, "vera(8, seed=1)")
     first = other.model.layers[0].self_attn.q_proj.adapters["default"]
-    assert not torch.equal(first.vera_A, own[0].vera_A)
+    assert not torch.equal(first.shared.vera_A, own[0].shared.vera_A)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from parco.adapters import adapted, peft, start
 from parco.adapters.add import Added, added, check_copies, check_name, check_size, install, projections
-from parco.adapters.layers import Adapter, LowRank, Whole, make, of_layer
+from parco.adapters.layers import Adapter, LowRank, Projections, Whole, make, of_layer
 from parco.adapters.methods import Factors, Method, VeRA, parse
 from parco.adapters.targets import nearest
 from parco.hub.checks import check_finite_tensors, check_safetensors, read_json
@@ -193,7 +193,7 @@ def _size(sizes: tuple[int, ...]) -> str:
 
 def _shared(
     method: Method, layers: list[Any], tensors: Mapping[str, Tensor], place: str
-) -> tuple[Tensor, Tensor] | None:
+) -> Projections | None:
     """VeRA's A and B: those of the file, or drawn anew where it leaves them out."""
     if not isinstance(method, VeRA):
         return None
@@ -210,7 +210,7 @@ def _shared(
                 f"{place!r} is for another model: {name} is {_size(tuple(each.shape))}, and rank {method.rank} "
                 f"with matrices up to {rows}x{columns} does not fit it"
             )
-    return a, b
+    return Projections(a, b).on(layers[0].weight.device)
 
 
 def _copied(

@@ -119,20 +119,33 @@ class WeightDecomposed(LowRank):
         return total.clamp_(min=torch.finfo(a.dtype).tiny).sqrt()
 
 
-class VectorBased(Adapter):
-    """VeRA: `vera_lambda_b` [N] and `vera_lambda_d` [r]; the buffers `vera_A` [r, ≥K] and `vera_B` [≥N, r] are one
-    tensor each for all layers.
+class Projections(nn.Module):
+    """VeRA's random factors, `vera_A` [r, ≥K] and `vera_B` [≥N, r]: one module in all adapters, so that they stay one
+    tensor each when the model is moved or cast.
     """
 
     vera_A: Tensor
     vera_B: Tensor
 
-    def __init__(self, method: VeRA, layer: Any, dtype: torch.dtype, a: Tensor, b: Tensor) -> None:
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("vera_A", a, persistent=False)
+        self.register_buffer("vera_B", b, persistent=False)
+
+    def on(self, device: torch.device) -> Projections:
+        """These where they are on `device`; copies of them, which that layer has alone, elsewhere."""
+        a, b = self.vera_A, self.vera_B
+        return self if a.device == device else Projections(a.to(device), b.to(device))
+
+
+class VectorBased(Adapter):
+    """VeRA: `vera_lambda_b` [N] and `vera_lambda_d` [r], beside the projections of all layers."""
+
+    def __init__(self, method: VeRA, layer: Any, dtype: torch.dtype, shared: Projections) -> None:
         super().__init__()
         self.method = method
         device = layer.weight.device
-        self.register_buffer("vera_A", a.to(device), persistent=False)
-        self.register_buffer("vera_B", b.to(device), persistent=False)
+        self.shared = shared.on(device)
         self.vera_lambda_b = nn.Parameter(torch.zeros(shape(layer)[0], dtype=dtype, device=device))
         self.vera_lambda_d = nn.Parameter(torch.full((method.rank,), method.initial, dtype=dtype, device=device))
 
@@ -140,7 +153,7 @@ class VectorBased(Adapter):
         """(left [N, r], right [r, K]): what is added to the matrix is their product."""
         outputs, columns = shape(layer)
         d, b = self.vera_lambda_d[:, None], self.vera_lambda_b[:, None]
-        return b * self.vera_B[:outputs], d * self.vera_A[:, :columns]
+        return b * self.shared.vera_B[:outputs], d * self.shared.vera_A[:, :columns]
 
     def around(self, x: Tensor, layer: Any, product: Product, share: float) -> Tensor:
         b, a = self.factors(layer)
@@ -193,11 +206,11 @@ class Whole(Adapter):
 _MADE: dict[type[Method], type[Any]] = {LoRA: LowRank, DoRA: WeightDecomposed, Bottleneck: Narrow}
 
 
-def make(method: Method, layer: Any, dtype: torch.dtype, shared: tuple[Tensor, Tensor] | None = None) -> Adapter:
+def make(method: Method, layer: Any, dtype: torch.dtype, shared: Projections | None = None) -> Adapter:
     """The adapter of one layer. `shared` is VeRA's A and B."""
     if isinstance(method, VeRA):
         assert shared is not None
-        return VectorBased(method, layer, dtype, *shared)
+        return VectorBased(method, layer, dtype, shared)
     return _MADE[type(method)](method, layer, dtype)
 
 

@@ -101,7 +101,7 @@ def tensors_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
         for name, tensor in adapter.state_dict().items():
             found[f"{PREFIX}{path}.{_SUFFIXES.get(name, name)}"] = tensor
         if isinstance(adapter, VectorBased):
-            found |= {SHARED["vera_A"]: adapter.vera_A, SHARED["vera_B"]: adapter.vera_B}
+            found |= {SHARED[name]: tensor for name, tensor in adapter.shared.named_buffers()}
     return {name: tensor.detach().contiguous() for name, tensor in sorted(found.items())}
 
 
