@@ -191,9 +191,7 @@ def _size(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes))
 
 
-def _shared(
-    method: Method, layers: list[Any], tensors: Mapping[str, Tensor], place: str
-) -> Projections | None:
+def _shared(method: Method, layers: list[Any], tensors: Mapping[str, Tensor], place: str) -> Projections | None:
     """VeRA's A and B: those of the file, or drawn anew where it leaves them out."""
     if not isinstance(method, VeRA):
         return None
