@@ -118,8 +118,9 @@ def check_correction(name: str, layer: Any, method: Method) -> None:
 def _corrected(layer: Any, method: Method) -> bool:
     spec = layer.weight.spec if isinstance(layer, Linear) else None
     term = spec.terms[-1] if isinstance(spec, Sum) else None
-    fits = isinstance(term, LowRankWeight) and isinstance(method, Factors) and term.rank == method.rank
-    return fits and all(isinstance(part, Dense) for part in term.parts().values())
+    if not (isinstance(term, LowRankWeight) and isinstance(method, Factors) and term.rank == method.rank):
+        return False
+    return all(isinstance(part, Dense) for part in term.parts().values())
 
 
 def _in_few_bits(layer: Any) -> bool:
