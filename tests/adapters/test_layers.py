@@ -123,6 +123,39 @@ def test_adapters_train_under_autocast():
         assert (grad - expected[name]).norm() < 0.1 * expected[name].norm()  # some 20 roundings of 2⁻⁹ on the way
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_small_change_of_a_magnitude_is_seen_in_16_bits(bias):
+    torch.manual_seed(0)
+    made = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=bias)).to(torch.bfloat16)
+    x = torch.randn(256, 64, dtype=torch.bfloat16)
+    plain = made(x)
+    adapters.add_(made, "dora(4)")
+    before = made(x)
+    assert torch.equal(before, plain)
+    made[0].adapters["default"].magnitude.data.mul_(1.003)
+    changed = (made(x) - before).detach().double()
+    scaled = (before - made[0].bias if bias else before).detach().double()
+    # Each number is rounded to one of its neighbours; over 16,384 of them the sum is off by a part of the change.
+    assert (changed * scaled).sum() / scaled.square().sum() == pytest.approx(0.003, rel=0.3)
+
+
+@pytest.mark.parametrize("base", ["dense", "int4:32"])
+def test_a_magnitude_is_divided_by_a_norm_in_fp32_under_autocast(base):
+    torch.manual_seed(0)
+    made = torch.nn.Sequential(torch.nn.Linear(64, 96))
+    if base != "dense":
+        parco.convert_(made, parco.Quantize(base))
+    adapters.add_(made, "dora(4, alpha=16)")
+    moved(made)
+    own = made[0].adapters["default"]
+    own.reset_magnitude(made[0])
+    expected = own.magnitude.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        own.reset_magnitude(made[0])
+    assert torch.equal(own.magnitude, expected)
+    torch.testing.assert_close(expected, own.merged(made[0]).norm(dim=1))
+
+
 @pytest.mark.parametrize("text", METHODS[:2])
 def test_adapted_layers_compile_whole(text):
     torch.manual_seed(0)

@@ -71,6 +71,23 @@ def test_several_come_out_in_the_other_order():
     assert same(bits(made), before)
 
 
+def test_what_cannot_be_active_beside_another_stays_merged():
+    made = model("llama")
+    adapters.add_(made, "dora(4)", name="a")
+    adapters.add_(moved(made), "lora(4)", name="b")
+    adapters.set_(made, "a")
+    expected = logits(made)
+    adapters.merge_(made, "a", reversible=True)
+    adapters.set_(made, "b")
+    before, mixed = bits(made), logits(made)
+    with pytest.raises(ValueError, match="active whole and alone"):
+        adapters.unmerge_(made, "a")
+    assert same(bits(made), before) and torch.equal(logits(made), mixed)
+    adapters.set_(made, None)
+    adapters.unmerge_(made, "a")
+    assert torch.equal(logits(made), expected)
+
+
 def test_a_stored_base_is_rounded_anew_only_where_that_is_asked_for():
     made = model("llama")
     parco.convert_(made, parco.Quantize("int8:32"))
@@ -114,6 +131,37 @@ def test_base_and_factors_become_one_weight(text, tmp_path):
     assert not any("adapters" in name for name in made.state_dict())
     with pytest.raises(ValueError, match="no adapter 'default'"):
         adapters.to_sum_(made)
+
+
+def test_a_sparse_base_takes_a_term_and_no_sum():
+    made = model("llama")
+    parco.convert_(made, parco.Prune("2:4"))
+    before = bits(made)
+    adapters.add_(made, "lora(4)")
+    moved(made)
+    expected = logits(made)
+    with pytest.raises(ValueError, match=r"q_proj is stored as .*, whose zeros have no place for a sum: to_sum_ adds"):
+        adapters.merge_(made, requantize=True)
+    assert same(bits(made), before) and torch.equal(logits(made), expected)
+    assert len(adapters.to_sum_(made)) == 14
+    # fp32 sums in another order, through two blocks.
+    torch.testing.assert_close(logits(made), expected, rtol=0, atol=2e-4)
+
+
+def test_the_way_a_stored_matrix_is_multiplied_stays():
+    made = model("llama")
+    parco.convert_(made, parco.Quantize("int8:32") + parco.Factor(rank=4))
+    parco.nn.set_product_(made, "activations(int8)")
+    path = "model.layers.0.self_attn.q_proj"
+    product = made.get_submodule(path).weight.product
+    assert str(product) == "activations(int8)"
+    adapters.add_(made, "lora(4, init=loftq)", ["q_proj"])
+    assert made.get_submodule(path).weight.product == product
+    adapters.merge_(made, requantize=True)
+    assert made.get_submodule(path).weight.product == product
+    adapters.add_(made, "lora(4)", ["q_proj"])
+    adapters.to_sum_(made)
+    assert made.get_submodule(path).weight.product == product
 
 
 def test_what_is_no_matrix_is_not_merged():

@@ -5,8 +5,9 @@ import json
 import peft
 import pytest
 import torch
+import transformers
 from tests.adapters.models import moved
-from tests.nn.models import logits, model, tokens
+from tests.nn.models import COMMON, logits, model, tokens
 
 from parco import adapters
 
@@ -78,6 +79,34 @@ def test_what_parco_saved_gives_its_logits_in_peft(name, variant, tmp_path):
         path: str(method) for path, method in added.methods.items()
     }
     assert loaded.copies == added.copies
+
+
+def classifier():
+    """RoBERTa with its head of two layers, `classifier.dense` and `classifier.out_proj`."""
+    torch.manual_seed(0)
+    config = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
+    return transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**config, num_labels=3)).eval()
+
+
+def test_a_copied_module_may_hold_others(tmp_path):
+    ours = classifier()
+    plain = logits(ours)
+    adapters.add_(ours, "lora(4)", ["query", "value"], modules_to_save=["classifier"])
+    moved(ours)
+    adapters.save(ours, tmp_path / "ours")
+    again = classifier()
+    assert adapters.load_(again, tmp_path / "ours").copies == ("classifier",)
+    assert torch.equal(logits(again), logits(ours))
+    assert (logits(ours) - plain).abs().max() > 0.03
+    theirs = peft.PeftModel.from_pretrained(classifier(), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=TOLERANCE)
+
+    config = peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")  # which copies the head
+    theirs = moved(peft.get_peft_model(classifier(), config)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = classifier()
+    assert adapters.load_(loaded, tmp_path / "theirs").copies == ("classifier",)
+    torch.testing.assert_close(logits(loaded), logits(theirs), rtol=0, atol=TOLERANCE)
 
 
 def test_the_files_say_what_peft_says(tmp_path):

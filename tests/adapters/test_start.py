@@ -1,5 +1,9 @@
 """How factors begin: PiSSA, LoftQ, EVA."""
 
+import copy
+import pickle
+
+import peft
 import pytest
 import torch
 from tests.adapters.models import moved
@@ -31,6 +35,20 @@ def test_pissa_takes_the_leading_directions_out_of_the_base(name):
         adapters.add_(stored, "lora(4, init=pissa)")
 
 
+def test_pissa_in_16_bits_comes_back_here_and_in_peft(tmp_path):
+    made = model("llama")
+    adapters.add_(made, "lora(4, alpha=8, init=pissa)", dtype=torch.bfloat16)
+    expected = logits(moved(made))
+    adapters.save(made, tmp_path / "saved")
+    again = model("llama")
+    adapters.load_(again, tmp_path / "saved")
+    path = "model.layers.0.mlp.up_proj"
+    assert torch.equal(parco.nn.matrix(again, path), parco.nn.matrix(made, path))
+    theirs = peft.PeftModel.from_pretrained(model("llama"), tmp_path / "saved").eval()
+    for found in (logits(again), logits(theirs)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_loftq_trains_the_correction_of_a_matrix_in_few_bits():
     made = model("llama")
     dense = logits(made)
@@ -48,6 +66,31 @@ def test_loftq_trains_the_correction_of_a_matrix_in_few_bits():
     assert layer.adapters["default"].lora_A.requires_grad
     norms = [each.norm().item() for each in layer.adapters["default"].parameters()]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_a_loftq_adapter_loads_over_the_base_that_lacks_its_correction(tmp_path):
+    def stored(correction=None):
+        made = model("llama")
+        parco.convert_(made, parco.Quantize("int4:32") + correction if correction else parco.Quantize("int4:32"))
+        return made
+
+    made = stored(parco.Factor(rank=4))
+    adapters.add_(made, "dora(4, init=loftq)", ["q_proj", "down_proj"])
+    moved(made)
+    adapters.save(made, tmp_path / "once")
+    expected = logits(made)
+    bare = copy.deepcopy(made)
+    adapters.remove_(bare, "default")
+    for folder in ("once", "twice"):  # what is loaded and saved again is known for what it is too
+        for other in (model("llama"), stored(parco.Factor(rank=4))):
+            before = logits(other)
+            with pytest.raises(ValueError, match=r"init=loftq: the adapter holds what rounding model\.layers\.0\."):
+                adapters.load_(other, tmp_path / folder)
+            assert torch.equal(logits(other), before) and not adapters.names(other)
+        again = copy.deepcopy(bare)
+        adapters.load_(again, tmp_path / folder)
+        assert torch.equal(logits(again), expected)
+        adapters.save(again, tmp_path / "twice")
 
 
 def test_eva_reads_the_leading_directions_of_the_inputs():
@@ -77,9 +120,15 @@ def test_vera_shares_its_random_factors():
     adapters.add_(made, "vera(8)")
     moved(made)
     own = [module.adapters["default"] for module in made.modules() if "adapters" in module._modules]
-    assert len({each.vera_A.data_ptr() for each in own}) == 1
     assert not any("vera_A" in name for name in made.state_dict())
+    expected = logits(made)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(made).double())).float()
+    torch.testing.assert_close(logits(twin), expected)
+    for each in (made, twin):
+        found = [tensor for module in each.modules() for tensor in module._buffers.values() if tensor is not None]
+        held = {tensor.data_ptr() for tensor in found if tensor.shape in ((8, 88), (88, 8))}
+        assert len(held) == 2
     other = model("llama")
     adapters.add_(other, "vera(8, seed=1)")
     first = other.model.layers[0].self_attn.q_proj.adapters["default"]
-    assert not torch.equal(first.vera_A, own[0].vera_A)
+    assert not torch.equal(first.shared.vera_A, own[0].shared.vera_A)

@@ -92,10 +92,20 @@ def set_(model: nn.Module, name: str | Mapping[str, float] | None) -> None:
     shares = {} if name is None else {name: 1.0} if isinstance(name, str) else dict(name)
     for each in shares:
         check_name(model, each)
+    for module, own in shares_of(model, shares):
+        module._active = own
+
+
+def shares_of(
+    model: nn.Module, shares: Mapping[str, float], out: str | None = None
+) -> list[tuple[Any, tuple[tuple[str, float], ...]]]:
+    """(module, what is active in it) of every module with adapters, where the model's are these. ValueError where that
+    cannot be; the adapter `out` counts as taken out of the matrices.
+    """
     chosen: list[tuple[Any, tuple[tuple[str, float], ...]]] = []
     for path, module in adapted(model):
         own = tuple((each, float(share)) for each, share in shares.items() if each in module.adapters and share)
-        inside = next((each for each, _ in own if each in merged(module)), None)
+        inside = next((each for each, _ in own if each in merged(module) and each != out), None)
         if inside is not None:
             raise ValueError(f"set_: {inside!r} is merged into {path} already; unmerge_ it first")
         whole = [each for each, _ in own if not module.adapters[each].additive]
@@ -104,8 +114,7 @@ def set_(model: nn.Module, name: str | Mapping[str, float] | None) -> None:
                 f"set_: {path} has an adapter that is no sum (DoRA, or a copy): it is active whole and alone"
             )
         chosen.append((module, own))
-    for module, own in chosen:
-        module._active = own
+    return chosen
 
 
 def active(model: nn.Module) -> dict[str, float]:

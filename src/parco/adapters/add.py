@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from parco.adapters import adapted, start
-from parco.adapters.layers import Adapter, WeightDecomposed, Whole, make, of_layer
+from parco.adapters.layers import Adapter, Projections, WeightDecomposed, Whole, make, of_layer
 from parco.adapters.methods import Factors, Method, VeRA, parse
 from parco.adapters.targets import Targets, by_pattern, check_patterns, chosen, modules_named
 from parco.nn import StoredWeight
@@ -133,8 +133,9 @@ def check_copies(modules: Mapping[str, nn.Module], copies: Sequence[str], layers
 
 
 def remove_(model: nn.Module, name: str) -> None:
-    """Takes the adapter `name` out; layers that carry no other are what they were. The matrices that `pissa` and
-    `loftq` changed stay changed. Raises ValueError where there is none of that name, or it is merged.
+    """Takes the adapter `name` out; layers that carry no other have the class and the names that they had before. What
+    `add_` froze stays frozen, and the matrices that `pissa` and `loftq` changed stay changed. Raises ValueError where
+    there is none of that name, or it is merged.
     """
     adapted.check_name(model, name)
     if any(name in adapted.merged(module) for _, module in adapted.adapted(model)):
@@ -144,7 +145,7 @@ def remove_(model: nn.Module, name: str) -> None:
             adapted.detach(module, name)
 
 
-def projections(method: VeRA, layers: Sequence[Any]) -> tuple[Tensor, Tensor]:
+def projections(method: VeRA, layers: Sequence[Any]) -> Projections:
     """VeRA's A [r, largest K] and B [largest N, r], each uniform in ±√(6/columns) (Kaiming), from the method's seed:
     the numbers that PEFT draws for the same layers.
     """
@@ -155,7 +156,7 @@ def projections(method: VeRA, layers: Sequence[Any]) -> tuple[Tensor, Tensor]:
     for factor in (a, b):
         bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(factor.shape[1]))
         factor.uniform_(-bound, bound, generator=generator)
-    return a, b
+    return Projections(a, b).on(layers[0].weight.device)
 
 
 def check_size(method: Method, path: str, layer: Any) -> None:

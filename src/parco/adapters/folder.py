@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from parco.adapters import adapted, peft, start
 from parco.adapters.add import Added, added, check_copies, check_name, check_size, install, projections
-from parco.adapters.layers import Adapter, LowRank, Whole, make, of_layer
-from parco.adapters.methods import Method, VeRA
+from parco.adapters.layers import Adapter, LowRank, Projections, Whole, make, of_layer
+from parco.adapters.methods import Factors, Method, VeRA, parse
 from parco.adapters.targets import nearest
 from parco.hub.checks import check_finite_tensors, check_safetensors, read_json
 from parco.hub.save import Content, whole, write_extra
@@ -26,7 +27,7 @@ from parco.nn import linears
 from parco.nn.parts import shape
 
 _MARK = "parco"
-"""In the metadata of the tensors' file: that parco wrote the folder, and may replace it."""
+"""In the metadata of the tensors' file: the text of the method. So parco wrote the folder, and may replace it."""
 
 
 def save(
@@ -62,20 +63,20 @@ def load_(model: nn.Module, folder: str | os.PathLike[str], name: str = "default
     PEFT changes it.
 
     Raises FileNotFoundError where there is no such folder, ValueError for files that are absent, broken or of a kind
-    not known here, and for an adapter of another model, naming the first tensor that does not fit. Then nothing is
-    changed.
+    not known here, for an adapter of another model, naming the first tensor that does not fit, and for a LoftQ adapter
+    over a base that lacks nothing: it holds the correction of a base in few bits. Then nothing is changed.
     """
     place = Path(folder).expanduser()
     check_name(model, name)
     config = _read_config(place)
     tensors = _read_tensors(place)
     where = repr(str(place / peft.CONFIG))
-    method = peft.method_of(config, where)
+    method = _begun(peft.method_of(config, where), place)
     layers, copies = peft.sorted_names(tensors, config.get("modules_to_save") or (), repr(str(place / peft.TENSORS)))
     adapters = _made(model, method, config, layers, tensors, str(place))
     wholes = _copied(model, copies, tensors, list(layers), str(place))
     methods = {path: each.method for path, each in adapters.items() if each.method is not None}
-    start.prepare(model, methods, None)
+    start.check_loaded(model, methods)
     modules = dict(model.named_modules())
     for path, adapter in adapters.items():
         if isinstance(adapter, LowRank) and adapter.method.init == "pissa":
@@ -119,6 +120,18 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
         raise ValueError(f"{str(file)!r} is not safetensors ({error}): copy it again") from error
     check_finite_tensors(iter(tensors.items()), str(file))
     return tensors
+
+
+def _begun(method: Method, place: Path) -> Method:
+    """`method`, with its beginning where that was LoftQ's: PEFT's setting of that name asks for it anew, so `save` says
+    it in the metadata alone.
+    """
+    with safe_open(place / peft.TENSORS, framework="pt") as content:
+        text = (content.metadata() or {}).get(_MARK)
+    written = None if text is None else parse(text)
+    if isinstance(method, Factors) and isinstance(written, Factors) and written.init == "loftq":
+        return dataclasses.replace(method, init="loftq")
+    return method
 
 
 def _made(
@@ -178,9 +191,7 @@ def _size(sizes: tuple[int, ...]) -> str:
     return "x".join(map(str, sizes))
 
 
-def _shared(
-    method: Method, layers: list[Any], tensors: Mapping[str, Tensor], place: str
-) -> tuple[Tensor, Tensor] | None:
+def _shared(method: Method, layers: list[Any], tensors: Mapping[str, Tensor], place: str) -> Projections | None:
     """VeRA's A and B: those of the file, or drawn anew where it leaves them out."""
     if not isinstance(method, VeRA):
         return None
@@ -197,7 +208,7 @@ def _shared(
                 f"{place!r} is for another model: {name} is {_size(tuple(each.shape))}, and rank {method.rank} "
                 f"with matrices up to {rows}x{columns} does not fit it"
             )
-    return a, b
+    return Projections(a, b).on(layers[0].weight.device)
 
 
 def _copied(

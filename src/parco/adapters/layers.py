@@ -93,9 +93,10 @@ class WeightDecomposed(LowRank):
         if share != 1:
             raise ValueError(f"{self.method}: a share of {share:g} of it means nothing; 1 is what it can have")
         y = super().around(x, layer, product, 1.0)
-        factor = (self.magnitude / self._norm(layer)).to(y.dtype)
-        bias = layer.bias
-        return y * factor if bias is None else y * factor + bias.to(y.dtype) * (1 - factor)
+        wide = torch.promote_types(self.magnitude.dtype, torch.float32)
+        # In 16 bits the factor itself, near 1, would not move by less than half a percent.
+        excess = (self.magnitude.to(wide) / self._norm(layer).to(wide) - 1).to(y.dtype)
+        return torch.addcmul(y, y if layer.bias is None else y - layer.bias.to(y.dtype), excess)
 
     def merged(self, layer: Any) -> Tensor:
         whole = super().merged(layer)
@@ -108,29 +109,43 @@ class WeightDecomposed(LowRank):
         """
         a, b = self.lora_A, self.lora_B
         s = self.method.scale
-        if isinstance(layer, Linear):
-            squares, mixed = _squares(layer.weight).to(a.dtype), layer.weight(a).t()
-        else:
-            weight = dense_rows(layer).to(a.dtype)
-            squares, mixed = weight.square().sum(1), weight @ a.t()
-        total = squares + (b * (2 * s * mixed + s * s * (b @ (a @ a.t())))).sum(1)
+        with torch.autocast(a.device.type, enabled=False):
+            if isinstance(layer, Linear):
+                squares, mixed = _squares(layer.weight).to(a.dtype), layer.weight(a).t()
+            else:
+                weight = dense_rows(layer).to(a.dtype)
+                squares, mixed = weight.square().sum(1), weight @ a.t()
+            total = squares + (b * (2 * s * mixed + s * s * (b @ (a @ a.t())))).sum(1)
         return total.clamp_(min=torch.finfo(a.dtype).tiny).sqrt()
 
 
-class VectorBased(Adapter):
-    """VeRA: `vera_lambda_b` [N] and `vera_lambda_d` [r]; the buffers `vera_A` [r, ≥K] and `vera_B` [≥N, r] are one
-    tensor each for all layers.
+class Projections(nn.Module):
+    """VeRA's random factors, `vera_A` [r, ≥K] and `vera_B` [≥N, r]: one module in all adapters, so that they stay one
+    tensor each when the model is moved or cast.
     """
 
     vera_A: Tensor
     vera_B: Tensor
 
-    def __init__(self, method: VeRA, layer: Any, dtype: torch.dtype, a: Tensor, b: Tensor) -> None:
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("vera_A", a, persistent=False)
+        self.register_buffer("vera_B", b, persistent=False)
+
+    def on(self, device: torch.device) -> Projections:
+        """These where they are on `device`; copies of them, which that layer has alone, elsewhere."""
+        a, b = self.vera_A, self.vera_B
+        return self if a.device == device else Projections(a.to(device), b.to(device))
+
+
+class VectorBased(Adapter):
+    """VeRA: `vera_lambda_b` [N] and `vera_lambda_d` [r], beside the projections of all layers."""
+
+    def __init__(self, method: VeRA, layer: Any, dtype: torch.dtype, shared: Projections) -> None:
         super().__init__()
         self.method = method
         device = layer.weight.device
-        self.register_buffer("vera_A", a.to(device), persistent=False)
-        self.register_buffer("vera_B", b.to(device), persistent=False)
+        self.shared = shared.on(device)
         self.vera_lambda_b = nn.Parameter(torch.zeros(shape(layer)[0], dtype=dtype, device=device))
         self.vera_lambda_d = nn.Parameter(torch.full((method.rank,), method.initial, dtype=dtype, device=device))
 
@@ -138,7 +153,7 @@ class VectorBased(Adapter):
         """(left [N, r], right [r, K]): what is added to the matrix is their product."""
         outputs, columns = shape(layer)
         d, b = self.vera_lambda_d[:, None], self.vera_lambda_b[:, None]
-        return b * self.vera_B[:outputs], d * self.vera_A[:, :columns]
+        return b * self.shared.vera_B[:outputs], d * self.shared.vera_A[:, :columns]
 
     def around(self, x: Tensor, layer: Any, product: Product, share: float) -> Tensor:
         b, a = self.factors(layer)
@@ -191,11 +206,11 @@ class Whole(Adapter):
 _MADE: dict[type[Method], type[Any]] = {LoRA: LowRank, DoRA: WeightDecomposed, Bottleneck: Narrow}
 
 
-def make(method: Method, layer: Any, dtype: torch.dtype, shared: tuple[Tensor, Tensor] | None = None) -> Adapter:
+def make(method: Method, layer: Any, dtype: torch.dtype, shared: Projections | None = None) -> Adapter:
     """The adapter of one layer. `shared` is VeRA's A and B."""
     if isinstance(method, VeRA):
         assert shared is not None
-        return VectorBased(method, layer, dtype, *shared)
+        return VectorBased(method, layer, dtype, shared)
     return _MADE[type(method)](method, layer, dtype)
 
 
@@ -217,6 +232,18 @@ def matrix(layer: Any) -> Tensor:
         return layer.weight.dense().detach()
     weight = dense_rows(layer).detach()
     return weight if weight.dtype == torch.float64 else weight.float()
+
+
+def put_(module: Any, stored: StoredWeight) -> None:
+    """The layer's weight is `stored` from now on, packed where the former one was, and multiplied by as that was where
+    some part of it still can be.
+    """
+    former: StoredWeight = module.weight
+    if former.is_packed:
+        stored.pack_()
+    if stored.spec.takes(former.product):
+        stored.product = former.product
+    module.weight = stored
 
 
 def _plus(layer: Any, left: Tensor, right: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from parco.adapters import adapted
-from parco.adapters.layers import Adapter, LowRank, Narrow, VectorBased, WeightDecomposed, Whole, matrix
+from parco.adapters.layers import Adapter, LowRank, Narrow, VectorBased, WeightDecomposed, Whole, matrix, put_
 from parco.formats import DTYPE_NAMES
 from parco.nn import StoredWeight, tied
 from parco.nn.linear import Linear
 from parco.nn.parts import rows as dense_rows
 from parco.weights import Dense, Sum
 from parco.weights import LowRank as LowRankWeight
+from parco.weights.sparse import Sparse
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,16 @@ class Merged:
 @torch.no_grad()
 def merge_(model: nn.Module, name: str = "default", *, requantize: bool = False, reversible: bool = False) -> Merged:
     """Adds the adapter `name` to the matrices of its layers, in place: W + s·B·A is computed in fp32 and rounded to W's
-    dtype. The adapter is gone then, and the layers are what they were before it. With `reversible` it stays beside
-    its layers, not active, as do the former matrices, so that `unmerge_` brings back their very bits.
+    dtype. The adapter is gone then, and the layers are what they were before it, but that what it froze stays
+    frozen. With `reversible` it stays beside its layers, not active, as do the former matrices, so that `unmerge_`
+    brings back their very bits.
 
     A weight stored in few bits would lose part of the sum: with `requantize` it is rounded to nearest in its format and
     the loss is reported; `to_sum_` keeps all of it.
 
     Raises ValueError, before anything is changed: where no such adapter is; for a stored weight without `requantize`,
-    or one made of parts; for a matrix that another module shares; for bottleneck adapters, which are no matrix.
+    one made of parts, or one with zeros that are not stored; for a matrix that another module shares; for bottleneck
+    adapters, which are no matrix.
     """
     adapters = _adapters(model, name, reversible)
     for path, (module, adapter) in adapters.items():
@@ -70,7 +73,8 @@ def merge_(model: nn.Module, name: str = "default", *, requantize: bool = False,
 @torch.no_grad()
 def unmerge_(model: nn.Module, name: str = "default") -> None:
     """Brings back the matrices, bit by bit, that `merge_(..., reversible=True)` added the adapter `name` to; it is
-    active again. Raises ValueError where it was not merged so, or another one after it.
+    active again, beside those that are. Raises ValueError, before anything is changed, where it was not merged so, or
+    another one after it, or where it cannot be active beside one that is (DoRA): `set_(model, None)` first.
     """
     modules = [module for _, module in adapted.adapted(model) if name in adapted.merged(module)]
     if not modules:
@@ -78,6 +82,7 @@ def unmerge_(model: nn.Module, name: str = "default") -> None:
     for module in modules:
         if module._merged[-1][0] != name:
             raise ValueError(f"{module._merged[-1][0]!r} was merged after {name!r}: unmerge it first")
+    chosen = adapted.shares_of(model, {**adapted.active(model), name: 1.0}, out=name)
     for module in modules:
         *module._merged, (_, former) = module._merged
         module._merged = tuple(module._merged)
@@ -86,7 +91,8 @@ def unmerge_(model: nn.Module, name: str = "default") -> None:
         else:
             for own, each in zip(_tensors(module, module.adapters[name]), former, strict=True):
                 own.copy_(each)
-    adapted.set_(model, {**adapted.active(model), name: 1.0})
+    for module, own in chosen:
+        module._active = own
 
 
 @torch.no_grad()
@@ -112,7 +118,7 @@ def to_sum_(model: nn.Module, name: str = "default", dtype: torch.dtype = torch.
         stored: StoredWeight = module.weight
         terms = stored.spec.terms if isinstance(stored.spec, Sum) else (stored.spec,)
         tensors = (*stored.spec.unpack(*stored.tensors()), left.to(dtype), right.to(dtype))
-        _put(module, StoredWeight(Sum(*terms, term), tensors, stored.dtype))
+        put_(module, StoredWeight(Sum(*terms, term), tensors, stored.dtype))
         adapted.detach(module, name)
     return tuple(chosen)
 
@@ -153,6 +159,10 @@ def _check(model: nn.Module, path: str, module: Any, adapter: Adapter, requantiz
         raise ValueError(
             f"{path} is stored as {module.weight.spec}, which no rounding makes: to_sum_ adds a term to it"
         )
+    if isinstance(module.weight.spec, Sparse):
+        raise ValueError(
+            f"{path} is stored as {module.weight.spec}, whose zeros have no place for a sum: to_sum_ adds a term to it"
+        )
     if not requantize:
         raise ValueError(
             f"{path} is stored as {module.weight.spec}, and adding to it rounds it anew: ask for that with "
@@ -178,15 +188,8 @@ def _add_(module: Any, adapter: Adapter) -> tuple[float, float] | None:
         dense_rows(module).copy_(merged)
         return None
     spec, before = module.weight.spec, matrix(module)
-    _put(module, StoredWeight(spec, spec.encode(merged), module.weight.dtype))
+    put_(module, StoredWeight(spec, spec.encode(merged), module.weight.dtype))
     if isinstance(spec, Dense):
         return None
     lost, update = (matrix(module) - merged).norm().item(), (merged - before).norm().item()
     return lost / max(merged.norm().item(), 1e-30), lost / max(update, 1e-30)
-
-
-def _put(module: Any, stored: StoredWeight) -> None:
-    """The layer's weight is `stored` from now on, packed where the former one was."""
-    if module.weight.is_packed:
-        stored.pack_()
-    module.weight = stored

@@ -109,11 +109,18 @@ class VeRA(Method):
     initial: float = 0.1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.initial):
+            raise ValueError(f"vera: initial={self.initial!r}; a finite number is needed")
+        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**64:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"vera: seed={self.seed!r}; a whole number of 64 bits, as PyTorch takes it, is needed")
+
 
 @final
 @dataclass(frozen=True)
 class Bottleneck(Method):
-    """A narrow network beside a layer: f(z) = s·U·φ(D·z + d) + u with D [width, ·], `activation` φ and `factor` s.
+    """A narrow network beside a layer: f(z) = s·(U·φ(D·z + d) + u), D [width, ·], `activation` φ, `factor` s.
 
     `serial` (Houlsby et al., arXiv 1902.00751) adds f(y) to the layer's output y; `parallel` (He et al.,
     arXiv 2110.04366) adds f(x) of its input. U and u begin as 0, so nothing changes at first.
@@ -129,6 +136,8 @@ class Bottleneck(Method):
         super().__post_init__()
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"bottleneck: activation={self.activation!r}; one of {', '.join(ACTIVATIONS)} is needed")
+        if not math.isfinite(self.factor):
+            raise ValueError(f"bottleneck: factor={self.factor!r}; a finite number is needed")
 
 
 KNOWN: dict[str, type[Method]] = {"lora": LoRA, "dora": DoRA, "vera": VeRA, "bottleneck": Bottleneck}

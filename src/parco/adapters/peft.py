@@ -84,8 +84,10 @@ def config_of(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, An
             "projection_prng_key": method.seed,
             "save_projection": True,
         }
-    else:
+    elif isinstance(method, Bottleneck):
         config |= {"peft_type": _BOTTLENECK, "method": str(method)}
+    else:
+        raise AssertionError(f"{method}: nothing says how its files are written")
     return dict(sorted(config.items()))
 
 
@@ -99,7 +101,7 @@ def tensors_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
         for name, tensor in adapter.state_dict().items():
             found[f"{PREFIX}{path}.{_SUFFIXES.get(name, name)}"] = tensor
         if isinstance(adapter, VectorBased):
-            found |= {SHARED["vera_A"]: adapter.vera_A, SHARED["vera_B"]: adapter.vera_B}
+            found |= {SHARED[name]: tensor for name, tensor in adapter.shared.named_buffers()}
     return {name: tensor.detach().contiguous() for name, tensor in sorted(found.items())}
 
 
@@ -170,14 +172,23 @@ def sorted_names(
             continue
         name = full.removeprefix(PREFIX)
         suffix = next((each for each in _PARAMETERS if name.endswith(f".{each}")), None)
-        owner, _, leaf = name.rpartition(".")
-        if full.startswith(PREFIX) and any(ends(owner, each) for each in wanted):
-            modules.setdefault(owner, {})[leaf] = full
+        copied = _copied(name, wanted)
+        if full.startswith(PREFIX) and copied is not None:
+            modules.setdefault(copied, {})[name.removeprefix(f"{copied}.")] = full
         elif full.startswith(PREFIX) and suffix is not None:
             layers.setdefault(name.removesuffix(f".{suffix}"), {})[_PARAMETERS[suffix]] = full
         else:
             raise ValueError(f"{where}: tensor {full!r} is no part of an adapter of linear layers that is known here")
     return layers, modules
+
+
+def _copied(name: str, wanted: tuple[str, ...]) -> str | None:
+    """The module copied whole that holds this parameter, at whatever depth: the outermost whose name ends in one of
+    `wanted`.
+    """
+    parts = name.split(".")
+    above = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((path for path in above if any(ends(path, each) for each in wanted)), None)
 
 
 def _shortest(model: nn.Module, names: Iterable[str]) -> list[str]:

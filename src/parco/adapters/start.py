@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from parco.adapters.adapted import Adapted
-from parco.adapters.layers import Adapter, LowRank
+from parco.adapters.layers import Adapter, LowRank, put_
 from parco.adapters.methods import Factors, Method
 from parco.fitting.observe import Moments
 from parco.nn import StoredWeight, tied
@@ -29,14 +29,13 @@ def prepare(model: nn.Module, methods: Mapping[str, Method], inputs: Iterable[An
     """What sets the adapters of these layers to their beginning, as their methods say. Raises ValueError where one
     cannot have it.
     """
-    inits = {name: method.init for name, method in methods.items() if isinstance(method, Factors)}
+    inits = _inits(methods)
     modules = dict(model.named_modules())
     for name, init in inits.items():
-        if init in ("pissa", "loftq"):
-            _check_own(model, name, modules[name], init)
-        if init == "pissa" and isinstance(modules[name], Linear):
-            raise ValueError(f"init=pissa takes the matrix of {name} apart, which is no dense one of PyTorch's")
+        if init == "pissa":
+            _check_dense(model, name, modules[name])
         if init == "loftq":
+            _check_own(model, name, modules[name], init)
             check_correction(name, modules[name], methods[name])
     watched = [name for name, init in inits.items() if init == "eva"]
     seen = _inputs(model, watched, inputs) if watched else {}
@@ -54,6 +53,32 @@ def prepare(model: nn.Module, methods: Mapping[str, Method], inputs: Iterable[An
     return begin
 
 
+def check_loaded(model: nn.Module, methods: Mapping[str, Method]) -> None:
+    """Raises ValueError unless trained adapters of these methods fit the layers: pissa's a dense matrix that nobody
+    else computes with, loftq's one in few bits without its correction, which is in the adapter.
+    """
+    modules = dict(model.named_modules())
+    for name, init in _inits(methods).items():
+        if init == "pissa":
+            _check_dense(model, name, modules[name])
+        if init == "loftq" and (_corrected(modules[name], methods[name]) or not _in_few_bits(modules[name])):
+            raise ValueError(
+                f"init=loftq: the adapter holds what rounding {name} to few bits lost, which its matrix here has "
+                "already: give the base that it was trained over, its matrices in few bits and without the correction"
+            )
+
+
+def _inits(methods: Mapping[str, Method]) -> dict[str, str]:
+    return {name: method.init for name, method in methods.items() if isinstance(method, Factors)}
+
+
+def _check_dense(model: nn.Module, name: str, layer: Any) -> None:
+    """PiSSA's matrix is to be one of PyTorch's and the layer's own."""
+    _check_own(model, name, layer, "pissa")
+    if isinstance(layer, Linear):
+        raise ValueError(f"init=pissa takes the matrix of {name} apart, which is no dense one of PyTorch's")
+
+
 def _check_own(model: nn.Module, name: str, layer: Any, init: str) -> None:
     """The matrix is to be changed: nobody else may compute with it."""
     shared = [each for each in tied(model, name) if each != name]
@@ -66,31 +91,40 @@ def _check_own(model: nn.Module, name: str, layer: Any, init: str) -> None:
 @torch.no_grad()
 def principal_(layer: Any, adapter: LowRank) -> None:
     """PiSSA: s·B·A becomes the best matrix of its rank for W, each factor with the roots of the singular values, and W
-    what is left. By PyTorch's SVD in fp32, as PEFT does, so that either finds the other's W again.
+    what is left; it loses the product of the factors before these are rounded to their dtype. By PyTorch's SVD in fp32,
+    as PEFT does, so that either finds the other's W again.
     """
     method = adapter.method
     weight = dense_rows(layer)
     left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
     root = (values[: method.rank] / method.scale).sqrt()
-    adapter.lora_A.copy_(root[:, None] * right[: method.rank])
-    adapter.lora_B.copy_(left[:, : method.rank] * root)
-    product = adapter.lora_B.float() @ adapter.lora_A.float()
-    weight.copy_(weight.float() - method.scale * product)
+    a, b = root[:, None] * right[: method.rank], left[:, : method.rank] * root
+    adapter.lora_A.copy_(a)
+    adapter.lora_B.copy_(b)
+    weight.copy_(weight.float() - method.scale * (b @ a))
 
 
 def check_correction(name: str, layer: Any, method: Method) -> None:
     """Raises ValueError unless the layer's weight ends in a low-rank term of dense factors of the method's rank."""
-    spec = layer.weight.spec if isinstance(layer, Linear) else None
-    term = spec.terms[-1] if isinstance(spec, Sum) else None
     assert isinstance(method, Factors)
-    fits = isinstance(term, LowRankWeight) and term.rank == method.rank
-    parts = term.parts().values() if term is not None else ()
-    if not (fits and all(isinstance(part, Dense) for part in parts)):
+    if not _corrected(layer, method):
         raise ValueError(
             f"init=loftq takes over the low-rank correction of a weight in few bits, and {name} has none of rank "
             f"{method.rank}: convert the model first, as in parco.convert_(model, parco.Quantize('nf4:64') + "
             f"parco.Factor(rank={method.rank}))"
         )
+
+
+def _corrected(layer: Any, method: Method) -> bool:
+    spec = layer.weight.spec if isinstance(layer, Linear) else None
+    term = spec.terms[-1] if isinstance(spec, Sum) else None
+    if not (isinstance(term, LowRankWeight) and isinstance(method, Factors) and term.rank == method.rank):
+        return False
+    return all(isinstance(part, Dense) for part in term.parts().values())
+
+
+def _in_few_bits(layer: Any) -> bool:
+    return isinstance(layer, Linear) and not isinstance(layer.weight.spec, Dense)
 
 
 @torch.no_grad()
@@ -108,8 +142,7 @@ def _take_correction_(layer: Any, adapter: LowRank) -> None:
     adapter.lora_A.copy_(right / (balance * root))
     rest = spec.terms[:-1]
     tensors = spec.unpack(*stored.tensors())[:-count]
-    kept = StoredWeight(rest[0] if len(rest) == 1 else Sum(*rest), tensors, stored.dtype)
-    layer.weight = kept.pack_() if stored.is_packed else kept
+    put_(layer, StoredWeight(rest[0] if len(rest) == 1 else Sum(*rest), tensors, stored.dtype))
 
 
 @torch.no_grad()
