@@ -77,9 +77,11 @@ class Embedding(torch.nn.Module):
 
 def kind_of(module: torch.nn.Module) -> type[torch.nn.Module]:
     """The module's class, before `fuse_`, `training.prepare_` or `adapters.add_` gave it a subclass where they did, of
-    which fully_shard may have made another.
+    which fully_shard may have made another. A subclass that somebody else made of theirs is a class of its own.
     """
-    return getattr(type(module), "_original", type(module))
+    kind = type(module)
+    sharded = kind.__bases__[0].__name__ == "FSDPModule"
+    return (kind.__bases__[-1] if sharded else kind).__dict__.get("_original", kind)
 
 
 def carries_adapters(module: torch.nn.Module) -> bool:
