@@ -38,7 +38,7 @@ class KilledAfter(Silent):
         self.trains = False
 
     def stage(self, name: str, total: int | None = None) -> None:
-        self.trains = name.startswith("train")
+        self.trains = name.startswith(("train", "tune"))
 
     def advance(self, n: int = 1) -> None:
         self.left -= n if self.trains else 0

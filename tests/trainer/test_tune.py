@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.hub import tiny
+from tests.trainer.test_run import Killed, KilledAfter
 
 from parco import adapters, hub
 from parco.cli import main
@@ -20,26 +21,6 @@ from parco.trainer import TuneSettings, method_of, packing, tune
 from parco.trainer.pages import remake
 from parco.trainer.tuner import TRAINED
 from parco.trainer.windows import collate, split
-
-
-class Killed(BaseException):
-    pass
-
-
-class KilledAfter(Silent):
-    """Ends the process, as far as a test can, after so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-        self.trains = False
-
-    def stage(self, name: str, total: int | None = None) -> None:
-        self.trains = name.startswith("tune")
-
-    def advance(self, n: int = 1) -> None:
-        self.left -= n if self.trains else 0
-        if self.left < 0:
-            raise Killed
 
 
 @pytest.fixture(scope="session")

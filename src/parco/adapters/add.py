@@ -17,7 +17,7 @@ from parco.adapters.methods import Factors, Method, VeRA, parse
 from parco.adapters.targets import Targets, by_pattern, check_patterns, chosen, modules_named
 from parco.nn import StoredWeight
 from parco.nn.parts import shape
-from parco.nn.saved import describe, stored_parameters
+from parco.nn.saved import numbers
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,7 @@ def added(
 ) -> Added:
     """What was put into `model`."""
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    inside = {id(each) for _, each in stored_parameters(model)}
-    total = sum(each.numel() for each in model.parameters() if id(each) not in inside)
-    total += sum(math.prod(spec.shape) for spec in describe(model).weights.values())
-    return Added(name, dict(methods), tuple(copies), trained, total, dict(left))
+    return Added(name, dict(methods), tuple(copies), trained, numbers(model), dict(left))
 
 
 def check_copies(modules: Mapping[str, nn.Module], copies: Sequence[str], layers: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from parco.cli import terminal
+from parco.cli import schedule, terminal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,26 +68,21 @@ def train(
     ] = None,
     seeds: Annotated[int, typer.Option(metavar="N", help="With --compare: seeds that each recipe runs with.")] = 1,
     batch: Annotated[int, typer.Option(metavar="N", help="Windows per step, over all ranks.")] = 8,
-    accumulate: Annotated[int, typer.Option(metavar="N", help="Passes in which a step's windows go.")] = 1,
-    seq: Annotated[int, typer.Option(metavar="N", help="Tokens per window.")] = 512,
+    accumulate: schedule.Accumulate = 1,
+    seq: schedule.Seq = 512,
     lr: Annotated[
         float | None,
         typer.Option(
             metavar="RATE", show_default=False, help="Greatest learning rate. Default: 1e-3 for new weights, else 2e-5."
         ),
     ] = None,
-    warmup: Annotated[
-        int | None,
-        typer.Option(metavar="N", show_default=False, help="Steps in which the rate rises. Default: 2% of them."),
-    ] = None,
-    weight_decay: Annotated[float, typer.Option(metavar="RATE", help="Of matrices, not of norms and biases.")] = 0.1,
+    warmup: schedule.Warmup = None,
+    weight_decay: schedule.WeightDecay = 0.1,
     weights: Annotated[
         str, typer.Option(metavar="fp32|bf16", help="What weights are kept in; bf16 ones are rounded stochastically.")
     ] = "fp32",
-    states: Annotated[str, typer.Option(metavar="fp32|8bit", help="What AdamW's moments are kept in.")] = "fp32",
-    tokenizer: Annotated[
-        str | None, typer.Option(metavar="DIR", show_default=False, help="Default: the one beside the model.")
-    ] = None,
+    states: schedule.States = "fp32",
+    tokenizer: schedule.Tokenizer = None,
     watch_every: Annotated[
         int,
         typer.Option(metavar="N", help="Steps between looks at what each layer's formats lose; 0 for none."),
@@ -99,16 +94,14 @@ def train(
         int | None,
         typer.Option(metavar="N", show_default=False, help="Steps between looks at the held-out text. Default: 10%."),
     ] = None,
-    save_every: Annotated[
-        int | None, typer.Option(metavar="N", show_default=False, help="Steps between checkpoints. Default: 10%.")
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of every random draw.")] = 0,
+    save_every: schedule.SaveEvery = None,
+    seed: schedule.Seed = 0,
     shard: Annotated[bool, typer.Option("--shard", help="Under torchrun: FSDP2 instead of DDP.")] = False,
     tensorboard: Annotated[
         bool,
         typer.Option("--tensorboard", help="Log and readings to --out/tensorboard too, in TensorBoard's files."),
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    resume: schedule.Resume = False,
     as_json: terminal.Json = False,
     debug: terminal.Debug = False,
 ) -> None:

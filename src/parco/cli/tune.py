@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from parco.cli import terminal
+from parco.cli import schedule, terminal
 from parco.cli.train import show
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ def tune(
         int | None, typer.Option(metavar="N", show_default=False, help="Optimizer steps, instead of --epochs.")
     ] = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Windows per step.")] = 8,
-    accumulate: Annotated[int, typer.Option(metavar="N", help="Passes in which a step's windows go.")] = 1,
-    seq: Annotated[int, typer.Option(metavar="N", help="Tokens per window.")] = 512,
+    accumulate: schedule.Accumulate = 1,
+    seq: schedule.Seq = 512,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -108,27 +108,20 @@ def tune(
             "full.",
         ),
     ] = None,
-    warmup: Annotated[
-        int | None,
-        typer.Option(metavar="N", show_default=False, help="Steps in which the rate rises. Default: 2% of them."),
-    ] = None,
-    weight_decay: Annotated[float, typer.Option(metavar="RATE", help="Of matrices, not of norms and biases.")] = 0.0,
-    states: Annotated[str, typer.Option(metavar="fp32|8bit", help="What AdamW's moments are kept in.")] = "fp32",
+    warmup: schedule.Warmup = None,
+    weight_decay: schedule.WeightDecay = 0.0,
+    states: schedule.States = "fp32",
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Compute blocks twice instead of keeping what is inside them.")
     ] = False,
-    tokenizer: Annotated[
-        str | None, typer.Option(metavar="DIR", show_default=False, help="Default: the one beside the model.")
-    ] = None,
+    tokenizer: schedule.Tokenizer = None,
     eval_every: Annotated[
         int | None,
         typer.Option(metavar="N", show_default=False, help="Steps between looks at what is held out. Default: 10%."),
     ] = None,
-    save_every: Annotated[
-        int | None, typer.Option(metavar="N", show_default=False, help="Steps between checkpoints. Default: 10%.")
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of every random draw.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    save_every: schedule.SaveEvery = None,
+    seed: schedule.Seed = 0,
+    resume: schedule.Resume = False,
     as_json: terminal.Json = False,
     debug: terminal.Debug = False,
 ) -> None:

@@ -9,6 +9,7 @@ prints before it refuses."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -129,6 +130,13 @@ def clashing_names(weights: dict[str, str]) -> dict[str, str]:
         else:
             found[expert[1]] = f"{found[expert[1]]}\n{text}" if expert[1] in found else text
     return found
+
+
+def numbers(model: torch.nn.Module) -> int:
+    """How many numbers `model` is made of, however its matrices are stored; what is shared counts once."""
+    inside = {id(parameter) for _, parameter in stored_parameters(model)}
+    plain = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    return plain + sum(math.prod(spec.shape) for spec in describe(model).weights.values())
 
 
 def stored_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -29,7 +29,7 @@ from parco.trainer.tensorboard import TensorBoard
 from parco.trainer.tensorboard import check as check_tensorboard
 from parco.trainer.trainer import Trainer
 from parco.trainer.watching import Watching
-from parco.trainer.windows import collate, split
+from parco.trainer.windows import Split, collate, split
 from parco.training import fuse_loss_, prepare_
 
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -90,12 +90,7 @@ def run(
     memory.before()
     model, tokenizer = _model(settings)
     texts = split(settings.data, settings.held, tokenizer, settings.seq, progress)
-    least = settings.batch // settings.accumulate
-    if len(texts.train) < least:
-        raise ValueError(
-            f"--data gives {len(texts.train)} windows to train on, and a pass takes {least}: give more text, or a "
-            "smaller --batch or --seq"
-        )
+    check_windows(texts, settings)
     made_of = {"text": texts.digest, "model": folder.digest_of(model.config)}
     prepared = prepare_(model, settings.recipe)
     layers = f"{prepared}\n{fuse(model)}"
@@ -209,6 +204,16 @@ def _model(settings: Settings) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer or beside, local_files_only=True)
     check_model(model, tokenizer, settings.seq, f"--model {given}")
     return model, tokenizer
+
+
+def check_windows(texts: Split, settings: Schedule) -> None:
+    """Raises ValueError where there are fewer windows to train on than a pass takes."""
+    least = settings.batch // settings.accumulate
+    if len(texts.train) < least:
+        raise ValueError(
+            f"--data gives {len(texts.train)} windows to train on, and a pass takes {least}: give more text, or a "
+            "smaller --batch or --seq"
+        )
 
 
 def check_model(model: Any, tokenizer: Any, length: int, named: str) -> None:

@@ -21,14 +21,15 @@ from parco.adapters.methods import KNOWN
 from parco.adapters.targets import ALL_LINEAR
 from parco.fitting.convert import convert_
 from parco.fitting.stages import Progress, write_json, write_whole
-from parco.nn import StoredWeight, linears
+from parco.nn import linears
 from parco.nn.linear import Linear
+from parco.nn.saved import numbers
 from parco.report import curves
 from parco.trainer import cached, disk, examples, folder, memory, packing
 from parco.trainer.gaps import gaps
 from parco.trainer.meter import Meter, flops_per_token
 from parco.trainer.result import RunResult, begun, finished
-from parco.trainer.run import check_model, fuse, train
+from parco.trainer.run import check_model, check_windows, fuse, train
 from parco.trainer.settings import Schedule, arguments, check_libraries
 from parco.trainer.tuner import Best, Tuner
 from parco.trainer.windows import Split, collate, split
@@ -161,7 +162,7 @@ def tune(settings: TuneSettings, out: Path, progress: Progress, *, resume: bool 
     caches = getattr(model.config, "use_cache", None)
     texts = _texts(settings, model, tokenizer, progress)
     made_of = {"data": texts.digest, "model": fingerprint}
-    size, flops = _size(model), flops_per_token(model, settings.seq, frozen=settings.method != FULL)
+    size, flops = numbers(model), flops_per_token(model, settings.seq, frozen=settings.method != FULL)
     layers = _prepare_(settings, model, texts)
     steps = settings.steps_of(len(texts.train))
     fresh = not list(out.glob("checkpoint-*"))
@@ -238,12 +239,7 @@ def _texts(settings: TuneSettings, model: Any, tokenizer: Any, progress: Progres
             f"{settings.model}: in a {type(model).__name__} examples of one window see one another: give --no-packing"
         )
     texts = split(settings.data, settings.held, tokenizer, settings.seq, progress, read, MOST_HELD)
-    least = settings.batch // settings.accumulate
-    if len(texts.train) < least:
-        raise ValueError(
-            f"--data gives {len(texts.train)} windows to train on, and a pass takes {least}: give more text, or a "
-            "smaller --batch or --seq"
-        )
+    check_windows(texts, settings)
     counts = cached.counts_of(texts.train)
     if counts:
         progress.note(
@@ -276,14 +272,6 @@ def _inputs(settings: TuneSettings, texts: Split) -> list[Any]:
     rows = settings.batch // settings.accumulate
     seen = texts.train.select(range(min(SEEN * rows, len(texts.train))))
     return [{"input_ids": row["input_ids"][None].long()} for row in seen]
-
-
-def _size(model: Any) -> int:
-    """The numbers that a model is made of, however its matrices are stored."""
-    stored = [module for module in model.modules() if isinstance(module, StoredWeight)]
-    packed = {id(parameter) for module in stored for parameter in module.parameters()}
-    plain = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in packed)
-    return plain + sum(math.prod(module.shape) for module in stored)
 
 
 def _result(

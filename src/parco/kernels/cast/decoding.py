@@ -111,6 +111,19 @@ def element_values(element: Element) -> Tensor:
     return from_codes(torch.arange(1 << element.bits, dtype=torch.int32, device="cpu"), element)
 
 
+def layout(form: Format, columns: int) -> dict[str, int]:
+    """What the compiled kernels are told of the codes of a matrix of `columns` in a format that is not dense."""
+    element, group = form.element, max(1, min(form.block.columns or columns, columns))
+    return {
+        "values": element_values(element).data_ptr(),
+        "group": group,
+        "scale_stride": -(-columns // group),
+        "bits": form.bits,
+        "offset": element.offset if isinstance(element, Integer) else 0,
+        "pattern": 1 if isinstance(element, Integer) else PATTERNS.get(element, 0),
+    }
+
+
 def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
     def run(
         codes: Tensor,
@@ -122,32 +135,24 @@ def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
         dtype: torch.dtype,
     ) -> Tensor:
         form = Format.parse(format)
-        element = form.element
         codes = codes.contiguous()
         scale = None if scale is None else scale.contiguous()
         zero = None if zero is None else zero.contiguous()
-        values = element_values(element)
         rows = codes.shape[0]
-        group = max(1, min(form.block.columns or columns, columns))
         numbers = torch.empty(rows, columns, dtype=dtype)
         function(
             codes=codes.data_ptr(),
-            values=values.data_ptr(),
             scale=0 if scale is None else scale.data_ptr(),
             zero=0 if zero is None else zero.data_ptr(),
             factor=0 if global_scale is None else global_scale.data_ptr(),
             y=numbers.data_ptr(),
             rows=rows,
             columns=columns,
-            group=group,
             block_rows=form.block.rows or max(rows, 1),
-            scale_stride=-(-columns // group),
-            bits=form.bits,
-            offset=element.offset if isinstance(element, Integer) else 0,
-            pattern=1 if isinstance(element, Integer) else PATTERNS.get(element, 0),
             y_type=TYPES[dtype],
             scale_type=scale_type(form, scale),
             threads=torch.get_num_threads(),
+            **layout(form, columns),
         )
         return numbers
 

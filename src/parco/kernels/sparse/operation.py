@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from parco import _C, machine
-from parco.formats import Format, Integer
+from parco.formats import Format
 from parco.kernels.cast.codes import check_given
-from parco.kernels.cast.decoding import PATTERNS, element_values
+from parco.kernels.cast.decoding import layout
 from parco.kernels.library import TYPES, check_float, differentiate, number_of_scales
 
 EXPANDED = 1 << 24
@@ -82,16 +82,10 @@ def codes(format: str, kept: int, scale_dtype: torch.dtype | None) -> _C.SparseC
     form = Format.parse(format)
     if form.is_dense:
         return None
-    element, group = form.element, max(1, min(form.block.columns or kept, kept))
     return _C.SparseCodes(
-        values=element_values(element).data_ptr(),
-        group=group,
         block_rows=form.block.rows or 1 << 62,
-        scale_stride=-(-kept // group),
-        bits=form.bits,
-        offset=element.offset if isinstance(element, Integer) else 0,
-        pattern=1 if isinstance(element, Integer) else PATTERNS.get(element, 0),
         scale_type=number_of_scales(form, scale_dtype),
+        **layout(form, kept),
     )
 
 
