@@ -7,21 +7,18 @@ anything). `make` commands are only looked up: the continuous integration runs t
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from tests.docs.page import ROOT, Page
 from tests.report import example
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import parco.hub
 
-ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
@@ -68,35 +65,26 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(page: Path, folder: Path, model_folder: Path) -> subprocess.CompletedProcess[str]:
-    """The page's blocks as one program, in a process of its own."""
+def prepare(page: Path, folder: Path, model_folder: Path) -> None:
+    """Puts what a reader of the page is told to bring into the folder."""
     (folder / "my-model").symlink_to(model_folder)
     (folder / "my-text.txt").write_text((parco.hub.embedded_path() / "heldout.txt").read_text()[:24_000])
     if "--out fitted" not in page.read_text():
         (folder / "fitted").mkdir()
         (folder / "fitted" / "result.json").write_text(json.dumps(example.result()))
-    program = "\n".join(
-        f"run_{block.language}({block.body!r}, {f'{page.relative_to(ROOT)}:{block.line}'!r})"
-        for block in runnable(page)
-    )
-    (folder / "page.py").write_text(f"{Path(__file__).with_name('page_program.py').read_text()}\n{program}\n")
-    return subprocess.run(
-        [sys.executable, "page.py", str(ROOT)],
-        cwd=folder,
-        # One thread: the model is so small that more of them only wait for each other.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if runnable(page)], ids=lambda page: str(page.relative_to(ROOT))
 )
 def test_every_code_block_runs(page: Path, model_folder: Path, tmp_path: Path) -> None:
-    ran = run(page, tmp_path, model_folder)
-    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
+    prepare(page, tmp_path, model_folder)
+    running = Page(tmp_path)
+    run = {"python": running.python, "console": running.console}
+    for block in runnable(page):
+        complaint = run[block.language](block.body, f"{page.relative_to(ROOT)}:{block.line}")
+        assert complaint is None, complaint
+    running.close()
 
 
 def test_every_code_block_is_of_a_language_that_is_looked_at() -> None:

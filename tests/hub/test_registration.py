@@ -14,7 +14,7 @@ from parco import hub
 
 HOOKED = """
 import sys, parco
-assert "transformers" not in sys.modules
+assert "transformers" not in sys.modules and "torch._dynamo" not in sys.modules  # which take seconds to import
 assert any(type(finder).__module__ == "parco.hub.registration" for finder in sys.meta_path)
 parco.hub.register()
 import transformers

@@ -3,6 +3,8 @@
 `Library.define` and `impl` cost about a third of the `custom_op` decorator per call, which shows on small models.
 """
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -127,5 +129,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def graph_break(function: F) -> F:
-    """`function` behind a break of torch.compile's graph, with its own type."""
-    return cast(F, torch.compiler.disable(function))
+    """`function` behind a break of torch.compile's graph, with its own type.
+
+    The compiler is not imported for it, which takes longer than all else that `import parco` does: where nobody has
+    imported it, nobody compiles.
+    """
+    outside: list[F] = []
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        if not torch.compiler.is_compiling() and "torch._dynamo" not in sys.modules:
+            return function(*arguments, **options)
+        if not outside:
+            outside.append(cast(F, torch.compiler.disable(function)))
+        return outside[0](*arguments, **options)
+
+    return cast(F, call)
