@@ -1,6 +1,7 @@
 """In and out: models and tokenizers from folders and from the Hugging Face hub, and fitted ones as folders that
 Transformers loads, or as files for llama.cpp."""
 
+from parco.hub.compressed import save_compressed
 from parco.hub.dense import save_dense
 from parco.hub.gguf import save_gguf
 from parco.hub.load import Loaded, load
@@ -18,6 +19,7 @@ __all__ = [
     "refuse_foreign",
     "register",
     "save",
+    "save_compressed",
     "save_dense",
     "save_gguf",
 ]

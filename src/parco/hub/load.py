@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from parco.hub import checks
+from parco.hub import checks, foreign
+from parco.hub.compressed import CompressedTensors
 from parco.nn import linears
 from parco.nn.saved import memory_of
 
@@ -28,24 +29,29 @@ if TYPE_CHECKING:
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _PICKLED_FILES = ["pytorch_model*.bin"]
+LAYOUTS: dict[str, Callable[[dict[str, Any]], foreign.Layout]] = {"compressed-tensors": CompressedTensors}
+"""Quantization methods of other libraries, and what reads their matrices."""
+
 _OTHER_FILES = ["*/*", "consolidated*"]  # the same weights again, in other libraries' formats
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode, its tokenizer, the folder they came from, and the folder's fingerprint (sha256,
-    hexadecimal)."""
+    """A model in evaluation mode, its tokenizer, the folder they came from, the folder's fingerprint (sha256,
+    hexadecimal), and what the library that quantized it computes otherwise than parco does."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     path: Path
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
 
 def load(
     name_or_path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, low_memory: bool = True
 ) -> Loaded:
-    """The model in a folder, dense or fitted by parco, or of a name `owner/name` on the Hugging Face hub.
+    """The model in a folder, or of a name `owner/name` on the Hugging Face hub: dense, fitted by parco, or quantized by
+    compressed-tensors, GPTQ or AWQ, whose codes and scales are kept.
 
     dtype: a floating torch dtype or its name; None keeps the checkpoint's (bf16 stays bf16). low_memory: weights stay
     memory-mapped in their file where their dtype is kept; False copies them into memory, so that the file may change
@@ -59,12 +65,18 @@ def load(
     linear layers, an unknown dtype."""
     wanted = _dtype(dtype)
     folder = _resolve(name_or_path)
-    checks.check_folder(folder)
+    settings = checks.check_folder(folder)
     checks.check_tokenizer(folder)
     files = checks.weight_files(folder)
     checks.check_finite(files)
+    layout = _layout(folder, settings)
+    notes: tuple[str, ...] = ()
+    if layout is None:
+        with _quietly(folder):
+            model = _load_model(folder, wanted)
+    else:
+        model, notes = _load_foreign(folder, files, layout, wanted)
     with _quietly(folder):
-        model = _load_model(folder, wanted)
         tokenizer = _load_tokenizer(folder)
     if any(file.suffix != ".safetensors" for file in files):
         checks.check_finite_tensors(iter(model.state_dict().items()), str(folder))
@@ -75,7 +87,7 @@ def load(
         )
     if not low_memory:
         _own(model)
-    return Loaded(model, tokenizer, folder, checks.fingerprint(folder))
+    return Loaded(model, tokenizer, folder, checks.fingerprint(folder), notes)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
@@ -117,7 +129,11 @@ def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     found: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, trust_remote_code=False, weights_only=True, output_loading_info=True
     )
-    model, info = found
+    return _complete(folder, *found)
+
+
+def _complete(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> PreTrainedModel:
+    """The model in evaluation mode. Raises ValueError where the files lacked a tensor."""
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -125,6 +141,36 @@ def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
             " first: copy or download it again"
         )
     return model.eval()
+
+
+def _layout(folder: Path, settings: dict[str, Any]) -> foreign.Layout | None:
+    """How another library stored the folder's matrices; None for one that Transformers reads, parco's own included.
+    ValueError, naming the folder, for a variant that parco does not read.
+    """
+    quantized: dict[str, Any] = settings.get("quantization_config") or {}
+    made = LAYOUTS.get(str(quantized.get("quant_method")))
+    try:
+        return None if made is None else made(quantized)
+    except ValueError as error:
+        raise ValueError(f"{str(folder)!r} cannot be read: {error}") from error
+
+
+def _load_foreign(
+    folder: Path, files: list[Path], layout: foreign.Layout, dtype: torch.dtype | str
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model that another library quantized, and what that library computes otherwise."""
+    from transformers import AutoConfig, GenerationConfig
+
+    with _quietly(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        bare = foreign.plain(config)
+    found = foreign.read(files, layout, bare)
+    computed: Any = config.dtype or torch.get_default_dtype() if dtype == "auto" else dtype
+    with _quietly(folder):
+        model = _complete(folder, *foreign.build(found, config, computed))
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model, found.notes
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
