@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from parco.formats import Format, Integer, ScaleE4M3
 from parco.hub import schemes
-from parco.hub.foreign import Matrix, plain
+from parco.hub.foreign import Matrix, given, plain, shaped
 from parco.hub.save import refuse_foreign, whole, write_settings, write_weights
 from parco.hub.schemes import Scheme
 from parco.kernels.cast import pack, unpack
@@ -70,7 +70,7 @@ class CompressedTensors:
             raise ValueError(f"{next(iter(parts))}: config.json says that this layer is not quantized")
         if where.kind not in ("linear", "embedding"):
             raise ValueError(f"{next(iter(parts))}: the layer is a {type(where.module).__name__}, and no Linear")
-        spec = Quantized(schemes.format_of(scheme.weights, _given(parts, _SCALE).dtype), where.shape)
+        spec = Quantized(schemes.format_of(scheme.weights, given(parts, _SCALE).dtype), where.shape)
         tensors = _tensors(spec, parts, scheme.format == schemes.INT_PACKED)
         return Matrix(spec, tuple(tensors[part] for part in spec.tensors()), self._product(spec, scheme))
 
@@ -94,21 +94,6 @@ class CompressedTensors:
         return *rounded, *self._others
 
 
-def _given(parts: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in parts:
-        raise ValueError(f"{name}: the file has {', '.join(sorted(parts))} of this layer, and not this one")
-    return parts[name]
-
-
-def _shaped(parts: Mapping[str, Tensor], name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-    """The tensor, if it is of this shape and one of these dtypes; ValueError if not."""
-    found = _given(parts, name)
-    if tuple(found.shape) != shape or found.dtype not in dtypes:
-        wanted = " or ".join(map(str, dtypes))
-        raise ValueError(f"{name}: it is {found.dtype} {tuple(found.shape)}, and must be {wanted} {shape}")
-    return found
-
-
 def _tensors(spec: Quantized, parts: Mapping[str, Tensor], packed: bool) -> dict[str, Tensor]:
     """A module's tensors as parco stores them; `packed` says whether integers are."""
     form, (rows, columns) = spec.format, spec.shape
@@ -118,7 +103,7 @@ def _tensors(spec: Quantized, parts: Mapping[str, Tensor], packed: bool) -> dict
     if "weight_g_idx" in parts and not is_in_order(parts["weight_g_idx"], form, columns):
         raise ValueError("weight_g_idx: its groups are no neighbouring columns; quantize without actorder='group'")
     found = {"codes": _codes(form, parts, rows, columns, packed)}
-    scale = _given(parts, _SCALE)
+    scale = given(parts, _SCALE)
     if scale.numel() != counts[0] * counts[1]:
         raise ValueError(f"{_SCALE}: it is {tuple(scale.shape)}, and {form} of {rows}x{columns} has {counts}")
     if isinstance(form.scale, ScaleE4M3) and scale.dtype != torch.float8_e4m3fn:
@@ -126,7 +111,7 @@ def _tensors(spec: Quantized, parts: Mapping[str, Tensor], packed: bool) -> dict
     found["scale"] = scale.reshape(counts)
     if isinstance(form.scale, ScaleE4M3):
         found["scale"] = found["scale"].view(torch.uint8)
-        found["global_scale"] = 1 / _shaped(parts, _GLOBAL, (1,), torch.float32)
+        found["global_scale"] = 1 / shaped(parts, _GLOBAL, (1,), torch.float32)
     if form.is_asymmetric:
         found["zero"] = _zero(form, parts, rows, counts, packed)
     return {name: tensor.contiguous() for name, tensor in found.items()}
@@ -143,25 +128,25 @@ def _codes(form: Format, parts: Mapping[str, Tensor], rows: int, columns: int, p
     nbytes = -(-columns * bits // 8)
     if isinstance(element, Integer):
         if packed:
-            words = _shaped(parts, _PACKED, (rows, -(-columns * bits // 32)), torch.int32)
+            words = shaped(parts, _PACKED, (rows, -(-columns * bits // 32)), torch.int32)
             return words.contiguous().view(torch.uint8)[:, :nbytes]
-        integers = _shaped(parts, "weight", (rows, columns), torch.int8).to(torch.int16) + element.offset
+        integers = shaped(parts, "weight", (rows, columns), torch.int8).to(torch.int16) + element.offset
         if bool((integers < 0).any() or (integers >= element.codes).any()):
             raise ValueError(f"weight: integers of {bits} bits lie within ±{element.offset}; these do not")
         return pack(integers.to(torch.uint8), bits)
     if bits == 8:
-        return _shaped(parts, "weight", (rows, columns), torch.float8_e4m3fn).view(torch.uint8)
-    return _shaped(parts, _PACKED, (rows, nbytes), torch.uint8)
+        return shaped(parts, "weight", (rows, columns), torch.float8_e4m3fn).view(torch.uint8)
+    return shaped(parts, _PACKED, (rows, nbytes), torch.uint8)
 
 
 def _zero(form: Format, parts: Mapping[str, Tensor], rows: int, counts: tuple[int, int], packed: bool) -> Tensor:
     """The code that stands for 0, uint8 of the scales' shape."""
     assert isinstance(form.element, Integer)
     if packed:
-        words = _shaped(parts, _ZERO, (-(-rows * form.bits // 32), counts[1]), torch.int32)
+        words = shaped(parts, _ZERO, (-(-rows * form.bits // 32), counts[1]), torch.int32)
         stream = words.t().contiguous().view(torch.uint8)
         return unpack(stream[:, : -(-rows * form.bits // 8)], form.bits, rows).t()
-    zero = _given(parts, _ZERO)
+    zero = given(parts, _ZERO)
     if zero.numel() != counts[0] * counts[1]:
         raise ValueError(f"{_ZERO}: it is {tuple(zero.shape)}, and {form} has {counts}")
     return (zero.reshape(counts).to(torch.int16) + form.element.offset).to(torch.uint8)

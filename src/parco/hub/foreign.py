@@ -99,7 +99,9 @@ def read(files: list[Path], layout: Layout, model: PreTrainedModel) -> Foreign:
                 " (experts of mixtures are not read)"
             )
         try:
-            made = layout.matrix(module, site(model, here), parts)
+            where = site(model, here)
+            _drop_no_bias(module, where, tensors)
+            made = layout.matrix(module, where, parts)
         except ValueError as error:
             raise ValueError(f"{str(file)!r}: {module}: {error}") from error
         if isinstance(made, Tensor):
@@ -110,6 +112,31 @@ def read(files: list[Path], layout: Layout, model: PreTrainedModel) -> Foreign:
             products[module] = made.product
         tensors |= {f"{module}.weight.{leaf}": t for leaf, t in zip(made.spec.tensors(), made.tensors, strict=True)}
     return Foreign(weights, products, ties(model, weights, tensors), tensors, layout.notes())
+
+
+def _drop_no_bias(name: str, where: Site, tensors: dict[str, Tensor]) -> None:
+    """Drops the zeros that some libraries add as the bias of a layer that has none; ValueError for other numbers."""
+    has_bias = isinstance(getattr(where.module, "bias", None), Tensor)
+    if where.kind == "embedding" or has_bias or f"{name}.bias" not in tensors:
+        return
+    if bool(tensors.pop(f"{name}.bias").any()):
+        raise ValueError("bias: the architecture has none here, and the file has one that is not zero")
+
+
+def given(parts: Mapping[str, Tensor], name: str) -> Tensor:
+    """The tensor of that name; ValueError, beginning with it, if there is none."""
+    if name not in parts:
+        raise ValueError(f"{name}: the file has {', '.join(sorted(parts))} of this layer, and not this one")
+    return parts[name]
+
+
+def shaped(parts: Mapping[str, Tensor], name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+    """The tensor, if it is of this shape and one of these dtypes; ValueError if not."""
+    found = given(parts, name)
+    if tuple(found.shape) != shape or found.dtype not in dtypes:
+        wanted = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name}: it is {found.dtype} {tuple(found.shape)}, and must be {wanted} {shape}")
+    return found
 
 
 def ties(model: PreTrainedModel, weights: Mapping[str, Weight], tensors: Mapping[str, Tensor]) -> dict[str, str]:

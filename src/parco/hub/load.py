@@ -20,6 +20,7 @@ import torch
 
 from parco.hub import checks, foreign
 from parco.hub.compressed import CompressedTensors
+from parco.hub.gptq import Awq, Gptq
 from parco.nn import linears
 from parco.nn.saved import memory_of
 
@@ -29,8 +30,15 @@ if TYPE_CHECKING:
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _PICKLED_FILES = ["pytorch_model*.bin"]
-LAYOUTS: dict[str, Callable[[dict[str, Any]], foreign.Layout]] = {"compressed-tensors": CompressedTensors}
+LAYOUTS: dict[str, Callable[[dict[str, Any]], foreign.Layout]] = {
+    "compressed-tensors": CompressedTensors,
+    "gptq": Gptq,
+    "awq": Awq,
+}
 """Quantization methods of other libraries, and what reads their matrices."""
+
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files that say it beside a config.json that does not, as older libraries wrote them."""
 
 _OTHER_FILES = ["*/*", "consolidated*"]  # the same weights again, in other libraries' formats
 
@@ -148,6 +156,9 @@ def _layout(folder: Path, settings: dict[str, Any]) -> foreign.Layout | None:
     ValueError, naming the folder, for a variant that parco does not read.
     """
     quantized: dict[str, Any] = settings.get("quantization_config") or {}
+    for name, method in _BESIDE.items():
+        if not quantized and (folder / name).is_file():
+            quantized = {**checks.read_json(folder / name), "quant_method": method}
     made = LAYOUTS.get(str(quantized.get("quant_method")))
     try:
         return None if made is None else made(quantized)
