@@ -184,10 +184,12 @@ def first_nonfinite(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]] | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over the names, sizes and contents of the model's files, as 64 hexadecimal digits.
+    """sha256 over the names, sizes and contents of the model's files, as 64 hexadecimal digits; of a file, its own.
 
     Only files that can belong to a model count (configuration, weights, tokenizer), so a report beside them does not
     change it; nor does the folder's own name or place."""
+    if folder.is_file():
+        return _digest(*_state(folder)).hex()
     total = hashlib.sha256()
     for file in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in FINGERPRINTED):
         total.update(f"{file.name}\0{file.stat().st_size}\0".encode() + _digest(*_state(file)))

@@ -20,6 +20,7 @@ import torch
 
 from parco.hub import checks, foreign
 from parco.hub.compressed import CompressedTensors
+from parco.hub.gguf_read import read_gguf
 from parco.hub.gptq import Awq, Gptq
 from parco.nn import linears
 from parco.nn.saved import memory_of
@@ -59,7 +60,7 @@ def load(
     name_or_path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, low_memory: bool = True
 ) -> Loaded:
     """The model in a folder, or of a name `owner/name` on the Hugging Face hub: dense, fitted by parco, or quantized by
-    compressed-tensors, GPTQ or AWQ, whose codes and scales are kept.
+    compressed-tensors, GPTQ or AWQ, whose codes and scales are kept; or in a GGUF file, by its path (see `read_gguf`).
 
     dtype: a floating torch dtype or its name; None keeps the checkpoint's (bf16 stays bf16). low_memory: weights stay
     memory-mapped in their file where their dtype is kept; False copies them into memory, so that the file may change
@@ -73,6 +74,8 @@ def load(
     linear layers, an unknown dtype."""
     wanted = _dtype(dtype)
     folder = _resolve(name_or_path)
+    if folder.suffix == ".gguf" and folder.is_file():
+        return _load_gguf(folder, wanted)
     settings = checks.check_folder(folder)
     checks.check_tokenizer(folder)
     files = checks.weight_files(folder)
@@ -96,6 +99,16 @@ def load(
     if not low_memory:
         _own(model)
     return Loaded(model, tokenizer, folder, checks.fingerprint(folder), notes)
+
+
+def _load_gguf(file: Path, dtype: torch.dtype | str) -> Loaded:
+    """The model in a GGUF file; `dtype` "auto" is the narrowest that holds its plain numbers."""
+    found = read_gguf(file)
+    checks.check_finite_tensors(iter(found.foreign.tensors.items()), str(file))
+    with _quietly(file):
+        made = foreign.build(found.foreign, found.config, dtype if isinstance(dtype, torch.dtype) else found.dtype)
+        model = _complete(file, *made)
+    return Loaded(model, found.tokenizer, file, checks.fingerprint(file))
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
@@ -141,7 +154,8 @@ def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
 
 
 def _complete(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> PreTrainedModel:
-    """The model in evaluation mode. Raises ValueError where the files lacked a tensor."""
+    """The model in evaluation mode, under the name of its folder. Raises ValueError where the files lacked a tensor."""
+    model.config.name_or_path = model.name_or_path = str(folder)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
