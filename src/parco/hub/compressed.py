@@ -226,7 +226,7 @@ def compressed(model: PreTrainedModel, dense: bool) -> tuple[dict[str, Tensor], 
             scheme = _scheme(spec, product, where, name in description.tied.values())
         except ValueError as error:
             if not dense or where.kind == "conv1d":
-                remedy = "" if where.kind == "conv1d" else "; dense=True writes it in the model's dtype"
+                remedy = "" if where.kind == "conv1d" else "; dense=True (--dense) writes it in the model's dtype"
                 raise ValueError(f"{name}: {spec}: {error}{remedy}") from error
             content[f"{name}.weight"] = spec.dense(*tensors.values(), dtype=saved.compute_dtype(model))
             continue

@@ -71,7 +71,7 @@ def save_gguf(
     target = Path(file).expanduser().resolve()
     refuse_adapters(model)
     _check(model)
-    types = _type(type, "type"), _type(ends, "ends")
+    types = check_type(type, "type"), check_type(ends, "ends")
     writer = _writer(model)
     entries = _entries(model, writer.arch, types)
     _describe(writer, model, entries)
@@ -87,7 +87,8 @@ def save_gguf(
     return target
 
 
-def _type(text: str | None, argument: str) -> str | None:
+def check_type(text: str | None, argument: str) -> str | None:
+    """The type that `text` names, in capitals; ValueError, naming the argument, for none of `ggml.BLOCK`."""
     if text is not None and text.upper() not in ggml.BLOCK:
         raise ValueError(f"{argument}={text!r} is none of {', '.join(ggml.BLOCK)}")
     return text and text.upper()
