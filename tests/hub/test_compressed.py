@@ -21,6 +21,7 @@ pytest.importorskip("compressed_tensors")
 SIZES: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32, "num_key_value_heads": 2,
 }  # fmt: skip
+Q = "model.layers.0.self_attn.q_proj"
 INT8 = {"num_bits": 8, "type": "int"}
 FP8 = {"num_bits": 8, "type": "float"}
 PER_TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
@@ -204,6 +205,24 @@ def test_inputs_that_are_rounded_there(tmp_path: Path) -> None:
             assert (tiny.logits(loaded.model) - wanted).norm() < 0.05 * wanted.norm()
 
 
+def test_outputs_and_caches_that_are_rounded_there_and_nvfp4_s_global_scale(tmp_path: Path) -> None:
+    made = model()
+    convert_(made, "nvfp4")
+    folder = hub.save_compressed(made, tiny.tokenizer(), tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["output_activations"] = {"num_bits": 8, "type": "float"}
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    (folder / "config.json").write_text(json.dumps(config))
+    first, second = hub.load(folder).notes
+    assert "the outputs of 14 layers are rounded there (fp8, by scales that were found beforehand, per tensor)" in first
+    assert "keys and values" in second
+    state = load_file(folder / "model.safetensors")
+    state[f"{Q}.weight_global_scale"].zero_()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"q_proj: weight_global_scale: it is 0\.0, and must be a positive number"):
+        hub.load(folder)
+
+
 def test_what_has_no_format_there_is_named_or_written_dense(tmp_path: Path) -> None:
     made = model()
     convert_(made, "nf4:64", filter_fn=lambda module, name: "down_proj" in name)
@@ -258,7 +277,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
-Q = "model.layers.0.self_attn.q_proj"
 BROKEN: dict[str, tuple[Change, str]] = {
     "a lost scale": (lambda config, state: state.pop(f"{Q}.weight_scale"), f"{Q}: weight_scale: the file has"),
     "lost codes": (lambda config, state: state.pop(f"{Q}.weight_packed"), f"{Q}: weight_packed: the file has"),
@@ -285,6 +303,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
         lambda config, state: config.update(transform_config={"config_groups": {"u": {}}}), "transform_config",
     ),
     "no groups": (lambda config, state: config.pop("config_groups"), "no config_groups"),
+    "a pattern": (lambda config, state: config["ignore"].append("re:("), "its target 're:(' is no pattern"),
     "only a plan": (lambda config, state: config.update(quantization_status="frozen"), "'frozen'"),
     "a strategy": (
         lambda config, state: config["config_groups"]["group_0"]["weights"].update(strategy="spiral"), "'spiral'",

@@ -210,6 +210,17 @@ def test_damaged_files(file: Path, tmp_path: Path) -> None:
         hub.load(tmp_path / "absent.gguf")
 
 
+def test_low_memory_maps_the_file_and_otherwise_the_weights_are_owned(tmp_path: Path) -> None:
+    file = hub.save_gguf(model(), tiny.tokenizer(), tmp_path / "model.gguf")
+    mapped, owned = hub.load(file, low_memory=True).model, hub.load(file, low_memory=False).model
+    before = tiny.logits(owned)
+    with file.open("r+b") as stream:
+        stream.seek(-20_000, 2)
+        stream.write(bytes(20_000))
+    assert torch.equal(before, tiny.logits(owned))
+    assert not torch.equal(before, tiny.logits(mapped))
+
+
 def rewritten(file: Path, target: Path, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> Path:
     """The file with metadata or tensors (name -> (numbers, type)) changed."""
     reader = gguf.GGUFReader(file)

@@ -218,6 +218,14 @@ def test_zeros_as_a_bias_where_there_is_none(tmp_path: Path) -> None:
         hub.load(folder)
 
 
+def test_pickled_checkpoints_are_refused(tmp_path: Path) -> None:
+    folder = Quantizer("gptq", 4, 64).save(model(), tmp_path / "theirs")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin' is pickled"):
+        hub.load(folder)
+
+
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
 Q = "model.layers.0.self_attn.q_proj"
 BROKEN: dict[str, tuple[str, Change, str]] = {

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from parco.formats import Format, Integer, ScaleE4M3
 from parco.hub import schemes
-from parco.hub.foreign import Matrix, given, plain, shaped
+from parco.hub.foreign import Matrix, given, is_in_order, plain, shaped
 from parco.hub.save import refuse_foreign, whole, write_settings, write_weights
 from parco.hub.schemes import Scheme
 from parco.kernels.cast import pack, unpack
@@ -54,8 +54,8 @@ class CompressedTensors:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._schemes = schemes.schemes(settings)
-        self._ignored = tuple(map(str, settings.get("ignore") or ()))
-        self._rounded: Counter[str] = Counter()
+        self._ignored = schemes.names(settings.get("ignore") or ())
+        self._rounded: Counter[tuple[str, str]] = Counter()
         self._others: list[str] = []
         if settings.get("kv_cache_scheme"):
             self._others.append("keys and values are cached in few bits there, and in the model's dtype here")
@@ -75,21 +75,22 @@ class CompressedTensors:
         return Matrix(spec, tuple(tensors[part] for part in spec.tensors()), self._product(spec, scheme))
 
     def _product(self, spec: Quantized, scheme: Scheme) -> Product:
+        if scheme.outputs is not None:
+            self._rounded["outputs", schemes.rounding(scheme.outputs)] += 1
         found = schemes.product_of(scheme.activations)
         if found is None:
             return Native()
-        if isinstance(found, str):
-            self._rounded[found] += 1
-        elif spec.takes(found):
-            return found
-        else:
-            self._rounded["int8, per token"] += 1
+        if not isinstance(found, str):
+            if spec.takes(found):
+                return found
+            found = "int8, per token"
+        self._rounded["inputs", found] += 1
         return Native()
 
     def notes(self) -> tuple[str, ...]:
         rounded = (
-            f"the inputs of {count} layers are rounded there ({how}), and kept as they are here"
-            for how, count in sorted(self._rounded.items())
+            f"the {what} of {count} layers are rounded there ({how}), and kept as they are here"
+            for (what, how), count in sorted(self._rounded.items())
         )
         return *rounded, *self._others
 
@@ -100,7 +101,7 @@ def _tensors(spec: Quantized, parts: Mapping[str, Tensor], packed: bool) -> dict
     counts = form.block.counts(spec.shape)
     if "weight_shape" in parts and parts["weight_shape"].tolist() != [rows, columns]:
         raise ValueError(f"weight_shape: it is {parts['weight_shape'].tolist()}, and the layer is {rows}x{columns}")
-    if "weight_g_idx" in parts and not is_in_order(parts["weight_g_idx"], form, columns):
+    if "weight_g_idx" in parts and not is_in_order(parts["weight_g_idx"], form.block.columns or columns):
         raise ValueError("weight_g_idx: its groups are no neighbouring columns; quantize without actorder='group'")
     found = {"codes": _codes(form, parts, rows, columns, packed)}
     scale = given(parts, _SCALE)
@@ -112,15 +113,11 @@ def _tensors(spec: Quantized, parts: Mapping[str, Tensor], packed: bool) -> dict
     if isinstance(form.scale, ScaleE4M3):
         found["scale"] = found["scale"].view(torch.uint8)
         found["global_scale"] = 1 / shaped(parts, _GLOBAL, (1,), torch.float32)
+        if not 0 < found["global_scale"].item() < torch.inf:
+            raise ValueError(f"{_GLOBAL}: it is {parts[_GLOBAL].item()}, and must be a positive number")
     if form.is_asymmetric:
         found["zero"] = _zero(form, parts, rows, counts, packed)
     return {name: tensor.contiguous() for name, tensor in found.items()}
-
-
-def is_in_order(groups: Tensor, form: Format, columns: int) -> bool:
-    """Whether column k belongs to group k // size."""
-    size = form.block.columns or columns
-    return torch.equal(groups.long(), torch.arange(columns) // size)
 
 
 def _codes(form: Format, parts: Mapping[str, Tensor], rows: int, columns: int, packed: bool) -> Tensor:

@@ -139,6 +139,11 @@ def shaped(parts: Mapping[str, Tensor], name: str, shape: tuple[int, ...], *dtyp
     return found
 
 
+def is_in_order(groups: Tensor, size: int) -> bool:
+    """Whether column k belongs to group k // size, for [K] numbers of groups."""
+    return torch.equal(groups.long(), torch.arange(len(groups)) // size)
+
+
 def ties(model: PreTrainedModel, weights: Mapping[str, Weight], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Modules that share a stored embedding: those that the architecture ties to it and the files have nothing of."""
     name = embedding_name(model)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from parco.formats import DTYPE_NAMES, ROW, Block, Format, ScaleAbsmax, ScaleRange, group, integer
-from parco.hub.foreign import Matrix, given, shaped
+from parco.hub.foreign import Matrix, given, is_in_order, shaped
 from parco.kernels.cast import pack, unpack
 from parco.nn import Site
 from parco.weights import Quantized
@@ -67,8 +67,7 @@ class Gptq:
         zero = self._zeros(packed, bits, rows)
         order = parts.get("g_idx")
         size = _size(columns, groups)
-        if order is not None and not torch.equal(order.long(), torch.arange(columns) // size):
-            order = _order(order, columns, groups)
+        if order is not None and not is_in_order(order := _order(order, columns, groups), size):
             codes = unpack(stream, bits, columns).float()
             self._reordered += 1
             dense = (codes - zero[:, order].float()) * scale[:, order].float()

@@ -46,8 +46,8 @@ _OTHER_FILES = ["*/*", "consolidated*"]  # the same weights again, in other libr
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode, its tokenizer, the folder they came from, the folder's fingerprint (sha256,
-    hexadecimal), and what the library that quantized it computes otherwise than parco does."""
+    """A model in evaluation mode, its tokenizer, the folder (or GGUF file) they came from, its fingerprint (sha256,
+    hexadecimal), and what the library that quantized the model computes otherwise than parco does."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -75,7 +75,10 @@ def load(
     wanted = _dtype(dtype)
     folder = _resolve(name_or_path)
     if folder.suffix == ".gguf" and folder.is_file():
-        return _load_gguf(folder, wanted)
+        loaded = _load_gguf(folder, wanted)
+        if not low_memory:
+            _own(loaded.model)
+        return loaded
     settings = checks.check_folder(folder)
     checks.check_tokenizer(folder)
     files = checks.weight_files(folder)
@@ -186,6 +189,9 @@ def _load_foreign(
     """The model that another library quantized, and what that library computes otherwise."""
     from transformers import AutoConfig, GenerationConfig
 
+    pickled = next((file for file in files if file.suffix != ".safetensors"), None)
+    if pickled is not None:
+        raise ValueError(f"{str(pickled)!r} is pickled: parco reads quantized matrices from safetensors only")
     with _quietly(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         bare = foreign.plain(config)

@@ -59,12 +59,15 @@ _INT8_PER_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": 
 
 @dataclass(frozen=True)
 class Scheme:
-    """One of the `config_groups`: for which modules it is, how their matrices are written, and their inputs."""
+    """One of the `config_groups`: for which modules it is, how their matrices are written, and how their inputs and
+    outputs are rounded.
+    """
 
     targets: tuple[str, ...]
     weights: Mapping[str, Any]
     activations: Mapping[str, Any] | None
     format: str
+    outputs: Mapping[str, Any] | None = None
 
 
 def schemes(settings: Mapping[str, Any]) -> tuple[Scheme, ...]:
@@ -91,7 +94,19 @@ def _scheme(name: str, found: Any, settings: Mapping[str, Any]) -> Scheme:
         raise ValueError(f"config_groups[{name!r}] has no weights: parco reads models whose matrices are quantized")
     if written not in FORMATS:
         raise ValueError(f"config_groups[{name!r}] has the format {written!r}: known are {', '.join(FORMATS)}")
-    return Scheme(tuple(map(str, found["targets"])), found["weights"], found.get("input_activations"), written)
+    inputs, outputs = found.get("input_activations"), found.get("output_activations")
+    return Scheme(names(found["targets"]), found["weights"], inputs, written, outputs)
+
+
+def names(targets: Iterable[Any]) -> tuple[str, ...]:
+    """The targets as texts; ValueError for a pattern that is none."""
+    found = tuple(map(str, targets))
+    for target in found:
+        try:
+            re.compile(target.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"its target {target!r} is no pattern: {error}") from error
+    return found
 
 
 def choose(found: Iterable[Scheme], name: str, module: nn.Module) -> Scheme | None:
@@ -144,7 +159,7 @@ def _block(weights: Mapping[str, Any]) -> Block:
     size = weights.get("group_size")
     strategy = weights.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
     structure = weights.get("block_structure")
-    if strategy == "block" and isinstance(structure, list) and len(structure) == 2:
+    if strategy == "block" and isinstance(structure, list) and [type(size) for size in structure] == [int, int]:
         return Block(*structure)
     if strategy in ("group", "tensor_group") and isinstance(size, int):
         return group(size)
@@ -169,6 +184,11 @@ def product_of(activations: Mapping[str, Any] | None) -> Product | str | None:
         return None
     if all(activations.get(key, default) == default for key, default in _INT8_PER_TOKEN.items()):
         return Activations("int8")
+    return rounding(activations)
+
+
+def rounding(activations: Mapping[str, Any]) -> str:
+    """How inputs or outputs are rounded, in words."""
     kind = "fp" if activations.get("type") == "float" else "int"
     when = "per" if activations.get("dynamic") else "by scales that were found beforehand, per"
     return f"{kind}{activations.get('num_bits', 8)}, {when} {activations.get('strategy') or 'tensor'}"
