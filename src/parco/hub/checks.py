@@ -22,9 +22,6 @@ SINGLE = "model.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
-QUANTIZED = ("parco", "compressed-tensors", "gptq", "awq")
-"""The quantization methods whose folders are read."""
-
 FINGERPRINTED = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken")
 
 
@@ -32,7 +29,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a model's folder.
 
     Raises FileNotFoundError if there is no such folder, NotADirectoryError if it is a file, ValueError if it holds no
-    readable config.json, or one that asks for code of its own or is quantized in a way that parco does not read."""
+    readable config.json, or one that asks for code of its own."""
     if not folder.exists():
         raise FileNotFoundError(
             f"no folder {str(folder)!r}: give the folder of a Transformers model, or owner/name for one of the"
@@ -57,12 +54,6 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if content.get("transformers_weights") is not None:
         raise ValueError(
             f"{str(config)!r} keeps its weights in {content['transformers_weights']!r}: rename the file to {SINGLE!r}"
-        )
-    quantized = content.get("quantization_config")
-    if isinstance(quantized, dict) and quantized.get("quant_method") not in QUANTIZED:
-        raise ValueError(
-            f"{str(folder)!r} is already quantized by {quantized.get('quant_method')!r}, which parco does not read"
-            f" (it reads {', '.join(QUANTIZED)}): give the original model in bf16, fp16 or fp32"
         )
     return content
 

@@ -79,11 +79,10 @@ def load(
         if not low_memory:
             _own(loaded.model)
         return loaded
-    settings = checks.check_folder(folder)
+    layout = _layout(folder, checks.check_folder(folder))
     checks.check_tokenizer(folder)
     files = checks.weight_files(folder)
     checks.check_finite(files)
-    layout = _layout(folder, settings)
     notes: tuple[str, ...] = ()
     if layout is None:
         with _quietly(folder):
@@ -169,16 +168,23 @@ def _complete(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> Pre
 
 
 def _layout(folder: Path, settings: dict[str, Any]) -> foreign.Layout | None:
-    """How another library stored the folder's matrices; None for one that Transformers reads, parco's own included.
-    ValueError, naming the folder, for a variant that parco does not read.
+    """How another library stored the folder's matrices; None for dense and parco's own ones, which Transformers loads.
+    ValueError, naming the folder, for a library or a variant that parco does not read.
     """
     quantized: dict[str, Any] = settings.get("quantization_config") or {}
     for name, method in _BESIDE.items():
         if not quantized and (folder / name).is_file():
             quantized = {**checks.read_json(folder / name), "quant_method": method}
-    made = LAYOUTS.get(str(quantized.get("quant_method")))
+    method = quantized.get("quant_method")
+    if not quantized or method == "parco":
+        return None
+    if method not in LAYOUTS:
+        raise ValueError(
+            f"{str(folder)!r} is already quantized by {method!r}, which parco does not read (it reads"
+            f" {', '.join(LAYOUTS)}): give the original model in bf16, fp16 or fp32"
+        )
     try:
-        return None if made is None else made(quantized)
+        return LAYOUTS[method](quantized)
     except ValueError as error:
         raise ValueError(f"{str(folder)!r} cannot be read: {error}") from error
 
