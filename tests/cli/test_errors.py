@@ -209,5 +209,5 @@ def test_debug_shows_where_it_happened():
 def test_a_fitted_model_is_not_fitted_again(copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     hub.save(tiny.store(tiny.model("llama")), tiny.tokenizer(), tmp_path / "small")
     line = refused(capfd, "fit", str(tmp_path / "small"), "--size", "0.5", "--out", str(tmp_path / "smaller"))
-    assert "made by parco already" in line
+    assert "stored in few bits already" in line
     assert not list(tmp_path.glob("smaller*"))

@@ -176,9 +176,9 @@ def test_code_of_a_checkpoint_is_never_run(copy: Path) -> None:
 
 def test_quantized_by_another_library(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "hqq", "bits": 4}
     (copy / "config.json").write_text(json.dumps(config))
-    assert "'gptq'" in refused(copy)
+    assert "'hqq'" in refused(copy)
 
 
 def test_no_tokenizer(copy: Path) -> None:

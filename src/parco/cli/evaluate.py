@@ -11,7 +11,9 @@ from parco.cli import terminal
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="A fitted folder, or any Transformers checkpoint.")],
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="A fitted folder, any Transformers checkpoint, or a GGUF file.")
+    ],
     data: Annotated[
         Path | None,
         typer.Option(
@@ -43,6 +45,7 @@ def evaluate(
 
     text = hub.embedded_texts().heldout if data is None else terminal.read_text(data)
     loaded = hub.load(model)
+    terminal.show_notes(loaded.notes)
     other = None if against is None else hub.load(against)
     named = "the text that comes with parco" if data is None else f"--data {data}"
     with terminal.progress() as progress:

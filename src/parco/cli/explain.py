@@ -33,6 +33,7 @@ def explain(
     from parco.report.explanation import explain_groups
 
     loaded = hub.load(model)
+    terminal.show_notes(loaded.notes)
     record = loaded.path / "result.json"
     result: Result | None = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
     rows = result["groups"] if result else []

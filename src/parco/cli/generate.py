@@ -10,7 +10,9 @@ from parco.cli import terminal
 
 
 def generate(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="A fitted folder, or any Transformers checkpoint.")],
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="A fitted folder, any Transformers checkpoint, or a GGUF file.")
+    ],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the model continues.")],
     tokens: Annotated[int, typer.Option(metavar="N", help="At most so many tokens.")] = 100,
     temperature: Annotated[
@@ -30,6 +32,7 @@ def generate(
     from parco import hub, nn
 
     loaded = hub.load(model)
+    terminal.show_notes(loaded.notes)
     nn.fuse_(loaded.model)
     writer: Any = loaded.model
     from transformers import TextStreamer

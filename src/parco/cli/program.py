@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from parco.cli import bench, evaluate, explain, fit, generate, machine, merge, report, train, tune
+from parco.cli import bench, evaluate, explain, export, fit, generate, machine, merge, report, train, tune
 
 app = typer.Typer(
     name="parco",
@@ -27,6 +27,7 @@ for name, command, summary in (
     ("eval", evaluate.evaluate, "Measure a model's loss and speed."),
     ("generate", generate.generate, "Let a model write."),
     ("explain", explain.explain, "Show what was chosen for each layer, and why."),
+    ("export", export.export, "Write a model for another program, or from its files."),
     ("train", train.train, "Train a model by a recipe of low precision, or by several side by side."),
     ("tune", tune.tune, "Adapt a model to texts or chats, in few parameters."),
     ("merge", merge.merge, "Make an adapter part of its model."),

@@ -67,6 +67,12 @@ def quiet_libraries() -> None:
     logging.getLogger("torch").propagate = False
 
 
+def show_notes(notes: tuple[str, ...]) -> None:
+    """What a loaded model's own library computes otherwise, on stderr."""
+    for note in notes:
+        print(f"parco: {note}", file=sys.stderr)
+
+
 def read_text(path: Path) -> str:
     """A person's text file. Raises FileNotFoundError where there is none and ValueError where it is not UTF-8."""
     try:

@@ -91,7 +91,9 @@ class Fit:
         progress.advance()
         model: nn.Module = self.original.model
         if describe(model).weights:
-            raise ValueError(f"{str(self.original.path)!r} was made by parco already: fit the model that it came from")
+            raise ValueError(
+                f"{str(self.original.path)!r} is stored in few bits already: fit the model that it came from"
+            )
         self.dtype: torch.dtype = self.original.model.dtype
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.footprint = sum(parameter.nbytes for parameter in model.parameters())

@@ -29,7 +29,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """The parsed config.json of a model's folder.
 
     Raises FileNotFoundError if there is no such folder, NotADirectoryError if it is a file, ValueError if it holds no
-    readable config.json, or one that asks for code of its own or is quantized by another library."""
+    readable config.json, or one that asks for code of its own."""
     if not folder.exists():
         raise FileNotFoundError(
             f"no folder {str(folder)!r}: give the folder of a Transformers model, or owner/name for one of the"
@@ -54,12 +54,6 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if content.get("transformers_weights") is not None:
         raise ValueError(
             f"{str(config)!r} keeps its weights in {content['transformers_weights']!r}: rename the file to {SINGLE!r}"
-        )
-    quantized = content.get("quantization_config")
-    if isinstance(quantized, dict) and quantized.get("quant_method") != "parco":
-        raise ValueError(
-            f"{str(folder)!r} is already quantized by {quantized.get('quant_method')!r}: give the original model in"
-            " bf16, fp16 or fp32"
         )
     return content
 
@@ -181,10 +175,12 @@ def first_nonfinite(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]] | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over the names, sizes and contents of the model's files, as 64 hexadecimal digits.
+    """sha256 over the names, sizes and contents of the model's files, as 64 hexadecimal digits; of a file, its own.
 
     Only files that can belong to a model count (configuration, weights, tokenizer), so a report beside them does not
     change it; nor does the folder's own name or place."""
+    if folder.is_file():
+        return _digest(*_state(folder)).hex()
     total = hashlib.sha256()
     for file in sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in FINGERPRINTED):
         total.update(f"{file.name}\0{file.stat().st_size}\0".encode() + _digest(*_state(file)))

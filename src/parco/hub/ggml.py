@@ -11,8 +11,9 @@ Each type cuts a row into blocks of 32 numbers (TQ2_0: of 256) and puts a block'
 | MXFP4 | e8m0 scale, 16 bytes of e2m1 | as OCP MX |
 
 Byte i of 16 holds the numbers i and i + 16; byte i of each 32 of TQ2_0 holds i, i + 32, i + 64 and i + 96 of 128. A
-Weight whose codes and scales fit a type is rearranged, and both stand for the same numbers. Source: ggml-common.h and
-ggml-quants.c.
+Weight whose codes and scales fit a type is rearranged, and both stand for the same numbers, which holds for the way
+back too. Q4_1's m is seldom a whole multiple of d, as zero points are: then a matrix is the sum of d · q and of m, a
+product of low rank whose right factor says to which block a column belongs. Source: ggml-common.h and ggml-quants.c.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from parco.formats import E2M1, TERNARY, Format, Integer, ScaleAbsmax, ScaleAbsmean, ScaleE8M0, ScaleRange
-from parco.kernels.cast import unpack
-from parco.weights import Dense, Quantized, Weight
+from parco.formats import DTYPE_NAMES, E2M1, TERNARY, Format, Integer, ScaleAbsmax, ScaleAbsmean, ScaleE8M0, ScaleRange
+from parco.kernels.cast import pack, unpack
+from parco.weights import Dense, LowRank, Quantized, Sum, Weight
 
 if TYPE_CHECKING:
     import numpy
@@ -41,6 +42,8 @@ def type_of(spec: Weight) -> str:
     if isinstance(spec, Dense):
         (values,) = spec.tensors().values()
         return _DENSE[values.dtype]
+    if spec == _sum_of(spec.shape):
+        return "Q4_1"
     if not isinstance(spec, Quantized):
         raise ValueError(f"{spec} is of several parts, and GGML's types are of one")
     columns = spec.shape[1]
@@ -75,6 +78,13 @@ def rearranged(spec: Weight, tensors: Mapping[str, Tensor], round_scales: bool =
     name = type_of(spec)
     if isinstance(spec, Dense):
         return tensors["values"].contiguous().view(torch.uint8)
+    if isinstance(spec, Sum):
+        codes, scale, zero, least, member = tensors.values()
+        if bool(zero.any()) or not torch.equal(member, _membership(spec.shape)):
+            raise ValueError(f"{spec} is of several parts, and GGML's types are of one")
+        return _side_by_side(
+            *(each[..., None].view(torch.uint8) for each in (scale, least)), _nibbles(unpack(codes, 4, spec.shape[1]))
+        )
     assert isinstance(spec, Quantized)
     codes = unpack(tensors["codes"], spec.format.bits, spec.shape[1])
     scale = _per_block(spec, tensors["scale"], BLOCK[name])
@@ -144,3 +154,78 @@ def quantized(matrix: Tensor, name: str) -> Tensor:
 
     found: numpy.ndarray[Any, Any] = quants.quantize(matrix.float().numpy(), GGMLQuantizationType[name])
     return torch.from_numpy(found)
+
+
+def weight(data: Tensor, name: str, columns: int) -> tuple[Weight, tuple[Tensor, ...]]:
+    """The Weight, and its tensors, of a matrix of K = `columns` whose rows are `data`, uint8 [N, bytes of a row], of
+    the type `name`: the numbers that they stand for, exactly. ValueError for a type that is none of BLOCK.
+    """
+    rows = data.shape[0]
+    if name in _DENSE.values():
+        dtype = next(dtype for dtype, known in _DENSE.items() if known == name)
+        return Dense((rows, columns), DTYPE_NAMES[dtype]), (data.contiguous().view(dtype),)
+    if name not in _FORMATS:
+        raise ValueError(f"it is of the type {name}, and parco reads {', '.join(BLOCK)}")
+    blocks = data.reshape(rows, columns // BLOCK[name], -1)
+    spec = Quantized(_FORMATS[name], (rows, columns))
+    if name == "MXFP4":
+        return spec, (pack(_of_nibbles(blocks[..., 1:]), 4), blocks[..., 0].contiguous())
+    if name == "TQ2_0":
+        return spec, (pack(_of_pairs(blocks[..., :64]), 2), _numbers(blocks[..., 64:]))
+    scale = _numbers(blocks[..., :2])
+    if name == "Q8_0":
+        return spec, ((blocks[..., 2:] ^ 128).reshape(rows, columns), scale)
+    codes = pack(_of_nibbles(blocks[..., -16:]), 4)
+    return (spec, (codes, scale)) if name == "Q4_0" else _with_least(spec, codes, scale, _numbers(blocks[..., 2:4]))
+
+
+_FORMATS = {
+    "Q8_0": "int8:32:fp16",
+    "Q4_0": "int4:32:fp16",
+    "Q4_1": "int4:32:asym:fp16",
+    "TQ2_0": "ternary:256:fp16",
+    "MXFP4": "mxfp4",
+}
+
+
+def _with_least(spec: Quantized, codes: Tensor, scale: Tensor, least: Tensor) -> tuple[Weight, tuple[Tensor, ...]]:
+    """Q4_1: with zero points where every m is −d times one, else as a sum."""
+    zero = torch.nan_to_num(-least.float() / scale.float()).round().clamp(0, 255)
+    if torch.equal(-zero * scale.float(), least.float()):
+        return spec, (codes, scale, zero.to(torch.uint8))
+    found, member = _sum_of(spec.shape), _membership(spec.shape)
+    assert found is not None
+    return found, (codes, scale, torch.zeros_like(zero, dtype=torch.uint8), least, member)
+
+
+def _sum_of(shape: tuple[int, int]) -> Sum | None:
+    """What Q4_1 is without zero points: codes from 0 on, and m by the block of a column."""
+    rows, columns = shape
+    if columns % BLOCK["Q4_1"]:
+        return None
+    blocks = columns // BLOCK["Q4_1"]
+    by_block = LowRank(Dense((rows, blocks), "fp16"), Dense((blocks, columns), "fp16"))
+    return Sum(Quantized(_FORMATS["Q4_1"], shape), by_block)
+
+
+def _membership(shape: tuple[int, int]) -> Tensor:
+    """fp16 [K / 32, K]: 1 where a column belongs to a block."""
+    columns = torch.arange(shape[1])
+    return (columns // BLOCK["Q4_1"] == columns[: shape[1] // BLOCK["Q4_1"], None]).to(torch.float16)
+
+
+def _numbers(pairs: Tensor) -> Tensor:
+    """uint8 [N, B, 2] -> fp16 [N, B]."""
+    return pairs.contiguous().view(torch.float16)[..., 0].contiguous()
+
+
+def _of_nibbles(halves: Tensor) -> Tensor:
+    """uint8 [N, B, 16] -> uint8 [N, 32 B]."""
+    return torch.stack((halves & 15, halves >> 4), 2).flatten(1)
+
+
+def _of_pairs(parts: Tensor) -> Tensor:
+    """uint8 [N, B, 64] -> uint8 [N, 256 B]."""
+    bytes_of_half = parts.reshape(*parts.shape[:2], 2, 1, 32)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
+    return ((bytes_of_half >> shifts) & 3).flatten(1)

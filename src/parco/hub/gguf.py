@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """Transformers' model types, and what llama.cpp calls them."""
 
-_INTERLEAVED = ("llama", "mistral")
+INTERLEAVED = ("llama", "mistral")
 """llama.cpp turns neighbouring numbers of these models' queries and keys, Transformers those half a head apart."""
 
 _ROPE = ("default", "linear", "llama3")
@@ -71,7 +71,7 @@ def save_gguf(
     target = Path(file).expanduser().resolve()
     refuse_adapters(model)
     _check(model)
-    types = _type(type, "type"), _type(ends, "ends")
+    types = check_type(type, "type"), check_type(ends, "ends")
     writer = _writer(model)
     entries = _entries(model, writer.arch, types)
     _describe(writer, model, entries)
@@ -87,7 +87,8 @@ def save_gguf(
     return target
 
 
-def _type(text: str | None, argument: str) -> str | None:
+def check_type(text: str | None, argument: str) -> str | None:
+    """The type that `text` names, in capitals; ValueError, naming the argument, for none of `ggml.BLOCK`."""
     if text is not None and text.upper() not in ggml.BLOCK:
         raise ValueError(f"{argument}={text!r} is none of {', '.join(ggml.BLOCK)}")
     return text and text.upper()
@@ -128,21 +129,27 @@ def _writer(model: PreTrainedModel) -> Any:
     return gguf.GGUFWriter(None, ARCHITECTURES[_config(model).model_type])
 
 
-def _entries(model: PreTrainedModel, architecture: str, types: tuple[str | None, str | None]) -> list[_Entry]:
+def names_of(config: Any) -> Callable[[str], str | None]:
+    """llama.cpp's name of a parameter that Transformers calls so; None where it has none."""
     import gguf
 
-    config = _config(model)
+    architecture = ARCHITECTURES[config.model_type]
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+def _entries(model: PreTrainedModel, architecture: str, types: tuple[str | None, str | None]) -> list[_Entry]:
+    config, written_as = _config(model), names_of(_config(model))
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     ends = tuple(f"{name}.weight" for name in (embedding_name(model), head_name(model)) if name)
     found: list[_Entry] = []
     for name, source in _sources(model):
-        written = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        written = written_as(name)
         if written is None:
             raise ValueError(f"the model has a tensor {name!r}, which llama.cpp's {architecture!r} has not")
         wanted = types[1] or types[0] if name in ends else types[0]
-        turned = heads.get(name.split(".")[-2], 0) if config.model_type in _INTERLEAVED else 0
+        turned = heads.get(name.split(".")[-2], 0) if config.model_type in INTERLEAVED else 0
         try:
             kind = "F32" if len(source.shape) == 1 else wanted or ggml.type_of(_spec(source))
         except ValueError as error:
@@ -269,3 +276,10 @@ def _turned(rows: Tensor, heads: int) -> Tensor:
     if not heads:
         return rows
     return rows.reshape(heads, 2, -1, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+
+
+def unturned(rows: Tensor, heads: int) -> Tensor:
+    """`_turned`, undone."""
+    if not heads:
+        return rows
+    return rows.reshape(heads, -1, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)

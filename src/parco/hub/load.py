@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from parco.hub import checks
+from parco.hub import checks, foreign
+from parco.hub.compressed import CompressedTensors
+from parco.hub.gguf_read import read_gguf
+from parco.hub.gptq import Awq, Gptq
 from parco.nn import linears
 from parco.nn.saved import memory_of
 
@@ -28,24 +31,36 @@ if TYPE_CHECKING:
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _PICKLED_FILES = ["pytorch_model*.bin"]
+LAYOUTS: dict[str, Callable[[dict[str, Any]], foreign.Layout]] = {
+    "compressed-tensors": CompressedTensors,
+    "gptq": Gptq,
+    "awq": Awq,
+}
+"""Quantization methods of other libraries, and what reads their matrices."""
+
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files that say it beside a config.json that does not, as older libraries wrote them."""
+
 _OTHER_FILES = ["*/*", "consolidated*"]  # the same weights again, in other libraries' formats
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode, its tokenizer, the folder they came from, and the folder's fingerprint (sha256,
-    hexadecimal)."""
+    """A model in evaluation mode, its tokenizer, the folder (or GGUF file) they came from, its fingerprint (sha256,
+    hexadecimal), and what the library that quantized the model computes otherwise than parco does."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     path: Path
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
 
 def load(
     name_or_path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, low_memory: bool = True
 ) -> Loaded:
-    """The model in a folder, dense or fitted by parco, or of a name `owner/name` on the Hugging Face hub.
+    """The model in a folder, or of a name `owner/name` on the Hugging Face hub: dense, fitted by parco, or quantized by
+    compressed-tensors, GPTQ or AWQ, whose codes and scales are kept; or in a GGUF file, by its path (see `read_gguf`).
 
     dtype: a floating torch dtype or its name; None keeps the checkpoint's (bf16 stays bf16). low_memory: weights stay
     memory-mapped in their file where their dtype is kept; False copies them into memory, so that the file may change
@@ -59,12 +74,22 @@ def load(
     linear layers, an unknown dtype."""
     wanted = _dtype(dtype)
     folder = _resolve(name_or_path)
-    checks.check_folder(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        loaded = _load_gguf(folder, wanted)
+        if not low_memory:
+            _own(loaded.model)
+        return loaded
+    layout = _layout(folder, checks.check_folder(folder))
     checks.check_tokenizer(folder)
     files = checks.weight_files(folder)
     checks.check_finite(files)
+    notes: tuple[str, ...] = ()
+    if layout is None:
+        with _quietly(folder):
+            model = _load_model(folder, wanted)
+    else:
+        model, notes = _load_foreign(folder, files, layout, wanted)
     with _quietly(folder):
-        model = _load_model(folder, wanted)
         tokenizer = _load_tokenizer(folder)
     if any(file.suffix != ".safetensors" for file in files):
         checks.check_finite_tensors(iter(model.state_dict().items()), str(folder))
@@ -75,7 +100,17 @@ def load(
         )
     if not low_memory:
         _own(model)
-    return Loaded(model, tokenizer, folder, checks.fingerprint(folder))
+    return Loaded(model, tokenizer, folder, checks.fingerprint(folder), notes)
+
+
+def _load_gguf(file: Path, dtype: torch.dtype | str) -> Loaded:
+    """The model in a GGUF file; `dtype` "auto" is the narrowest that holds its plain numbers."""
+    found = read_gguf(file)
+    checks.check_finite_tensors(iter(found.foreign.tensors.items()), str(file))
+    with _quietly(file):
+        made = foreign.build(found.foreign, found.config, dtype if isinstance(dtype, torch.dtype) else found.dtype)
+        model = _complete(file, *made)
+    return Loaded(model, found.tokenizer, file, checks.fingerprint(file))
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
@@ -117,7 +152,12 @@ def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     found: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, trust_remote_code=False, weights_only=True, output_loading_info=True
     )
-    model, info = found
+    return _complete(folder, *found)
+
+
+def _complete(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> PreTrainedModel:
+    """The model in evaluation mode, under the name of its folder. Raises ValueError where the files lacked a tensor."""
+    model.config.name_or_path = model.name_or_path = str(folder)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -125,6 +165,49 @@ def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
             " first: copy or download it again"
         )
     return model.eval()
+
+
+def _layout(folder: Path, settings: dict[str, Any]) -> foreign.Layout | None:
+    """How another library stored the folder's matrices; None for dense and parco's own ones, which Transformers loads.
+    ValueError, naming the folder, for a library or a variant that parco does not read.
+    """
+    quantized: dict[str, Any] = settings.get("quantization_config") or {}
+    for name, method in _BESIDE.items():
+        if not quantized and (folder / name).is_file():
+            quantized = {**checks.read_json(folder / name), "quant_method": method}
+    method = quantized.get("quant_method")
+    if not quantized or method == "parco":
+        return None
+    if method not in LAYOUTS:
+        raise ValueError(
+            f"{str(folder)!r} is already quantized by {method!r}, which parco does not read (it reads"
+            f" {', '.join(LAYOUTS)}): give the original model in bf16, fp16 or fp32"
+        )
+    try:
+        return LAYOUTS[method](quantized)
+    except ValueError as error:
+        raise ValueError(f"{str(folder)!r} cannot be read: {error}") from error
+
+
+def _load_foreign(
+    folder: Path, files: list[Path], layout: foreign.Layout, dtype: torch.dtype | str
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model that another library quantized, and what that library computes otherwise."""
+    from transformers import AutoConfig, GenerationConfig
+
+    pickled = next((file for file in files if file.suffix != ".safetensors"), None)
+    if pickled is not None:
+        raise ValueError(f"{str(pickled)!r} is pickled: parco reads quantized matrices from safetensors only")
+    with _quietly(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        bare = foreign.plain(config)
+    found = foreign.read(files, layout, bare)
+    computed: Any = config.dtype or torch.get_default_dtype() if dtype == "auto" else dtype
+    with _quietly(folder):
+        model = _complete(folder, *foreign.build(found, config, computed))
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model, found.notes
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -50,10 +50,12 @@ def save(
     name or is taken, and OSError where the disk is full or cannot be written: then nothing is left behind."""
     target = Path(folder).expanduser().resolve()
     refuse_foreign(target)
+    from parco.hub.quantizer import ParcoConfig
+
     content = saved.tensors_to_save(model)
     with whole(target, sum(tensor.nbytes for tensor in content.values())) as temporary:
-        _write_weights(temporary, content, shard_bytes)
-        _write_settings(temporary, model, tokenizer)
+        write_weights(temporary, content, shard_bytes)
+        write_settings(temporary, model, tokenizer, ParcoConfig.of(model))
         write_extra(temporary, extra if plan is None else {**(extra or {}), "plan.json": _plan(plan)})
     return target
 
@@ -109,7 +111,8 @@ def refuse_foreign(target: Path) -> None:
     raise FileExistsError(f"{str(target)!r} holds files that parco did not save and would replace: {remedy}")
 
 
-def _write_weights(folder: Path, content: dict[str, torch.Tensor], shard_bytes: int) -> None:
+def write_weights(folder: Path, content: dict[str, torch.Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes tensors as safetensors, in shards with an index where they exceed `shard_bytes`."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     split = split_torch_state_dict_into_shards(
@@ -129,14 +132,16 @@ def _apart(tensor: torch.Tensor) -> torch.Tensor:
     return found if found.untyped_storage().nbytes() == found.nbytes else found.clone()
 
 
-def _write_settings(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """config.json, generation_config.json and the tokenizer's files."""
-    from parco.hub.quantizer import ParcoConfig
-
-    config = copy.deepcopy(model.config)
+def write_settings(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, quantization: Any | None
+) -> None:
+    """config.json with `quantization` as its quantization_config, generation_config.json and the tokenizer's files."""
+    config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = saved.compute_dtype(model)
-    config.quantization_config = ParcoConfig.of(model)
+    config.quantization_config = quantization
+    if quantization is None:
+        del config.quantization_config
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

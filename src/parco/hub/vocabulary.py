@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ PATTERNS = {
     _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST: "qwen2",
 }
 """How text is cut before the merges, and llama.cpp's name for it."""
+
+SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+"""Tokens with a part of their own, and what the file's metadata calls them."""
 
 
 class UnknownTokenizerError(ValueError):
@@ -116,3 +120,92 @@ def _unknown(reason: str) -> UnknownTokenizerError:
     return UnknownTokenizerError(
         f"llama.cpp does not know this tokenizer: {reason}; tokenizer=None writes the model without it"
     )
+
+
+def read(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer in a file's metadata. Raises UnknownTokenizerError for one that parco does not write either."""
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokens: list[str] = fields.get("tokenizer.ggml.tokens") or []
+    types: list[int] = fields.get("tokenizer.ggml.token_type") or [_type("NORMAL")] * len(tokens)
+    model = fields.get("tokenizer.ggml.model")
+    if model not in ("gpt2", "llama") or not tokens or len(types) != len(tokens):
+        raise UnknownTokenizerError(
+            f"its tokenizer is {model!r} of {len(tokens)} tokens; parco reads 'gpt2' and 'llama'"
+        )
+    vocabulary = {token: index for index, token in enumerate(tokens) if types[index] != _type("UNUSED")}
+    made: Tokenizer = (_byte_level if model == "gpt2" else _pieces)(fields, vocabulary)
+    for kind, special in (("CONTROL", True), ("USER_DEFINED", False)):
+        added = [token for token, index in vocabulary.items() if types[index] == _type(kind)]
+        made.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
+    numbers = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
+    named = {f"{name}_token": tokens[number] for name, number in numbers.items() if number is not None}
+    if fields.get("tokenizer.ggml.add_bos_token", model == "llama") and "bos_token" in named:
+        made.post_processor = _beginning(named["bos_token"], vocabulary[named["bos_token"]])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **named)
+    template = fields.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _beginning(token: str, number: int) -> Any:
+    from tokenizers import processors
+
+    return processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, number)]
+    )
+
+
+def _byte_level(fields: Mapping[str, Any], vocabulary: dict[str, int]) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    cut = fields.get("tokenizer.ggml.pre", "default")
+    patterns = {name: pattern for pattern, name in PATTERNS.items()}
+    if cut not in ("gpt-2", *patterns):
+        raise UnknownTokenizerError(f"its tokenizer cuts text as {cut!r}; parco reads gpt-2, {', '.join(patterns)}")
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges") or []]
+    # Llama 3's takes a piece that is a token as it is, whatever the merges say.
+    made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut == "llama-bpe"))
+    made.decoder = decoders.ByteLevel()
+    if cut == "gpt-2":
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return made
+    if cut == "qwen2":
+        made.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(patterns[cut]), "isolated")
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, whole])
+    return made
+
+
+def _pieces(fields: Mapping[str, Any], vocabulary: dict[str, int]) -> Any:
+    """The merges are those of two pieces whose union is one; the union that scores highest comes first."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores: list[float] = fields.get("tokenizer.ggml.scores") or []
+    if len(scores) != len(fields["tokenizer.ggml.tokens"]):
+        raise UnknownTokenizerError(f"its tokenizer has {len(scores)} scores; one for each token is needed")
+    merges = [
+        (-scores[index], vocabulary[token[:cut]], vocabulary[token[cut:]], token[:cut], token[cut:])
+        for token, index in vocabulary.items()
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    unknown = fields.get("tokenizer.ggml.unknown_token_id", 0)
+    made = Tokenizer(
+        models.BPE(
+            vocabulary,
+            [(left, right) for *_, left, right in sorted(merges)],
+            byte_fallback=True,
+            fuse_unk=True,
+            unk_token=fields["tokenizer.ggml.tokens"][unknown],
+        )
+    )
+    spaces = [normalizers.Replace(" ", "▁")]
+    begins = fields.get("tokenizer.ggml.add_space_prefix", True)
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *spaces] if begins else spaces)
+    strip = [decoders.Strip(" ", 1, 0)] if begins else []
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return made

@@ -1,0 +1,86 @@
+"""A model from any file that is read to any that is written."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TypedDict
+
+from parco.hub.compressed import save_compressed
+from parco.hub.dense import save_dense
+from parco.hub.gguf import check_type, save_gguf
+from parco.hub.load import load
+from parco.hub.save import refuse_foreign, save
+from parco.nn import saved
+from parco.weights import Quantized
+
+TARGETS = ("parco", "compressed-tensors", "gguf")
+
+
+class Exported(TypedDict):
+    """What `export` did: the model that was read, what was written and where, its bytes on the disk, how many matrices
+    were stored in which format when it was read, and what the library that quantized it computes otherwise.
+    """
+
+    model: str
+    to: str
+    out: str
+    nbytes: int
+    stored: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def export(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    to: str = "parco",
+    *,
+    type: str | None = None,
+    ends: str | None = None,
+    round_scales: bool = False,
+    dense: bool = False,
+) -> Exported:
+    """Reads `model`, which is what `load` takes, and writes it for `to`: "parco" is a folder that Transformers loads
+    after `import parco` (a dense model's needs no import), "compressed-tensors" one for vLLM, "gguf" a file for
+    llama.cpp.
+
+    type, ends and round_scales are those of `save_gguf`, dense is that of `save_compressed`. Raises ValueError for an
+    unknown `to` and for an option of another target, and what `load` and the function that saves raise; then nothing is
+    written.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"to={to!r} is none of {', '.join(TARGETS)}")
+    for name, value, owner in (
+        ("type", type, "gguf"),
+        ("ends", ends, "gguf"),
+        ("round_scales", round_scales, "gguf"),
+        ("dense", dense, "compressed-tensors"),
+    ):
+        if value and to != owner:
+            raise ValueError(f"{name}={value!r} is for to={owner!r}, and to={to!r}")
+    target = Path(out).expanduser().resolve()
+    if to == "gguf":
+        check_type(type, "type")
+        check_type(ends, "ends")
+        if target.is_dir():
+            raise IsADirectoryError(f"{str(target)!r} is a folder: name the file that is to be written")
+    else:
+        refuse_foreign(target)
+    loaded = load(model)
+    weights = saved.describe(loaded.model).weights
+    if to == "gguf":
+        save_gguf(loaded.model, loaded.tokenizer, target, type, ends=ends, round_scales=round_scales)
+    elif to == "compressed-tensors":
+        save_compressed(loaded.model, loaded.tokenizer, target, dense=dense)
+    else:
+        (save if weights else save_dense)(loaded.model, loaded.tokenizer, target)
+    files = [target] if target.is_file() else [path for path in target.iterdir() if path.is_file()]
+    return Exported(
+        model=str(model),
+        to=to,
+        out=str(target),
+        nbytes=sum(path.stat().st_size for path in files),
+        stored=dict(Counter(str(spec.format if isinstance(spec, Quantized) else spec) for spec in weights.values())),
+        notes=loaded.notes,
+    )

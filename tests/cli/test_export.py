@@ -1,0 +1,87 @@
+"""`parco export`: from every kind of file to every other, by name, and one line for what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.hub import tiny
+from tests.hub.test_gptq import Quantizer
+
+from parco import cli, hub
+from parco.nn import StoredWeight
+
+pytest.importorskip("gguf")
+SIZES: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def export(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    assert cli.main(["export", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def logits(place: Path) -> torch.Tensor:
+    return tiny.logits(hub.load(place).model)
+
+
+def test_a_model_goes_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense = tiny.folder(tmp_path / "dense", **SIZES)
+    done = export(capsys, dense, "--to", "gguf", "--type", "q4_0", "--ends", "BF16", "--out", tmp_path / "model.gguf")
+    assert (done["stored"], done["to"]) == ({}, "gguf")
+    assert done["nbytes"] == (tmp_path / "model.gguf").stat().st_size
+    done = export(capsys, tmp_path / "model.gguf", "--to", "compressed-tensors", "--out", tmp_path / "theirs")
+    assert done["stored"] == {"int4:32:fp16": 14}
+    export(capsys, tmp_path / "theirs", "--out", tmp_path / "ours")
+    export(capsys, tmp_path / "ours", "--to", "gguf", "--out", tmp_path / "again.gguf")
+    wanted = logits(tmp_path / "model.gguf")
+    for name in ("theirs", "ours", "again.gguf"):
+        assert torch.equal(logits(tmp_path / name), wanted), name
+    stored = [part.spec for part in hub.load(tmp_path / "ours").model.modules() if isinstance(part, StoredWeight)]
+    assert len(stored) == 14
+    export(capsys, dense, "--out", tmp_path / "copy")
+    assert "quantization_config" not in json.loads((tmp_path / "copy" / "config.json").read_text())
+
+
+def test_what_is_printed_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tiny.model("llama", torch.float16, **SIZES)
+    folder = Quantizer("gptq", 4, 64, desc_act=True).save(made, tmp_path / "theirs")
+    assert cli.main(["export", str(folder), "--out", str(tmp_path / "ours")]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "none: it is dense" in text
+    assert "14 matrices have groups of columns in the order of activations" in text
+    assert cli.main(["generate", str(folder), "def", "--tokens", "2"]) == 0
+    assert "14 matrices have groups of columns" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--to", "onnx"], "to='onnx' is none of parco, compressed-tensors, gguf"),
+        (["--type", "Q8_0"], "type='Q8_0' is for to='gguf'"),
+        (["--to", "gguf", "--dense"], "dense=True is for to='compressed-tensors'"),
+        (["--to", "gguf", "--type", "Q4_K"], "type='Q4_K' is none of F32"),
+        (["--to", "gguf", "--type", "TQ2_0"], "blocks of 256"),
+    ],
+)
+def test_wrong_use_is_one_line_and_writes_nothing(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.folder(tmp_path / "dense", **SIZES)
+    assert cli.main(["export", str(folder), "--out", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+def test_files_of_others_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.folder(tmp_path / "dense", **SIZES)
+    for to in ("parco", "compressed-tensors"):
+        assert cli.main(["export", str(folder), "--out", str(folder), "--to", to]) == 2
+        assert "did not save" in capsys.readouterr().err
+    assert cli.main(["export", str(folder), "--out", str(folder), "--to", "gguf"]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert tiny.logits(hub.load(folder).model).shape[-1] == tiny.VOCABULARY
