@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipes_train_to_bf16s_loss import texts as sources
+from accumulated import texts as sources
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from parco import hub
