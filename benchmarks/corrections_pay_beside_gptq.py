@@ -23,6 +23,7 @@ another; nothing is healed, the embedding and the head are kept.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,12 @@ ALONE = {
     "gptq act-order": "{base}@actorder",
     "awq": "scale>>{base}@rtn",
     "awq, gptq": "scale>>{base}@actorder",
+    "quarot": "rotate>>{base}@rtn",
+    "quarot, gptq": "rotate>>{base}@actorder",
 }
 CORRECTED = {
-    "loftq": "{base}@rtn+factor(rank={rank},metric=plain)>>int4:32@rtn",
     "caldera": "{base}@actorder+factor(rank={rank})>>int4:32",
+    "loftq": "{base}@rtn+factor(rank={rank},metric=plain)>>int4:32@rtn",
     "svdquant": "scale>>{base}@rtn+factor(rank={rank},metric=plain)>>int4:32@rtn",
 }
 FORMATS = [f"int{bits}:{group}" for bits in range(8, 1, -1) for group in range(16, 129, 16)]
@@ -100,8 +103,7 @@ def stored(methods: Mapping[str, Method]) -> compressed.Change:
 def methods() -> Iterator[tuple[str, str, int]]:
     """Name, pattern and rank."""
     yield from ((name, pattern, 0) for name, pattern in ALONE.items())
-    for rank in RANKS:
-        yield from ((name, pattern, rank) for name, pattern in CORRECTED.items())
+    yield from ((name, pattern, rank) for name, pattern in CORRECTED.items() for rank in RANKS)
 
 
 def shapes_of(judged: compressed.Judged) -> dict[str, tuple[int, int]]:
@@ -120,22 +122,21 @@ def main() -> None:
     judged = compressed.shipped(options.work)
     shapes = shapes_of(judged)
     numbers = sum(rows * columns for rows, columns in shapes.values())
-    for budget in BUDGETS:
-        done: list[dict[str, Method]] = []
-        for name, pattern, rank in methods():
-            plan = chosen(pattern, rank, shapes, budget)
-            if plan in done:  # no higher rank fits
-                continue
-            done.append(plan)
-            rows.add(
-                judged,
-                lambda p=plan: compressed.in_turn(judged, stored(p)),
-                compressed.Judged.divergences,
-                budget=budget,
-                method=name,
-                rank=rank,
-                bits=round(sum(total(plan[name], shape) for name, shape in shapes.items()) / numbers, 3),
-            )
+    done: list[dict[str, Method]] = []
+    for (name, pattern, rank), budget in itertools.product(methods(), BUDGETS):
+        plan = chosen(pattern, rank, shapes, budget)
+        if plan in done:  # no higher rank fits
+            continue
+        done.append(plan)
+        rows.add(
+            judged,
+            lambda p=plan: compressed.in_turn(judged, stored(p)),
+            compressed.Judged.divergences,
+            budget=budget,
+            method=name,
+            rank=rank,
+            bits=round(sum(total(plan[name], shape) for name, shape in shapes.items()) / numbers, 3),
+        )
     save(__file__, rows.rows)
 
 

@@ -18,6 +18,7 @@ from parco.fitting.methods import (
     Quantize,
     QuantizedFactors,
     QuantizedPrune,
+    Rotate,
     Scale,
     Transform,
     Transformed,
@@ -78,6 +79,12 @@ TEXTS = [
     "scale>>factor(0.5)>>int8:row",
     "scale>>int4:32+factor(rank=16)",
     "scale>>int4:32@rtn+factor(rank=16)>>int8:row",
+    "rotate",
+    "rotate>>int4:32",
+    "rotate(3)>>mxfp4",
+    "rotate>>factor(0.5)>>int8:row",
+    "rotate>>int4:32+factor(rank=16)",
+    "scale>>rotate>>int4:32",
 ]
 NEEDS_STATISTICS = (
     "int4:32@gptq",
@@ -250,14 +257,15 @@ KINDS = [
     Scale(0.5, "smoothquant") >> Quantize("int8:row"),
     Scale(0.5) >> (Quantize("int4:32") + Factor(rank=8)),
     Scale() >> Factor(0.5),
+    Rotate(1),
+    Rotate() >> Quantize("int4:32"),
 ]
 
 
 def _is_stored(first: Method, second: Method) -> bool:
     if isinstance(first, Transform):
-        return not isinstance(second, Keep | Scale) and not (
-            isinstance(second, Transformed) and isinstance(second.transform, Scale)
-        )
+        begins = second.transform if isinstance(second, Transformed) else second
+        return not isinstance(second, Keep) and type(begins) is not type(first)
     if isinstance(first, Transformed):
         return _is_stored(first.then, second)
     stored = isinstance(first, Factor | Prune | Corrected) and isinstance(second, Quantize)
@@ -292,6 +300,8 @@ def test_only_compositions_with_a_meaning_are_allowed(first: Method, second: Met
         "prune(2:4,depth=3)",
         "scale()",
         "scale(0.5,0.5)",
+        "rotate()",
+        "rotate(1,seed=2)",
     ],
 )
 def test_unknown_methods_name_the_known_ones(text: str) -> None:
@@ -326,6 +336,10 @@ def test_arguments_are_checked() -> None:
         Scale(1.5)
     with pytest.raises(ValueError, match="rule must be one of awq, smoothquant"):
         Scale(rule="best")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="seed is a whole number"):
+        parse("rotate(x)")
+    with pytest.raises(ValueError, match="seed must lie in"):
+        Rotate(-1)
     with pytest.raises(ValueError, match="exponent is a number"):
         parse("scale(much)")
     with pytest.raises(ValueError, match="for few bits"):

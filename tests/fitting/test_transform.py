@@ -18,6 +18,7 @@ from parco.fitting.candidates import considered
 from parco.fitting.methods import Scale, output_error, parse
 from parco.fitting.stages import Silent, Stages
 from parco.fitting.statistics import Statistics
+from parco.kernels.cast import turned
 from parco.nn import StoredWeight, groups
 from parco.products import Activations
 from parco.weights import Scaled
@@ -50,6 +51,36 @@ def test_divided_statistics_are_those_of_the_divided_inputs() -> None:
     seen = Statistics(torch.eye(64), 1, fisher=fisher).divided(scale).fisher
     # The gradient with respect to W · diag(s) is that with respect to W divided by s.
     torch.testing.assert_close(seen, fisher / scale**2)
+
+
+def test_turned_statistics_are_those_of_the_turned_inputs() -> None:
+    inputs, original = uneven(200), uneven(200, seed=2)
+    found = Statistics.of(inputs, original).turned(3)
+    wanted = Statistics.of(turned(inputs, 3), turned(original, 3))
+    for name in ("gram", "cross"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-3, atol=0.5)
+    assert found.magnitude is found.peak is found.fisher is None
+
+
+def test_a_rotation_spreads_the_outliers_of_rows() -> None:
+    weight = weights(64, 128)
+    weight[:, 5] *= 30
+    statistics = Statistics.of(torch.randn(1500, 128, generator=torch.Generator().manual_seed(6)))
+    for name in ("int4:128@rtn", "int8:row@rtn", "int3:64@rtn"):
+        assert error(f"rotate>>{name}", weight, statistics) < 0.6 * error(name, weight, statistics)
+    one, other = parse("rotate(1)>>int4:64"), parse("rotate(2)>>int4:64")
+    assert not torch.equal(one(weight)[1][0], other(weight)[1][0])
+
+
+def test_a_rotation_lets_activations_be_int8() -> None:
+    weight, x = weights(64, 128), uneven(128, 64, seed=7)
+    wanted = x @ weight.T
+
+    def apart(text: str) -> float:
+        spec, tensors = parse(text)(weight)
+        return float((spec.apply(x, *tensors, product=Activations()) - wanted).square().mean())
+
+    assert apart("rotate>>int8:row") < 0.5 * apart("int8:row")
 
 
 def test_statistics_add_their_peaks_up_to_the_greater() -> None:

@@ -4,7 +4,7 @@ import pytest
 from tests.laws.weight_laws import WeightLaws
 
 from parco import formats
-from parco.weights import Bitmap, BlockSparse, Dense, LowRank, Quantized, Scaled, SemiSparse, Sum, Weight
+from parco.weights import Bitmap, BlockSparse, Dense, LowRank, Quantized, Rotated, Scaled, SemiSparse, Sum, Weight
 
 
 def rank(shape):
@@ -47,6 +47,9 @@ MAKERS = {
     "scaled int8": lambda shape: scaled(Quantized("int8:row", shape), "fp32"),
     "scaled int4": lambda shape: scaled(Quantized("int4:32", shape), "bf16"),
     "scaled and corrected": lambda shape: scaled(Sum(Quantized("int4:32", shape), low_rank(shape, "int8:row")), "fp16"),
+    "rotated int4": lambda shape: Rotated(Quantized("int4:32", shape)),
+    "rotated int8": lambda shape: Rotated(Quantized("int8:row", shape), seed=7),
+    "scaled and rotated": lambda shape: scaled(Rotated(low_rank(shape, "bf16")), "bf16"),
     **{
         f"semisparse {form}": lambda shape, form=form: SemiSparse(form, shape)
         for form in ("bf16", "int8:row", "int4:32")

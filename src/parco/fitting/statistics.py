@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from parco.kernels.cast import turned
+
 DAMPING = 0.01
 """Share of the gram's mean diagonal that is added to the diagonal before it is factored (GPTQ's value)."""
 
@@ -203,6 +205,15 @@ class Statistics:
             fisher=None if self.fisher is None else self.fisher / scale.square(),
             peak=None if self.peak is None else self.peak / scale,
         )
+
+    def turned(self, seed: int) -> Statistics:
+        """Statistics of x under `parco.kernels.cast.turned`. Sizes of single inputs and columns are not known there."""
+
+        def both(moment: Tensor) -> Tensor:
+            return turned(turned(moment, seed).T, seed).T.contiguous()
+
+        cross = None if self.cross is None else both(self.cross)
+        return replace(self, gram=both(self.gram), cross=cross, magnitude=None, fisher=None, peak=None)
 
     def with_ridge(self, share: float) -> Statistics:
         """The same statistics with `share` of the mean diagonal added to the gram's (and the cross moment's) diagonal.

@@ -3,7 +3,7 @@
 Grammar, with `NxK` the shape and `format` a name that `Format.parse` knows:
 
     weight = dense(format, NxK) | quantized(format, NxK) | lowrank(weight, weight) | sum(weight, weight, …)
-           | scaled(weight, dense(format, 1xK))
+           | scaled(weight, dense(format, 1xK)) | rotated(weight, seed)
            | semisparse(format, NxK) | bitmap(format, NxK, kept) | blocksparse(format, NxK, block, kept)
 """
 
@@ -18,6 +18,7 @@ from parco.weights.block_sparse import BlockSparse
 from parco.weights.dense import Dense
 from parco.weights.low_rank import LowRank
 from parco.weights.quantized import Quantized
+from parco.weights.rotated import Rotated
 from parco.weights.scaled import Scaled
 from parco.weights.semi_sparse import SemiSparse
 from parco.weights.sum import Sum
@@ -92,6 +93,12 @@ def _scaled(arguments: list[str], text: str) -> Weight:
     return Scaled(inner, scale)
 
 
+def _rotated(arguments: list[str], text: str) -> Weight:
+    if len(arguments) != 2 or not arguments[1].strip().isdecimal():
+        raise ValueError(f"weight {text!r}: rotated takes a weight and a seed, as in rotated(…, 0)")
+    return Rotated(parse(arguments[0]), int(arguments[1]))
+
+
 def _semi_sparse(arguments: list[str], text: str) -> Weight:
     return SemiSparse(*_stored("semisparse", arguments, text))
 
@@ -121,6 +128,7 @@ _READERS: dict[str, Callable[[list[str], str], Weight]] = {
     "lowrank": _low_rank,
     "sum": _sum,
     "scaled": _scaled,
+    "rotated": _rotated,
     "semisparse": _semi_sparse,
     "bitmap": _bitmap,
     "blocksparse": _block_sparse,

@@ -28,7 +28,7 @@ from parco.fitting.methods.method import Made, Method, Shape, output_error
 from parco.fitting.methods.prune import Prune, QuantizedPrune, Score
 from parco.fitting.methods.quantize import Keep, Quantize, Solver
 from parco.fitting.methods.text import KNOWN, parse
-from parco.fitting.methods.transform import Rule, Scale, Transform, Transformed
+from parco.fitting.methods.transform import Rotate, Rule, Scale, Transform, Transformed
 
 __all__ = [
     "KNOWN",
@@ -42,6 +42,7 @@ __all__ = [
     "Quantize",
     "QuantizedFactors",
     "QuantizedPrune",
+    "Rotate",
     "Rule",
     "Scale",
     "Score",

@@ -1,4 +1,4 @@
-"""Other coordinates for the inputs, in which a matrix is stored with less error: a scale for each column."""
+"""Other coordinates for the inputs, in which a matrix is stored with less error: scales of its columns, a rotation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from parco.fitting.methods.method import Made, Method, Shape, check, output_erro
 from parco.fitting.methods.quantize import Keep
 from parco.fitting.statistics import Statistics
 from parco.formats import DTYPE_NAMES
-from parco.weights import Dense, Scaled, Weight
+from parco.kernels.cast import turned
+from parco.weights import Dense, Rotated, Scaled, Weight
 
 Rule = Literal["awq", "smoothquant"]
 DTYPE = torch.bfloat16
@@ -171,6 +172,32 @@ class Scale(Transform):
         arguments = [f"{self.exponent:g}"] if self.exponent is not None else []
         arguments += [f"rule={self.rule}"] if self.rule != "awq" else []
         return f"scale({','.join(arguments)})" if arguments else "scale"
+
+
+@final
+@dataclass(frozen=True)
+class Rotate(Transform):
+    """Rows and inputs under a random Hadamard transform of every 128 neighbours, its signs drawn from `seed` (QuIP#,
+    arXiv 2402.04396; QuaRot, arXiv 2404.00456): outliers are spread over their block, so that no scale of integers has
+    to span them. Text: `rotate>>int4:64`, `rotate(1)>>int4:64`.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed must lie in [0, 2**64), got {self.seed}")
+
+    def change(
+        self, weight: Tensor, statistics: Statistics | None, then: Method
+    ) -> tuple[Tensor, Statistics | None, tuple[Tensor, ...]]:
+        return turned(weight, self.seed), None if statistics is None else statistics.turned(self.seed), ()
+
+    def around(self, inner: Weight) -> Weight:
+        return Rotated(inner, self.seed)
+
+    def __str__(self) -> str:
+        return f"rotate({self.seed})" if self.seed else "rotate"
 
 
 def _divided(weight: Tensor, statistics: Statistics, stored: Tensor) -> tuple[Tensor, Statistics]:
