@@ -2,8 +2,8 @@
 language model than GPTQ alone; or the table shows where it stops paying.
 
 4.25 and 3 bits in all for each number of the model's linear layers. What factors and scales of inputs take, the codes
-go without: a matrix has the most bits, and then the smallest groups, with which it still fits, and some have the next
-smaller ones as long as the model fits. Where a rank does not fit at all, a matrix takes half of it.
+go without: the codes have the most bits, and then the smallest groups, with which the model still fits, and those of
+some matrices the next smaller groups. Keys and values, of 64 rows, have rank 16 at most.
 
     rtn              rounded to nearest under searched scales
     gptq             with coordinate descent; "act-order" with the columns of large inputs first
@@ -23,7 +23,6 @@ another; nothing is healed, the embedding and the head are kept.
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,57 +35,49 @@ from parco.fitting.methods import Method, parse
 from parco.fitting.statistics import Statistics
 from parco.nn.blocks import Group, matrix
 
-BUDGETS = (4.25, 3.0)
 RANKS = (8, 16, 32, 64)
 ALONE = {
     "rtn": "{base}@rtn",
     "gptq": "{base}@gptq",
     "gptq act-order": "{base}@actorder",
     "awq": "scale>>{base}@rtn",
-    "awq, gptq": "scale>>{base}@actorder",
+    "awq, gptq": "scale>>{base}@gptq",
     "quarot": "rotate>>{base}@rtn",
-    "quarot, gptq": "rotate>>{base}@actorder",
+    "quarot, gptq": "rotate>>{base}@gptq",
 }
 CORRECTED = {
-    "caldera": "{base}@actorder+factor(rank={rank})>>int4:32",
+    "caldera": "{base}@gptq+factor(rank={rank})>>int4:32",
     "loftq": "{base}@rtn+factor(rank={rank},metric=plain)>>int4:32@rtn",
     "svdquant": "scale>>{base}@rtn+factor(rank={rank},metric=plain)>>int4:32@rtn",
 }
 FORMATS = [f"int{bits}:{group}" for bits in range(8, 1, -1) for group in range(16, 129, 16)]
 """The most bits first, then the smallest groups."""
-COARSE = [f"int2:{group}" for group in (160, 192, 224, 256, 288, 320)]
-"""Where none of those fits."""
 
 
-def chosen(pattern: str, rank: int, shapes: Mapping[str, tuple[int, int]], budget: float) -> dict[str, Method]:
-    """For every matrix the first format that takes no more than `budget` bits; then, one matrix after the other, the
-    next smaller groups, as long as the model takes no more.
+def chosen(pattern: str, rank: int, shapes: Mapping[str, tuple[int, int]], budget: float) -> dict[str, Method] | None:
+    """For all matrices the first format with which the model takes no more than `budget` bits for each number; then,
+    one matrix after the other, the next smaller groups, as long as it takes no more. None where nothing fits.
     """
-    found: dict[str, Method] = {}
-    better: dict[str, Method] = {}
-    left = 0.0
-    for name, shape in shapes.items():
-        low = rank
-        while True:
-            tried = [parse(pattern.format(base=base, rank=low)) for base in (*FORMATS, *COARSE)]
-            fits = [method for method in tried if total(method, shape) <= budget * shape[0] * shape[1]]
-            if fits:
-                break
-            low //= 2
-        found[name] = fits[0]
-        left += budget * shape[0] * shape[1] - total(fits[0], shape)
-        place = tried.index(fits[0])
-        better[name] = tried[place - 1] if place % 8 else fits[0]
-    for name, shape in shapes.items():
-        more = total(better[name], shape) - total(found[name], shape)
-        if 0 < more <= left:
-            found[name], left = better[name], left - more
+    tried = [{name: _method(pattern, rank, shape, base) for name, shape in shapes.items()} for base in FORMATS]
+    limit = budget * sum(rows * columns for rows, columns in shapes.values())
+    place = next((place for place, plan in enumerate(tried) if total(plan, shapes) <= limit), None)
+    if place is None:
+        return None
+    found, better = dict(tried[place]), tried[place - (place % 8 > 0)]
+    for name, method in better.items():
+        if total({**found, name: method}, shapes) <= limit:
+            found[name] = method
     return found
 
 
-def total(method: Method, shape: tuple[int, int]) -> int:
-    """Bits of a matrix, everything that is stored counted."""
-    return 8 * method.spec(shape).nbytes
+def _method(pattern: str, rank: int, shape: tuple[int, int], base: str) -> Method:
+    """With at most a quarter of the rank that the matrix may have."""
+    return parse(pattern.format(base=base, rank=min(rank, min(shape) // 4)))
+
+
+def total(plan: Mapping[str, Method], shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Bits of all matrices, everything that is stored counted."""
+    return sum(8 * method.spec(shapes[name]).nbytes for name, method in plan.items())
 
 
 def stored(methods: Mapping[str, Method]) -> compressed.Change:
@@ -116,28 +107,29 @@ def shapes_of(judged: compressed.Judged) -> dict[str, tuple[int, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/compressed"))
+    parser.add_argument("--bits", default="4.25,3")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    rows = compressed.Rows(options.work / "corrections.json")
     judged = compressed.shipped(options.work)
     shapes = shapes_of(judged)
     numbers = sum(rows * columns for rows, columns in shapes.values())
-    done: list[dict[str, Method]] = []
-    for (name, pattern, rank), budget in itertools.product(methods(), BUDGETS):
-        plan = chosen(pattern, rank, shapes, budget)
-        if plan in done:  # no higher rank fits
-            continue
-        done.append(plan)
-        rows.add(
-            judged,
-            lambda p=plan: compressed.in_turn(judged, stored(p)),
-            compressed.Judged.divergences,
-            budget=budget,
-            method=name,
-            rank=rank,
-            bits=round(sum(total(plan[name], shape) for name, shape in shapes.items()) / numbers, 3),
-        )
-    save(__file__, rows.rows)
+    found: list[dict[str, object]] = []
+    for budget in map(float, options.bits.split(",")):
+        rows = compressed.Rows(options.work / f"corrections-{budget:g}.json")
+        for name, pattern, rank in methods():
+            plan = chosen(pattern, rank, shapes, budget)
+            if plan is not None:
+                rows.add(
+                    judged,
+                    lambda p=plan: compressed.in_turn(judged, stored(p)),
+                    compressed.Judged.divergences,
+                    budget=budget,
+                    method=name,
+                    rank=rank,
+                    bits=round(total(plan, shapes) / numbers, 3),
+                )
+        found += rows.rows
+    save(__file__, found)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,10 @@ TEXTS = [
     "int4:32@actorder",
     "int3:64:asym@actorder",
     "int8:row@actorder",
+    "nvfp4@gptq",
+    "mxfp4@actorder",
+    "fp8_e4m3:128x128@gptq",
+    "nf4:64@gptq",
     "scale",
     "scale>>int4:32",
     "scale(0.5)>>nvfp4",
@@ -91,6 +95,10 @@ NEEDS_STATISTICS = (
     "int4:32@actorder",
     "int3:64:asym@actorder",
     "int8:row@actorder",
+    "nvfp4@gptq",
+    "mxfp4@actorder",
+    "fp8_e4m3:128x128@gptq",
+    "nf4:64@gptq",
     "factor(rank=32,metric=activation,format=fp32)",
     "factor(0.5,metric=scaled)",
     "prune(50%,score=wanda)",
@@ -320,8 +328,8 @@ def test_meaningless_compositions_are_value_errors_in_text(text: str) -> None:
 def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="solver must be one of auto, rtn, gptq"):
         Quantize("int4:32", "best")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="solver gptq rounds integers"):
-        Quantize("nf4:64", "gptq")
+    with pytest.raises(ValueError, match="solver gptq has nothing to round in bf16"):
+        Quantize("bf16", "gptq")
     with pytest.raises(ValueError, match="either ratio or rank"):
         Factor()
     with pytest.raises(ValueError, match="either ratio or rank"):
