@@ -57,5 +57,5 @@ def gptq_levels(weight: Tensor, statistics: Statistics, format: Format, *, order
         stored[first:last, order] = decided.T
 
     over_rows(rows, run)
-    encoded = encode(stored, format, **scales)
+    encoded = encode(stored, format, scale=scales.get("scale"), global_scale=scales.get("global_scale"))
     return tuple(encoded.tensors[name] for name in format.tensors((rows, columns)))
