@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipes_train_to_bf16s_loss import texts as sources
+from accumulated import texts as sources
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from parco import hub
@@ -61,18 +61,32 @@ class Judged:
     def statistics(self, group: Group) -> dict[str, Statistics]:
         return statistics_of(self.stage, group)
 
+    @property
+    def texts(self) -> dict[str, torch.Tensor]:
+        """The windows of the held-out text and of the other."""
+        return {"held_out": self.windows.held[:HELD], "other_text": self.other[:HELD]}
+
     def perplexities(self, model: Any) -> dict[str, float]:
-        """On the held-out text and on the other."""
+        return {name: math.exp(evaluate.quality(model, windows, Silent()).loss) for name, windows in self.texts.items()}
+
+    def divergences(self, model: Any) -> dict[str, float]:
+        """KL from the original in nats per token."""
+        original = self.load()
         return {
-            name: math.exp(evaluate.quality(model, windows[:HELD], Silent()).loss)
-            for name, windows in (("held_out", self.windows.held), ("other_text", self.other))
+            f"kl_{name}": evaluate.quality(model, windows, Silent(), original).kl
+            for name, windows in self.texts.items()
         }
 
 
 def models(work: Path) -> Iterator[Judged]:
     """Both, calibrated; what takes minutes is kept in `work`."""
-    yield _judged("llama", hub.embedded_path(), work)
+    yield shipped(work)
     yield _judged("gpt2", gpt2(work), work)
+
+
+def shipped(work: Path) -> Judged:
+    """The model that ships with parco."""
+    return _judged("llama", hub.embedded_path(), work)
 
 
 def _judged(name: str, folder: Path, work: Path) -> Judged:
@@ -94,11 +108,17 @@ class Rows:
         self.path = path
         self.rows: list[dict[str, object]] = json.loads(path.read_text()) if path.exists() else []
 
-    def add(self, judged: Judged, make: Callable[[], Any], **key: object) -> None:
-        """The perplexities of the model that `make` gives, as the row of `key`."""
+    def add(
+        self,
+        judged: Judged,
+        make: Callable[[], Any],
+        judge: Callable[[Judged, Any], dict[str, float]] = Judged.perplexities,
+        **key: object,
+    ) -> None:
+        """What `judge` says of the model that `make` gives, as the row of `key`."""
         wanted = {"model": judged.name, **key}
         if not any(wanted.items() <= row.items() for row in self.rows):
-            self.rows.append({**wanted, **judged.perplexities(make())})
+            self.rows.append({**wanted, **judge(judged, make())})
             self.path.write_text(json.dumps(self.rows, indent=1))
             print(self.rows[-1], flush=True)
 
@@ -185,6 +205,12 @@ def _shifted(
         for group in now:
             moments.add(group.name, seen[group.members[0]], before[group.members[0]])
     return {
-        name: Statistics(gram.float(), moments.count[name], moments.cross[name].float())
+        name: Statistics(
+            gram.float(),
+            moments.count[name],
+            moments.cross[name].float(),
+            magnitude=moments.magnitude[name].float(),
+            peak=moments.peak[name],
+        )
         for name, gram in moments.gram.items()
     }

@@ -71,6 +71,8 @@ def test_moments_are_those_of_the_inputs_in_a_plain_forward(calibrated: Calibrat
             torch.testing.assert_close(statistics.gram, inputs.T @ inputs, rtol=1e-3, atol=1e-2)
             assert statistics.magnitude is not None and statistics.fisher is not None
             torch.testing.assert_close(statistics.magnitude, inputs.abs().sum(0), rtol=1e-3, atol=1e-2)
+            assert statistics.peak is not None
+            torch.testing.assert_close(statistics.peak, inputs.abs().amax(0), rtol=1e-3, atol=1e-3)
             assert statistics.fisher.shape == (statistics.columns,)
             assert statistics.row_energy is not None and statistics.row_energy.shape == (
                 matrix(model, member).shape[0],

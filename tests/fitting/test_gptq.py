@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from parco.fitting import gptq as solver
 from parco.fitting.gptq import Integers, gptq, rtn
 from parco.fitting.search import IntegerGrid, reciprocal, search_scale
 from parco.fitting.statistics import Statistics, row_error
@@ -90,6 +91,33 @@ def test_feedback_without_an_inverse_equals_gptq_as_published() -> None:
     differing = (solved.codes.double() - grid.centre != expected).double().mean()
     # A value within fp32's error of the middle of two codes may go either way, and then moves later columns of its row.
     assert differing < 0.01
+
+
+def test_activation_order_is_gptq_as_published_with_the_columns_sorted() -> None:
+    weight, statistics, grid = weights(24, 96), Statistics.of(correlated(96)), grid_of("int4:row")
+    order = statistics.gram.diagonal().argsort(descending=True)
+    assert not torch.equal(order, torch.arange(96))
+    solved = gptq(weight, statistics, grid, sweeps=0, ordered=True)
+    gram = statistics.gram[order][:, order]
+    expected = classic_gptq(weight[:, order], gram, solved.scale.double(), grid.low, grid.high)
+    assert (solved.codes.double()[:, order] - grid.centre != expected).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("name", ["int2:32", "int3:64", "int4:32:asym", "int4:row", "int8:tensor"])
+def test_activation_order_makes_up_for_the_errors_of_large_inputs(name: str) -> None:
+    weight, statistics, grid = weights(48, 200), Statistics.of(correlated(200)), grid_of(name)
+    plain = error(weight, gptq(weight, statistics, grid), statistics)
+    ordered = gptq(weight, statistics, grid, ordered=True)
+    assert error(weight, ordered, statistics) < 0.95 * plain
+    assert ordered.scale.shape == gptq(weight, statistics, grid).scale.shape, "nothing more is stored"
+
+
+@pytest.mark.parametrize("name", ["int2:32", "int4:64", "int4:32:asym"])
+def test_scales_are_chosen_by_what_the_pass_over_their_group_leaves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, statistics, grid = weights(48, 192), Statistics.of(correlated(192)), grid_of(name)
+    tried = error(weight, gptq(weight, statistics, grid, sweeps=0), statistics)
+    monkeypatch.setattr(solver, "MULTIPLES", (1.0,))
+    assert tried < 0.97 * error(weight, gptq(weight, statistics, grid, sweeps=0), statistics)
 
 
 def test_every_sweep_lowers_the_damped_error() -> None:

@@ -11,6 +11,7 @@ from tests.fitting.conftest import EXTENT, Calibrated
 
 from parco.fitting import apply, evaluate, heal
 from parco.fitting.latent import IntegerLeaf, RoundThrough, Trained, gather, spread
+from parco.fitting.methods import parse
 from parco.fitting.result import HealRecord
 from parco.fitting.size import stored_bytes
 from parco.fitting.stages import Progress, Silent, Stages
@@ -24,8 +25,8 @@ def healed(
     calibrated: Calibrated, folder: Path, method: str, progress: Progress | None = None
 ) -> tuple[Any, HealRecord]:
     told = progress or Silent()
-    methods = {group.name: method for group in groups(calibrated.model())}
-    model = calibrated.model()
+    model, blind = calibrated.model(), parse(method).needs_inputs
+    methods = {group.name: "int3:16" if blind and group.kind == "embed" else method for group in groups(model)}
     with Stages(folder, told) as stages:
         apply.apply_(model, methods, calibrated.windows, EXTENT, calibrated.stage, stages.open("apply"), Silent())
         original = calibrated.model()
@@ -36,7 +37,16 @@ def healed(
 
 
 @pytest.mark.parametrize(
-    "method", ["int3:16", "int4:32:asym", "factor(0.5)>>int8:row", "int4:32+factor(rank=16)", "factor(0.4)", "nf4:48"]
+    "method",
+    [
+        "int3:16",
+        "int4:32:asym",
+        "factor(0.5)>>int8:row",
+        "int4:32+factor(rank=16)",
+        "factor(0.4)",
+        "nf4:48",
+        "scale(0.5)>>int3:16",
+    ],
 )
 def test_the_divergence_falls_and_the_bytes_stay(
     calibrated: Calibrated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str

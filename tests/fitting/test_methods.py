@@ -18,6 +18,10 @@ from parco.fitting.methods import (
     Quantize,
     QuantizedFactors,
     QuantizedPrune,
+    Rotate,
+    Scale,
+    Transform,
+    Transformed,
     output_error,
     parse,
 )
@@ -63,9 +67,38 @@ TEXTS = [
     "prune(block:16)>>nf4:64",
     "prune(50%)+factor(rank=16)",
     "prune(2:4)>>int8:row+factor(rank=16)>>int8:row",
+    "int4:32@actorder",
+    "int3:64:asym@actorder",
+    "int8:row@actorder",
+    "nvfp4@gptq",
+    "mxfp4@actorder",
+    "fp8_e4m3:128x128@gptq",
+    "nf4:64@gptq",
+    "scale",
+    "scale>>int4:32",
+    "scale(0.5)>>nvfp4",
+    "scale(0.5,rule=smoothquant)>>int8:row",
+    "scale(rule=smoothquant)>>int4:32@actorder",
+    "scale>>prune(2:4)>>int8:row",
+    "scale>>factor(0.5)>>int8:row",
+    "scale>>int4:32+factor(rank=16)",
+    "scale>>int4:32@rtn+factor(rank=16)>>int8:row",
+    "rotate",
+    "rotate>>int4:32",
+    "rotate(3)>>mxfp4",
+    "rotate>>factor(0.5)>>int8:row",
+    "rotate>>int4:32+factor(rank=16)",
+    "scale>>rotate>>int4:32",
 ]
 NEEDS_STATISTICS = (
     "int4:32@gptq",
+    "int4:32@actorder",
+    "int3:64:asym@actorder",
+    "int8:row@actorder",
+    "nvfp4@gptq",
+    "mxfp4@actorder",
+    "fp8_e4m3:128x128@gptq",
+    "nf4:64@gptq",
     "factor(rank=32,metric=activation,format=fp32)",
     "factor(0.5,metric=scaled)",
     "prune(50%,score=wanda)",
@@ -98,7 +131,8 @@ def test_text_round_trips(text: str) -> None:
 @pytest.mark.parametrize("with_statistics", [False, True])
 def test_what_is_made_is_what_was_announced(text: str, shape: tuple[int, int], with_statistics: bool) -> None:
     method, weight = parse(text), weights(shape)
-    if not with_statistics and text in NEEDS_STATISTICS:
+    assert method.needs_inputs == (text in NEEDS_STATISTICS or text.startswith("scale"))
+    if not with_statistics and method.needs_inputs:
         with pytest.raises(ValueError, match="needs statistics"):
             method(weight)
         return
@@ -227,16 +261,32 @@ KINDS = [
     Prune("50%"),
     Prune("2:4") >> Quantize("int8:row"),
     Prune("50%") + Factor(rank=8),
+    Scale(),
+    Scale(0.5, "smoothquant") >> Quantize("int8:row"),
+    Scale(0.5) >> (Quantize("int4:32") + Factor(rank=8)),
+    Scale() >> Factor(0.5),
+    Rotate(1),
+    Rotate() >> Quantize("int4:32"),
 ]
+
+
+def _is_stored(first: Method, second: Method) -> bool:
+    if isinstance(first, Transform):
+        begins = second.transform if isinstance(second, Transformed) else second
+        return not isinstance(second, Keep) and type(begins) is not type(first)
+    if isinstance(first, Transformed):
+        return _is_stored(first.then, second)
+    stored = isinstance(first, Factor | Prune | Corrected) and isinstance(second, Quantize)
+    return stored or (isinstance(first, Prune) and isinstance(second, Corrected) and isinstance(second.base, Quantize))
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(KINDS, KINDS)))
 def test_only_compositions_with_a_meaning_are_allowed(first: Method, second: Method) -> None:
-    stored = isinstance(first, Factor | Prune | Corrected) and isinstance(second, Quantize)
-    also_stored = isinstance(first, Prune) and isinstance(second, Corrected) and isinstance(second.base, Quantize)
-    if not (stored or also_stored):
+    if not _is_stored(first, second):
         with pytest.raises(TypeError, match="factor"):
             _ = first >> second
+    else:
+        assert parse(f"{first}>>{second}") == first >> second
     if not (isinstance(first, Quantize | Prune | QuantizedPrune) and isinstance(second, Factor | QuantizedFactors)):
         with pytest.raises(TypeError, match="factor"):
             _ = first + second
@@ -256,6 +306,10 @@ def test_only_compositions_with_a_meaning_are_allowed(first: Method, second: Met
         "factor(rank=a)",
         "prune(score=wanda)",
         "prune(2:4,depth=3)",
+        "scale()",
+        "scale(0.5,0.5)",
+        "rotate()",
+        "rotate(1,seed=2)",
     ],
 )
 def test_unknown_methods_name_the_known_ones(text: str) -> None:
@@ -274,8 +328,8 @@ def test_meaningless_compositions_are_value_errors_in_text(text: str) -> None:
 def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="solver must be one of auto, rtn, gptq"):
         Quantize("int4:32", "best")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="solver gptq rounds integers"):
-        Quantize("nf4:64", "gptq")
+    with pytest.raises(ValueError, match="solver gptq has nothing to round in bf16"):
+        Quantize("bf16", "gptq")
     with pytest.raises(ValueError, match="either ratio or rank"):
         Factor()
     with pytest.raises(ValueError, match="either ratio or rank"):
@@ -286,6 +340,16 @@ def test_arguments_are_checked() -> None:
         Factor(rank=0)
     with pytest.raises(ValueError, match="metric must be one of"):
         Factor(0.5, metric="best")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"exponent must be in \[0, 1\]"):
+        Scale(1.5)
+    with pytest.raises(ValueError, match="rule must be one of awq, smoothquant"):
+        Scale(rule="best")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="seed is a whole number"):
+        parse("rotate(x)")
+    with pytest.raises(ValueError, match="seed must lie in"):
+        Rotate(-1)
+    with pytest.raises(ValueError, match="exponent is a number"):
+        parse("scale(much)")
     with pytest.raises(ValueError, match="for few bits"):
         Factor(0.5, format="int4:32")
 

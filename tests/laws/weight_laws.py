@@ -201,6 +201,14 @@ class WeightLaws:
         parts = tuple(spec.parts().values())
         if parts:
             assert spec.with_parts(*parts) == spec
+            tensors = stored_tensors(spec)
+            start = 0
+            for name, part in spec.parts().items():
+                own = tensors[start : start + len(part.tensors())]
+                start += len(own)
+                inside = spec.inside(name, spec.dense(*tensors), *tensors)
+                if inside is not None:
+                    torch.testing.assert_close(inside, part.dense(*own), rtol=1e-4, atol=1e-5)
             with pytest.raises(TypeError):
                 spec.encode(torch.zeros(self.odd))
         else:

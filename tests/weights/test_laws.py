@@ -4,7 +4,7 @@ import pytest
 from tests.laws.weight_laws import WeightLaws
 
 from parco import formats
-from parco.weights import Bitmap, BlockSparse, Dense, LowRank, Quantized, SemiSparse, Sum, Weight
+from parco.weights import Bitmap, BlockSparse, Dense, LowRank, Quantized, Rotated, Scaled, SemiSparse, Sum, Weight
 
 
 def rank(shape):
@@ -20,6 +20,10 @@ def low_rank(shape, form):
 
 def blocks(form, shape, size):
     return BlockSparse(form, shape, size, max(1, shape[1] // size // 2))
+
+
+def scaled(inner, form):
+    return Scaled(inner, Dense((1, inner.shape[1]), form))
 
 
 # Of the formats with a name one of each kind of scale and element, and what has no name but its own way through.
@@ -40,6 +44,12 @@ MAKERS = {
     ),
     "corrected": lambda shape: Sum(Quantized("int4:32", shape), low_rank(shape, "bf16")),
     "sum of three": lambda shape: Sum(Dense(shape, "fp32"), Quantized("int8:row", shape), low_rank(shape, "int8:row")),
+    "scaled int8": lambda shape: scaled(Quantized("int8:row", shape), "fp32"),
+    "scaled int4": lambda shape: scaled(Quantized("int4:32", shape), "bf16"),
+    "scaled and corrected": lambda shape: scaled(Sum(Quantized("int4:32", shape), low_rank(shape, "int8:row")), "fp16"),
+    "rotated int4": lambda shape: Rotated(Quantized("int4:32", shape)),
+    "rotated int8": lambda shape: Rotated(Quantized("int8:row", shape), seed=7),
+    "scaled and rotated": lambda shape: scaled(Rotated(low_rank(shape, "bf16")), "bf16"),
     **{
         f"semisparse {form}": lambda shape, form=form: SemiSparse(form, shape)
         for form in ("bf16", "int8:row", "int4:32")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from parco import weights
-from parco.weights import Dense, LowRank, Quantized, Sum
+from parco.weights import Dense, LowRank, Quantized, Scaled, Sum
 
 
 def test_a_weight_prints_what_it_is():
@@ -66,6 +66,9 @@ def test_encode_takes_a_scale():
         (lambda: LowRank(Dense((4, 2)), Dense((3, 4))), "as many columns as right has rows"),
         (lambda: Sum(Dense((4, 2))), "two or more"),
         (lambda: Sum(Dense((4, 2)), Dense((2, 4))), r"\(2, 4\)"),
+        (lambda: Scaled(Dense((4, 2)), Dense((1, 4))), r"\(1, 2\)"),
+        (lambda: Scaled(Dense((4, 2)), Quantized("int8:row", (1, 2))), "takes a Dense"),
+        (lambda: weights.parse("scaled(dense(bf16, 4x2))"), "a weight and its scale"),
         (lambda: Dense((4, 2)).encode(torch.zeros(2, 4)), r"\(2, 4\)"),
         (lambda: Quantized("int8:row", (4, 2)).encode(torch.zeros(2, 4)), r"\(2, 4\)"),
         (lambda: weights.parse("dense"), "name\\(arguments\\)"),
@@ -80,6 +83,27 @@ def test_encode_takes_a_scale():
 def test_refusals_name_what_was_wrong(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def test_a_scale_trains_and_its_matrix_does_not() -> None:
+    spec = Scaled(Quantized("int8:row", (8, 16)), Dense((1, 16)))
+    codes, step = Quantized("int8:row", (8, 16)).encode(torch.randn(8, 16))
+    scale = torch.rand(1, 16, requires_grad=True)
+    x, grad = torch.randn(5, 16), torch.randn(5, 8)
+    spec.apply(x, codes, step, scale).backward(grad)
+    inner = spec.inner.dense(codes, step)
+    torch.testing.assert_close(scale.grad, (x * (grad @ inner)).sum(0, keepdim=True))
+    assert [part.trains for part in spec.parts().values()] == [False, True]
+
+
+def test_what_a_matrix_is_inside_a_scale() -> None:
+    spec = Scaled(Dense((8, 16)), Dense((1, 16)))
+    matrix, scale = torch.randn(8, 16), torch.rand(1, 16) + 0.5
+    inner = spec.inside("inner", matrix, matrix, scale)
+    torch.testing.assert_close(spec.dense(inner, scale), matrix)
+    assert spec.inside("scale", matrix, matrix, scale) is None
+    factors = LowRank(Dense((8, 2)), Dense((2, 16)))
+    assert factors.inside("left", matrix, matrix[:, :2], matrix[:2]) is None
 
 
 def test_a_lookup_may_be_in_fp64() -> None:

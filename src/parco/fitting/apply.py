@@ -189,6 +189,7 @@ class _Pass:
                     moments.count[key],
                     None if cross is None else cross.float(),
                     magnitude=moments.magnitude[key].float(),
+                    peak=moments.peak[key],
                 )
         found = {member: shared[site(group, member)] for member in group.members if site(group, member) in shared}
         return with_energies(self.calibrated, group, found)

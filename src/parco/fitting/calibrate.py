@@ -181,6 +181,7 @@ def half_log_softmax(logits: Tensor) -> Tensor:
 def write_moments(stage: Stage, name: str, moments: Moments) -> None:
     tensors = {f"gram/{key}": value.float() for key, value in moments.gram.items()}
     tensors |= {f"magnitude/{key}": value.float() for key, value in moments.magnitude.items()}
+    tensors |= {f"peak/{key}": value for key, value in moments.peak.items()}
     stage.write_tensors(name, tensors, note=moments.count)
 
 
@@ -245,7 +246,8 @@ def statistics_of(stage: Stage, group: Group) -> dict[str, Statistics]:
         if f"gram/{key}" not in moments:
             continue
         if key not in shared:
-            shared[key] = Statistics(moments[f"gram/{key}"], counts[key], magnitude=moments[f"magnitude/{key}"])
+            sizes = {name: moments[f"{name}/{key}"] for name in ("magnitude", "peak")}
+            shared[key] = Statistics(moments[f"gram/{key}"], counts[key], **sizes)
         found[member] = shared[key]
     return with_energies(stage, group, found)
 

@@ -75,10 +75,11 @@ def parse_methods(texts: Sequence[str] | None) -> list[str]:
 
 
 def considered(model: nn.Module, group: Group, methods: Sequence[str], large: bool = False) -> list[str]:
-    """The methods that make sense for a group, "keep" first: no factors for lookups, no group longer than a row,
-    nothing that is not smaller, and routers as they are."""
+    """The methods that make sense for a group, "keep" first: no factors for lookups, none that needs inputs where there
+    are none, no group longer than a row, nothing that is not smaller, and routers as they are."""
     shapes = [shape_of(model, member) for member in owners(model, group)]
-    has_lookup = any(is_lookup(model, member) for member in group.members)
+    lookups = [is_lookup(model, member) for member in group.members]
+    has_lookup, only_lookups = any(lookups), all(lookups)
     whole = group_bytes(model, group, "keep")
     kept = ["keep"]
     for text in methods:
@@ -87,6 +88,8 @@ def considered(model: nn.Module, group: Group, methods: Sequence[str], large: bo
         method = Method.parse(text)
         wide = large and max(max(shape) for shape in shapes) > WIDEST_FACTOR
         if method.has_factors and (has_lookup or wide):
+            continue
+        if method.needs_inputs and only_lookups:
             continue
         if any(_too_wide(method.spec(shape)) for shape in shapes):
             continue

@@ -212,15 +212,17 @@ class Trained:
         self.generator = generator
 
     def add(self, stored: StoredWeight, original: Tensor | None) -> None:
-        """Make the leaves of `stored`. `original` [N, K] is the matrix that it stands for; parts of composites have
+        """Make the leaves of `stored`. `original` [N, K] is the matrix that it stands for; parts that share in it have
         none.
         """
         if id(stored) in self.leaves:
             return
         parts = stored.spec.parts()
         if parts:
+            tensors = [tensor.detach() for tensor in stored.tensors()]
             for name in parts:
-                self.add(stored.get_submodule(name), None)  # pyright: ignore[reportArgumentType]
+                inner = None if original is None else stored.spec.inside(name, original, *tensors)
+                self.add(_part(stored, name), inner)
         else:
             self.leaves[id(stored)] = self._leaf(stored, original)
 

@@ -96,19 +96,25 @@ def _experts_forward(name: str, module: Any, see: See) -> Callable[..., Tensor]:
 
 
 class Moments:
-    """Sums of x xᵀ (and of x_original x_seenᵀ) and of |x| per site, fp32 products accumulated in fp64."""
+    """Sums of x xᵀ (and of x_original x_seenᵀ) and of |x| per site, fp32 products accumulated in fp64, and the greatest
+    |x|.
+    """
 
     def __init__(self) -> None:
         self.gram: dict[str, Tensor] = {}
         self.cross: dict[str, Tensor] = {}
         self.magnitude: dict[str, Tensor] = {}
+        self.peak: dict[str, Tensor] = {}
         self.count: dict[str, int] = {}
 
     def add(self, name: str, seen: Tensor, original: Tensor | None = None) -> None:
         """Tokens seen [..., K], and the same tokens in the original model."""
         rows = seen.detach().reshape(-1, seen.shape[-1]).float()
         _accumulate(self.gram, name, rows.T @ rows)
-        _accumulate(self.magnitude, name, rows.abs().sum(0))
+        sizes = rows.abs()
+        _accumulate(self.magnitude, name, sizes.sum(0))
+        peak = sizes.amax(0)
+        self.peak[name] = torch.maximum(self.peak[name], peak) if name in self.peak else peak
         self.count[name] = self.count.get(name, 0) + rows.shape[0]
         if original is not None:
             _accumulate(self.cross, name, original.detach().reshape(rows.shape).float().T @ rows)

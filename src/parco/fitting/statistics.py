@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from parco.kernels.cast import turned
+
 DAMPING = 0.01
 """Share of the gram's mean diagonal that is added to the diagonal before it is factored (GPTQ's value)."""
 
@@ -41,6 +43,7 @@ class Statistics:
         the layers before this one have already changed, so that solvers aim at the original output W · x_original.
     row_energy: [N] or None, mean squared gradient of the loss with respect to each output (used by planners).
     magnitude: [K] or None, Σ |x| of every input.
+    peak: [K] or None, the greatest |x| of every input.
     fisher: [K] or None, squared gradient of the loss with respect to the matrix, summed over each column.
 
     Raises ValueError when shapes disagree, when the count is negative or when a moment is not finite.
@@ -52,6 +55,7 @@ class Statistics:
     row_energy: Tensor | None = None
     magnitude: Tensor | None = None
     fisher: Tensor | None = None
+    peak: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.gram.ndim != 2 or self.gram.shape[0] != self.gram.shape[1]:
@@ -66,7 +70,7 @@ class Statistics:
             raise ValueError(
                 f"cross must have the gram's shape {tuple(self.gram.shape)}, got {tuple(self.cross.shape)}"
             )
-        for name in ("gram", "cross", "row_energy", "magnitude", "fisher"):
+        for name in ("gram", "cross", "row_energy", "magnitude", "fisher", "peak"):
             moment: Tensor | None = getattr(self, name)
             if moment is not None and not bool(torch.isfinite(moment.sum())):
                 raise ValueError(f"{name} holds NaN or inf: the calibration inputs overflowed")
@@ -84,7 +88,9 @@ class Statistics:
                     f"original must have the inputs' shape {tuple(inputs.shape)}, got {tuple(original.shape)}"
                 )
             cross = original.reshape(seen.shape).float().T @ seen
-        return cls(seen.T @ seen, seen.shape[0], cross, row_energy, seen.abs().sum(0))
+        sizes = seen.abs()
+        peak = sizes.amax(0) if seen.shape[0] else sizes.new_zeros(seen.shape[1])
+        return cls(seen.T @ seen, seen.shape[0], cross, row_energy, sizes.sum(0), peak=peak)
 
     def __add__(self, other: Statistics) -> Statistics:
         """Statistics over the tokens of both. Row energies are averaged by their counts; what only one has is left out
@@ -103,7 +109,8 @@ class Statistics:
             None if one is None or two is None else one + two
             for one, two in ((self.magnitude, other.magnitude), (self.fisher, other.fisher))
         )
-        return Statistics(self.gram + other.gram, count, cross, energy, magnitude, fisher)
+        peak = None if self.peak is None or other.peak is None else torch.maximum(self.peak, other.peak)
+        return Statistics(self.gram + other.gram, count, cross, energy, magnitude, fisher, peak)
 
     @property
     def columns(self) -> int:
@@ -138,6 +145,14 @@ class Statistics:
         return _root(self.gram, DAMPING, (torch.float32, torch.float64))
 
     @cached_property
+    def ordered_root(self) -> tuple[Tensor, Root]:
+        """The columns in the order of their energies, the largest first, [K] int64, and `root` of the gram in that
+        order. Cached.
+        """
+        order = torch.argsort(self.diagonal, descending=True, stable=True)
+        return order, _root(self.gram[order][:, order], DAMPING, (torch.float32, torch.float64))
+
+    @cached_property
     def exact_root(self) -> Tensor:
         """[K, K] float64, upper triangular, factor · factorᵀ = gram up to a ridge of 1e-9 of the mean diagonal (more
         only when the gram is singular to working precision). Cached: low-rank factors of tall matrices need it.
@@ -158,7 +173,7 @@ class Statistics:
         return self._sharing(replace(self, row_energy=row_energy, fisher=fisher))
 
     def _sharing(self, other: Statistics) -> Statistics:
-        for name in ("root", "exact_root", "diagonal", "dead", "empty"):
+        for name in ("root", "ordered_root", "exact_root", "diagonal", "dead", "empty"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other
@@ -178,6 +193,28 @@ class Statistics:
         moved = torch.linalg.solve_triangular(factor, moved, upper=True, left=False)
         return moved.add_(weight)
 
+    def divided(self, scale: Tensor) -> Statistics:
+        """Statistics of x / scale, for scale [K] above zero: what a matrix sees whose columns were multiplied by it."""
+        each = scale.to(self.gram.dtype)
+        outer = torch.outer(each, each)
+        return replace(
+            self,
+            gram=self.gram / outer,
+            cross=None if self.cross is None else self.cross / outer,
+            magnitude=None if self.magnitude is None else self.magnitude / scale,
+            fisher=None if self.fisher is None else self.fisher / scale.square(),
+            peak=None if self.peak is None else self.peak / scale,
+        )
+
+    def turned(self, seed: int) -> Statistics:
+        """Statistics of x under `parco.kernels.cast.turned`. Sizes of single inputs and columns are not known there."""
+
+        def both(moment: Tensor) -> Tensor:
+            return turned(turned(moment, seed).T, seed).T.contiguous()
+
+        cross = None if self.cross is None else both(self.cross)
+        return replace(self, gram=both(self.gram), cross=cross, magnitude=None, fisher=None, peak=None)
+
     def with_ridge(self, share: float) -> Statistics:
         """The same statistics with `share` of the mean diagonal added to the gram's (and the cross moment's) diagonal.
 
@@ -196,8 +233,8 @@ class Statistics:
 
     def release(self) -> None:
         """Forget the cached roots, which are as large as the gram."""
-        self.__dict__.pop("root", None)
-        self.__dict__.pop("exact_root", None)
+        for name in ("root", "ordered_root", "exact_root"):
+            self.__dict__.pop(name, None)
 
 
 def _root(gram: Tensor, damping: float, dtypes: tuple[torch.dtype, ...]) -> Root:

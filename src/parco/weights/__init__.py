@@ -1,5 +1,5 @@
-"""How one matrix is stored: specifications that compose, `Dense`, `Quantized`, `LowRank` and `Sum`, and those with
-zeros that are not stored, `SemiSparse`, `BlockSparse` and `Bitmap`.
+"""How one matrix is stored: specifications that compose, `Dense`, `Quantized`, `LowRank`, `Sum`, `Scaled` and
+`Rotated`, and those with zeros that are not stored, `SemiSparse`, `BlockSparse` and `Bitmap`.
 """
 
 from parco.weights.bitmap import Bitmap
@@ -8,6 +8,8 @@ from parco.weights.dense import Dense
 from parco.weights.low_rank import LowRank
 from parco.weights.parse import parse
 from parco.weights.quantized import Quantized
+from parco.weights.rotated import Rotated
+from parco.weights.scaled import Scaled
 from parco.weights.semi_sparse import SemiSparse
 from parco.weights.sparse import Sparse
 from parco.weights.sum import Sum
@@ -19,6 +21,8 @@ __all__ = [
     "Dense",
     "LowRank",
     "Quantized",
+    "Rotated",
+    "Scaled",
     "SemiSparse",
     "Sparse",
     "Sum",

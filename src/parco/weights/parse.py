@@ -3,6 +3,7 @@
 Grammar, with `NxK` the shape and `format` a name that `Format.parse` knows:
 
     weight = dense(format, NxK) | quantized(format, NxK) | lowrank(weight, weight) | sum(weight, weight, …)
+           | scaled(weight, dense(format, 1xK)) | rotated(weight, seed)
            | semisparse(format, NxK) | bitmap(format, NxK, kept) | blocksparse(format, NxK, block, kept)
 """
 
@@ -17,6 +18,8 @@ from parco.weights.block_sparse import BlockSparse
 from parco.weights.dense import Dense
 from parco.weights.low_rank import LowRank
 from parco.weights.quantized import Quantized
+from parco.weights.rotated import Rotated
+from parco.weights.scaled import Scaled
 from parco.weights.semi_sparse import SemiSparse
 from parco.weights.sum import Sum
 from parco.weights.weight import Weight
@@ -83,6 +86,19 @@ def _sum(arguments: list[str], text: str) -> Weight:
     return Sum(*map(parse, arguments))
 
 
+def _scaled(arguments: list[str], text: str) -> Weight:
+    inner, scale = map(parse, arguments) if len(arguments) == 2 else (None, None)
+    if inner is None or not isinstance(scale, Dense):
+        raise ValueError(f"weight {text!r}: scaled takes a weight and its scale, as in scaled(…, dense(bf16, 1x4096))")
+    return Scaled(inner, scale)
+
+
+def _rotated(arguments: list[str], text: str) -> Weight:
+    if len(arguments) != 2 or not arguments[1].strip().isdecimal():
+        raise ValueError(f"weight {text!r}: rotated takes a weight and a seed, as in rotated(…, 0)")
+    return Rotated(parse(arguments[0]), int(arguments[1]))
+
+
 def _semi_sparse(arguments: list[str], text: str) -> Weight:
     return SemiSparse(*_stored("semisparse", arguments, text))
 
@@ -111,6 +127,8 @@ _READERS: dict[str, Callable[[list[str], str], Weight]] = {
     "quantized": _quantized,
     "lowrank": _low_rank,
     "sum": _sum,
+    "scaled": _scaled,
+    "rotated": _rotated,
     "semisparse": _semi_sparse,
     "bitmap": _bitmap,
     "blocksparse": _block_sparse,

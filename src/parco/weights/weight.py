@@ -55,6 +55,12 @@ class Weight(abc.ABC):
         """The same composite of other Weights of the same shapes, in the order of `parts()`."""
         raise TypeError(f"{self} is made of no other Weights")
 
+    def inside(self, name: str, matrix: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor | None:
+        """What the part `name` stands for, fp32, where this Weight stands for `matrix` [N, K] and the other parts are
+        as in `tensors`; None where the others share in the matrix.
+        """
+        return None
+
     def encode(self, matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The stored tensors for `matrix` [N, K], rounded to nearest. Raises TypeError for a composite: a method of
         `parco.fitting` says what each part gets. ValueError for another shape.

@@ -6,12 +6,17 @@ from parco.fitting.methods.correct import Corrected
 from parco.fitting.methods.factor import Factor, QuantizedFactors
 from parco.fitting.methods.method import Method
 from parco.fitting.methods.prune import Prune, QuantizedPrune
-from parco.fitting.methods.quantize import Quantize
+from parco.fitting.methods.quantize import Keep, Quantize
+from parco.fitting.methods.transform import Transform, Transformed
 
 
 def store(first: Method, then: Method) -> Method:
     """What `first` makes, its numbers stored by `then`. Raises TypeError where that has no meaning."""
     match first, then:
+        case Transform(), _ if not isinstance(then, Keep) and not _begins_alike(first, then):
+            return Transformed(first, then)
+        case Transformed(), _:
+            return Transformed(first.transform, store(first.then, then))
         case Factor(), Quantize():
             return QuantizedFactors(first, then)
         case Prune(), Quantize():
@@ -22,9 +27,15 @@ def store(first: Method, then: Method) -> Method:
             return Corrected(first.base, QuantizedFactors(correction, then))
         case _:
             raise TypeError(
-                f"{first} >> {then}: only low-rank factors and the kept numbers of a pruned matrix are stored by a "
-                "further method, as in factor(0.5)>>int4:32 and prune(2:4)>>int8:row"
+                f"{first} >> {then}: only a matrix in other coordinates, low-rank factors and the kept numbers of a "
+                "pruned matrix are stored by a further method, as in scale>>int4:64, factor(0.5)>>int4:32 and "
+                "prune(2:4)>>int8:row"
             )
+
+
+def _begins_alike(first: Transform, then: Method) -> bool:
+    """Whether `then` would at once change the coordinates once more in the same way."""
+    return type(then.transform if isinstance(then, Transformed) else then) is type(first)
 
 
 def add(first: Method, other: Method) -> Method:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -27,8 +27,6 @@ class Corrected(Method):
     twice, beginning with the correction, which takes the matrix's largest directions out of the base's way; the
     best state under the gram is kept.
     """
-
-    has_factors: ClassVar[bool] = True
 
     base: Quantize | Prune | QuantizedPrune
     correction: Factor | QuantizedFactors
@@ -54,6 +52,14 @@ class Corrected(Method):
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
         return Sum(self.base.spec(shape), self.correction.spec(shape))
+
+    @property
+    def needs_inputs(self) -> bool:
+        return self.base.needs_inputs or self.correction.needs_inputs
+
+    @property
+    def has_factors(self) -> bool:
+        return True
 
     @property
     def has_zeros(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final, get_args
+from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
@@ -29,8 +29,6 @@ class Factor(Method):
     size of their inputs (ASVD); all need statistics. "plain" is the truncated SVD, "auto" activation or plain.
     Text: `factor(0.5)`, `factor(rank=32)`, `factor(0.5,metric=plain,format=fp16)`.
     """
-
-    has_factors: ClassVar[bool] = True
 
     ratio: float | None
     rank: int | None
@@ -66,7 +64,7 @@ class Factor(Method):
 
     def factors(self, weight: Tensor, statistics: Statistics | None = None) -> tuple[Tensor, Tensor]:
         """(left [N, r], right [r, K]) in float32, before they are stored."""
-        if self.metric not in ("auto", "plain") and statistics is None:
+        if self.needs_inputs and statistics is None:
             raise ValueError(f"{self} needs statistics of the layer's inputs; metric=plain does without")
         rank = self.rank_of(matrix_shape(weight))
         if statistics is None or statistics.empty or self.metric == "plain":
@@ -85,6 +83,14 @@ class Factor(Method):
         rank = self.rank_of(shape)
         return LowRank(Dense((shape[0], rank), self.format), Dense((rank, shape[1]), self.format))
 
+    @property
+    def needs_inputs(self) -> bool:
+        return self.metric not in ("auto", "plain")
+
+    @property
+    def has_factors(self) -> bool:
+        return True
+
     def __str__(self) -> str:
         arguments = [f"{self.ratio:g}" if self.ratio is not None else f"rank={self.rank}"]
         arguments += [f"metric={self.metric}"] if self.metric != "auto" else []
@@ -102,8 +108,6 @@ class QuantizedFactors(Method):
     chose `right`, to the right factor as it is stored, and rounded under the gram of right · x.
     """
 
-    has_factors: ClassVar[bool] = True
-
     factor: Factor
     quantize: Quantize
 
@@ -120,6 +124,14 @@ class QuantizedFactors(Method):
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
         rank = self.factor.rank_of(shape)
         return LowRank(self.quantize.spec((shape[0], rank)), self.quantize.spec((rank, shape[1])))
+
+    @property
+    def needs_inputs(self) -> bool:
+        return self.factor.needs_inputs or self.quantize.needs_inputs
+
+    @property
+    def has_factors(self) -> bool:
+        return True
 
     def __str__(self) -> str:
         return f"{self.factor}>>{self.quantize}"

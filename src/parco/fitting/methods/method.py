@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +20,6 @@ class Method(abc.ABC):
     A new one is also read in `parse` and named in `KNOWN` (text.py); what it composes with is said in compose.py.
     """
 
-    has_factors: ClassVar[bool] = False
-    """Whether the result has low-rank factors: costly to find, and no use to a matrix whose rows are looked up."""
-
     @abc.abstractmethod
     def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
         """The spec and its tensors, in order, for `weight` [N, K] of any floating dtype (computed in float32; not
@@ -38,6 +34,16 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def __str__(self) -> str: ...
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether it raises where no statistics are given."""
+        return False
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether the result has low-rank factors: costly to find, and no use to a matrix whose rows are looked up."""
+        return False
 
     @property
     def has_zeros(self) -> bool:

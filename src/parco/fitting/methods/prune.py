@@ -54,7 +54,7 @@ class Prune(Method):
         """The matrix with its zeros, before it is stored; what sparsegpt keeps is rounded to `grid` where it is
         given.
         """
-        if self.score in ("wanda", "sparsegpt") and statistics is None:
+        if self.needs_inputs and statistics is None:
             raise ValueError(f"{self} needs statistics of the layer's inputs; score=magnitude does without")
         seen = None if statistics is None or statistics.empty else statistics
         if seen is not None and self.score in ("auto", "sparsegpt"):
@@ -72,6 +72,10 @@ class Prune(Method):
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
         return self.pattern.spec(self.format, shape)
+
+    @property
+    def needs_inputs(self) -> bool:
+        return self.score in ("wanda", "sparsegpt")
 
     @property
     def has_zeros(self) -> bool:
@@ -131,6 +135,10 @@ class QuantizedPrune(Method):
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
         return self.prune.pattern.spec(self.quantize.format, shape)
+
+    @property
+    def needs_inputs(self) -> bool:
+        return self.prune.needs_inputs or self.quantize.needs_inputs
 
     @property
     def has_zeros(self) -> bool:

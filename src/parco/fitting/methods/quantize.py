@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from parco.fitting.gptq import Integers, gptq, rtn
+from parco.fitting.levels import gptq_levels
 from parco.fitting.methods.method import Made, Method, Shape, check, matrix_shape
 from parco.fitting.search import IntegerGrid
 from parco.fitting.statistics import Statistics
@@ -16,7 +17,7 @@ from parco.formats import DTYPE_NAMES, Format
 from parco.kernels.cast import pack
 from parco.weights import Dense, Quantized, Weight
 
-Solver = Literal["auto", "rtn", "gptq"]
+Solver = Literal["auto", "rtn", "gptq", "actorder"]
 
 
 @final
@@ -44,9 +45,10 @@ class Quantize(Method):
     """Few bits: every number of the matrix in `format`, or its name. Dense formats are plain casts.
 
     solver: "rtn" rounds to nearest (integers under searched scales, which the inputs' energies weight where they are
-    known; other formats by their own scale rule). "gptq" rounds integers column by column under the gram
-    (`fitting/gptq.py`); it needs statistics. "auto" is gptq for integers when statistics are given, else rtn. An
-    expert that no token reached has empty statistics and is rounded to nearest. Text: `int4:32`, `int4:32@rtn`.
+    known; other formats by their own scale rule). "gptq" rounds column by column under the gram (`fitting/gptq.py`, and
+    `fitting/levels.py` for what are no integers), "actorder" those of the largest inputs first; both need statistics.
+    "auto" is gptq for integers when statistics are given, else rtn. An expert that no token reached has empty
+    statistics and is rounded to nearest. Text: `int4:32`, `int4:32@rtn`, `nvfp4@gptq`, `int4:32@actorder`.
     """
 
     format: Format
@@ -56,8 +58,8 @@ class Quantize(Method):
         form = Format.parse(format) if isinstance(format, str) else format
         if solver not in get_args(Solver):
             raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}, got {solver!r}")
-        if solver == "gptq" and IntegerGrid.of(form) is None:
-            raise ValueError(f"solver gptq rounds integers with row, group or tensor scales; {form} takes auto or rtn")
+        if solver in ("gptq", "actorder") and form.is_dense:
+            raise ValueError(f"solver {solver} has nothing to round in {form}, which is a plain cast: auto or rtn")
         object.__setattr__(self, "format", form)
         object.__setattr__(self, "solver", solver)
 
@@ -68,19 +70,26 @@ class Quantize(Method):
         if isinstance(spec, Dense):
             return spec, spec.encode(weight)
         assert isinstance(spec, Quantized)
-        if grid is None:
-            return spec, spec.encode(weight)
         seen = None if statistics is None or statistics.empty else statistics
-        if self.solver == "gptq" and statistics is None:
+        if self.needs_inputs and statistics is None:
             raise ValueError(f"{self} needs statistics of the layer's inputs; without them use {self.format}@rtn")
+        ordered = self.solver == "actorder"
+        if grid is None:
+            if seen is None or not self.needs_inputs:
+                return spec, spec.encode(weight)
+            return spec, gptq_levels(weight, seen, self.format, ordered=ordered)
         if seen is None or self.solver == "rtn":
             solved = rtn(weight, grid, None if seen is None else seen.diagonal)
         else:
-            solved = gptq(weight, seen, grid)
+            solved = gptq(weight, seen, grid, ordered=ordered)
         return spec, _stored(solved)
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
         return Dense(shape, self.format) if self.format.is_dense else Quantized(self.format, shape)
+
+    @property
+    def needs_inputs(self) -> bool:
+        return self.solver in ("gptq", "actorder")
 
     @property
     def rows_apart(self) -> bool:

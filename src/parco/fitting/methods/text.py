@@ -9,12 +9,14 @@ from parco.fitting.methods.factor import Factor, Metric
 from parco.fitting.methods.method import Method
 from parco.fitting.methods.prune import Prune, Score
 from parco.fitting.methods.quantize import Keep, Quantize, Solver
+from parco.fitting.methods.transform import Rotate, Rule, Scale
 from parco.formats import Format
 
 KNOWN = (
     "keep, a format (bf16, int8:row, int4:32, int3:64, int2:32:asym, nf4:64, fp8_e4m3:row, mxfp4, ...), "
-    "format@rtn, format@gptq, factor(0.5), factor(rank=32), factor(0.5)>>int4:32, int4:32+factor(rank=16), prune(2:4), "
-    "prune(50%), prune(block:32), prune(2:4)>>int8:row"
+    "format@rtn, format@gptq, format@actorder, factor(0.5), factor(rank=32), factor(0.5)>>int4:32, "
+    "int4:32+factor(rank=16), prune(2:4), prune(50%), prune(block:32), prune(2:4)>>int8:row, "
+    "scale>>int4:64, scale(rule=smoothquant)>>int8:row, rotate>>int4:64"
 )
 
 
@@ -35,8 +37,10 @@ def parse(text: str | Method) -> Method:
                 raise ValueError(f"method {text!r}: {reason}") from None
     if plain == "keep":
         return Keep()
-    if call := re.fullmatch(r"(factor|prune)\((.*)\)", plain):
-        return _parse_factor(call[2], plain) if call[1] == "factor" else _parse_prune(call[2], plain)
+    if plain in ("scale", "rotate"):
+        return Scale() if plain == "scale" else Rotate()
+    if call := re.fullmatch(r"(factor|prune|scale|rotate)\((.*)\)", plain):
+        return _CALLS[call[1]](call[2], plain)
     name, _, solver = plain.partition("@")
     try:
         form = Format.parse(name)
@@ -60,6 +64,25 @@ def _parse_prune(inner: str, text: str) -> Prune:
     if "pattern" not in values:
         raise ValueError(f"method {text!r}: prune takes a pattern first, as in prune(2:4); known are {KNOWN}")
     return Prune(values["pattern"], cast(Score, values.get("score", "auto")), values.get("format", "bf16"))
+
+
+def _parse_scale(inner: str, text: str) -> Scale:
+    values = _arguments(inner, text, "scale", ("exponent", "rule"))
+    try:
+        exponent = float(values["exponent"]) if "exponent" in values else None
+    except ValueError:
+        raise ValueError(f"method {text!r}: exponent is a number such as 0.5") from None
+    return Scale(exponent, cast(Rule, values.get("rule", "awq")))
+
+
+def _parse_rotate(inner: str, text: str) -> Rotate:
+    seed = _arguments(inner, text, "rotate", ("seed",))["seed"]
+    if not seed.isdecimal():
+        raise ValueError(f"method {text!r}: seed is a whole number such as 1")
+    return Rotate(int(seed))
+
+
+_CALLS = {"factor": _parse_factor, "prune": _parse_prune, "scale": _parse_scale, "rotate": _parse_rotate}
 
 
 def _arguments(inner: str, text: str, owner: str, names: tuple[str, ...]) -> dict[str, str]:

@@ -8,7 +8,7 @@
 
 from parco.kernels.cast.codec import Encoded, decode, decode_tensors, encode
 from parco.kernels.cast.delayed import DelayedScaling
-from parco.kernels.cast.hadamard import Hadamard
+from parco.kernels.cast.hadamard import Hadamard, turned, turned_back
 from parco.kernels.cast.packing import pack, unpack
 from parco.kernels.cast.philox import philox4x32, random_bits
 from parco.kernels.cast.rounding import ROUNDINGS, Rounding, to_power_of_two
@@ -29,5 +29,7 @@ __all__ = [
     "philox4x32",
     "random_bits",
     "to_power_of_two",
+    "turned",
+    "turned_back",
     "unpack",
 ]

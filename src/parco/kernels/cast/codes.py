@@ -99,7 +99,7 @@ def reference(
             numbers = untile(rescale(tile(numbers, form.block), part), chunk_shape)
         random = random_bits(seed % (1 << 64), chunk, shape[1], device=x.device) if rounding == "stochastic" else None
         if isinstance(form.element, Integer) and form.is_asymmetric:
-            offset = _per_element(scales["zero"][part], form.block, chunk_shape)
+            offset = per_element(scales["zero"][part], form.block, chunk_shape)
             rounded = round_integers(numbers, rounding, random).add_(offset)
             codes = rounded.clamp_(0, form.element.codes - 1).to(torch.uint8)
         else:
@@ -120,7 +120,7 @@ def _rescaling(format: Format, scales: dict[str, Tensor]) -> Callable[[Tensor, s
     return lambda tiles, part: tiles / spread(divisors[part])
 
 
-def _per_element(scale: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
+def per_element(scale: Tensor, block: Block, shape: tuple[int, int]) -> Tensor:
     """[R, C] -> [n, K]: each block's number at each of its elements."""
     height, width = block.rows or shape[0], block.columns or shape[1]
     return scale.repeat_interleave(height, 0).repeat_interleave(width, 1)[: shape[0], : shape[1]]
