@@ -12,6 +12,7 @@ from parco.fitting.gptq import gptq, rtn
 from parco.fitting.methods import (
     Corrected,
     Factor,
+    Joint,
     Keep,
     Method,
     Prune,
@@ -52,6 +53,8 @@ TEXTS = [
     "int4:32+factor(rank=16)",
     "int3:32+factor(rank=16)>>int8:row",
     "factor(0.5,metric=scaled)",
+    "joint(0.5)",
+    "joint(rank=24,metric=plain)>>int8:row",
     "prune(2:4)",
     "prune(50%)",
     "prune(75%,score=magnitude,format=fp16)",
@@ -223,6 +226,7 @@ KINDS = [
     Quantize("int4:32"),
     Factor(0.5),
     Factor(0.5) >> Quantize("int4:32"),
+    Joint(Factor(0.5)),
     Quantize("int4:32") + Factor(rank=8),
     Prune("50%"),
     Prune("2:4") >> Quantize("int8:row"),
@@ -232,7 +236,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(KINDS, KINDS)))
 def test_only_compositions_with_a_meaning_are_allowed(first: Method, second: Method) -> None:
-    stored = isinstance(first, Factor | Prune | Corrected) and isinstance(second, Quantize)
+    stored = isinstance(first, Factor | Joint | Prune | Corrected) and isinstance(second, Quantize)
     also_stored = isinstance(first, Prune) and isinstance(second, Corrected) and isinstance(second.base, Quantize)
     if not (stored or also_stored):
         with pytest.raises(TypeError, match="factor"):

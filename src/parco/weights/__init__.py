@@ -1,5 +1,5 @@
-"""How one matrix is stored: specifications that compose, `Dense`, `Quantized`, `LowRank` and `Sum`, and those with
-zeros that are not stored, `SemiSparse`, `BlockSparse` and `Bitmap`.
+"""How one matrix is stored: specifications that compose, `Dense`, `Quantized`, `LowRank`, `Sum` and `Shared`, and those
+with zeros that are not stored, `SemiSparse`, `BlockSparse` and `Bitmap`.
 """
 
 from parco.weights.bitmap import Bitmap
@@ -9,6 +9,7 @@ from parco.weights.low_rank import LowRank
 from parco.weights.parse import parse
 from parco.weights.quantized import Quantized
 from parco.weights.semi_sparse import SemiSparse
+from parco.weights.shared import Shared, shared_parts, shared_tensors
 from parco.weights.sparse import Sparse
 from parco.weights.sum import Sum
 from parco.weights.weight import Weight
@@ -20,8 +21,11 @@ __all__ = [
     "LowRank",
     "Quantized",
     "SemiSparse",
+    "Shared",
     "Sparse",
     "Sum",
     "Weight",
     "parse",
+    "shared_parts",
+    "shared_tensors",
 ]

@@ -3,7 +3,8 @@
 Grammar, with `NxK` the shape and `format` a name that `Format.parse` knows:
 
     weight = dense(format, NxK) | quantized(format, NxK) | lowrank(weight, weight) | sum(weight, weight, …)
-           | semisparse(format, NxK) | bitmap(format, NxK, kept) | blocksparse(format, NxK, block, kept)
+           | shared(weight) | semisparse(format, NxK) | bitmap(format, NxK, kept)
+           | blocksparse(format, NxK, block, kept)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from parco.weights.dense import Dense
 from parco.weights.low_rank import LowRank
 from parco.weights.quantized import Quantized
 from parco.weights.semi_sparse import SemiSparse
+from parco.weights.shared import Shared
 from parco.weights.sum import Sum
 from parco.weights.weight import Weight
 
@@ -83,6 +85,12 @@ def _sum(arguments: list[str], text: str) -> Weight:
     return Sum(*map(parse, arguments))
 
 
+def _shared(arguments: list[str], text: str) -> Weight:
+    if len(arguments) != 1:
+        raise ValueError(f"weight {text!r}: shared takes 1 weight, not {len(arguments)}")
+    return Shared(parse(arguments[0]))
+
+
 def _semi_sparse(arguments: list[str], text: str) -> Weight:
     return SemiSparse(*_stored("semisparse", arguments, text))
 
@@ -111,6 +119,7 @@ _READERS: dict[str, Callable[[list[str], str], Weight]] = {
     "quantized": _quantized,
     "lowrank": _low_rank,
     "sum": _sum,
+    "shared": _shared,
     "semisparse": _semi_sparse,
     "bitmap": _bitmap,
     "blocksparse": _block_sparse,

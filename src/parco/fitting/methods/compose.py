@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from parco.fitting.methods.correct import Corrected
 from parco.fitting.methods.factor import Factor, QuantizedFactors
+from parco.fitting.methods.joint import Joint
 from parco.fitting.methods.method import Method
 from parco.fitting.methods.prune import Prune, QuantizedPrune
 from parco.fitting.methods.quantize import Quantize
@@ -14,6 +15,8 @@ def store(first: Method, then: Method) -> Method:
     match first, then:
         case Factor(), Quantize():
             return QuantizedFactors(first, then)
+        case Joint(factors=Factor() as factors), Quantize():
+            return Joint(QuantizedFactors(factors, then))
         case Prune(), Quantize():
             return QuantizedPrune(first, then)
         case Prune(), Corrected(base=Quantize() as base):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -21,6 +22,9 @@ class Method(abc.ABC):
     A new one is also read in `parse` and named in `KNOWN` (text.py); what it composes with is said in compose.py.
     """
 
+    together: ClassVar[bool] = False
+    """Whether members of one group that read one input share something."""
+
     has_factors: ClassVar[bool] = False
     """Whether the result has low-rank factors: costly to find, and no use to a matrix whose rows are looked up."""
 
@@ -35,6 +39,25 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
         """The Weight that a matrix of `shape` (N, K), of the model's `dtype`, will become."""
+
+    def each(self, members: Iterable[tuple[Tensor, Statistics | None]]) -> Iterator[Made]:
+        """What the matrices of one group become, each with its statistics; one after the other, where one does not
+        depend on another.
+        """
+        for weight, statistics in members:
+            yield self(weight, statistics)
+
+    def specs(self, shapes: Sequence[Shape], dtype: torch.dtype = torch.bfloat16) -> list[Weight]:
+        """The Weights that a group's matrices of these shapes will become."""
+        return [self.spec(shape, dtype) for shape in shapes]
+
+    def products(self, shapes: Sequence[Shape]) -> list[Weight]:
+        """What the input of a group is multiplied by: the members' Weights, or a factor of all once, then their own."""
+        return self.specs(shapes)
+
+    def alone(self) -> Method:
+        """The method that does the same to a matrix that is a group of its own."""
+        return self
 
     @abc.abstractmethod
     def __str__(self) -> str: ...

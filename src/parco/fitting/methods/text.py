@@ -6,6 +6,7 @@ import re
 from typing import cast
 
 from parco.fitting.methods.factor import Factor, Metric
+from parco.fitting.methods.joint import Joint
 from parco.fitting.methods.method import Method
 from parco.fitting.methods.prune import Prune, Score
 from parco.fitting.methods.quantize import Keep, Quantize, Solver
@@ -13,8 +14,8 @@ from parco.formats import Format
 
 KNOWN = (
     "keep, a format (bf16, int8:row, int4:32, int3:64, int2:32:asym, nf4:64, fp8_e4m3:row, mxfp4, ...), "
-    "format@rtn, format@gptq, factor(0.5), factor(rank=32), factor(0.5)>>int4:32, int4:32+factor(rank=16), prune(2:4), "
-    "prune(50%), prune(block:32), prune(2:4)>>int8:row"
+    "format@rtn, format@gptq, factor(0.5), factor(rank=32), factor(0.5)>>int4:32, joint(0.5), int4:32+factor(rank=16), "
+    "prune(2:4), prune(50%), prune(block:32), prune(2:4)>>int8:row"
 )
 
 
@@ -35,8 +36,11 @@ def parse(text: str | Method) -> Method:
                 raise ValueError(f"method {text!r}: {reason}") from None
     if plain == "keep":
         return Keep()
-    if call := re.fullmatch(r"(factor|prune)\((.*)\)", plain):
-        return _parse_factor(call[2], plain) if call[1] == "factor" else _parse_prune(call[2], plain)
+    if call := re.fullmatch(r"(factor|joint|prune)\((.*)\)", plain):
+        if call[1] == "prune":
+            return _parse_prune(call[2], plain)
+        factor = _parse_factor(call[2], plain)
+        return factor if call[1] == "factor" else Joint(factor)
     name, _, solver = plain.partition("@")
     try:
         form = Format.parse(name)
