@@ -29,7 +29,7 @@ from typing import Any
 
 import compressed
 import torch
-from compressed import Change, Judged, at_once, in_turn
+from compressed import Change, Judged, at_once, in_turn, page
 from interleaved import save
 
 from parco.fitting import solve
@@ -163,6 +163,7 @@ def main() -> None:
     for judged in compressed.models(options.work):
         run(judged, rows)
     save(__file__, rows.rows)
+    page.write(compressed.HEAL)
 
 
 if __name__ == "__main__":

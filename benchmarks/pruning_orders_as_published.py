@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import compressed
+from compressed import page
 from interleaved import save
 
 from parco.fitting.methods import Made, Prune
@@ -61,6 +62,7 @@ def main() -> None:
                 change = pruned(pattern, score, "aimed" in name)
                 rows.add(judged, lambda c=change, j=judged: compressed.in_turn(j, c), zeros=pattern, score=name)
     save(__file__, rows.rows)
+    page.write(compressed.HEAL)
 
 
 if __name__ == "__main__":
