@@ -1,5 +1,5 @@
 """Claim: q, k and v, or gate and up, with one right factor take a token less time than with factors of their own of the
-same rank, nearly in the ratio of their bytes, and no more time than with factors of their own of the same bytes.
+same rank, nearly in the ratio of their bytes, and, fused, no more than with factors of their own of the same bytes.
 
 Llama's shapes: K = 4096; q, k, v 4096, 1024 and 1024 rows, gate and up 11008 each. `joint(ratio)` beside factor(...)
 for each matrix, at joint's rank and at joint's bytes. "joint" is Linears called one after the other, as a model without

@@ -138,11 +138,11 @@ def build(
 
 
 def offered(table: Mapping[str, Sequence[Option]]) -> dict[str, list[Option]]:
-    """The options that may be chosen: none with zeros that decodes slower than the dense matrix does."""
+    """The options that may be chosen: none with zeros or of a lower rank that decodes slower than the dense matrix."""
     found: dict[str, list[Option]] = {}
     for group, options in table.items():
         dense = next(option for option in options if option.method == "keep").decode * SLOWER
-        found[group] = [one for one in options if one.decode <= dense or not Method.parse(one.method).has_zeros]
+        found[group] = [one for one in options if one.decode <= dense or not Method.parse(one.method).leaves_out]
     return found
 
 

@@ -56,8 +56,8 @@ class Corrected(Method):
         return Sum(self.base.spec(shape), self.correction.spec(shape))
 
     @property
-    def has_zeros(self) -> bool:
-        return self.base.has_zeros
+    def leaves_out(self) -> bool:
+        return self.base.leaves_out
 
     def __str__(self) -> str:
         return f"{self.base}+{self.correction}"

@@ -94,6 +94,10 @@ class Factor(Method):
         right, left = self.parts(shape[1], [shape[0]])
         return LowRank(left, right)
 
+    @property
+    def leaves_out(self) -> bool:
+        return True
+
     def __str__(self) -> str:
         arguments = [f"{self.ratio:g}" if self.ratio is not None else f"rank={self.rank}"]
         arguments += [f"metric={self.metric}"] if self.metric != "auto" else []
@@ -148,6 +152,10 @@ class QuantizedFactors(Method):
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
         right, left = self.parts(shape[1], [shape[0]])
         return LowRank(left, right)
+
+    @property
+    def leaves_out(self) -> bool:
+        return True
 
     def __str__(self) -> str:
         return f"{self.factor}>>{self.quantize}"

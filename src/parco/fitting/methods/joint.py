@@ -69,6 +69,10 @@ class Joint(Method):
         _check_width(shapes, self)
         return self.factors.parts(shapes[0][1], [rows for rows, _ in shapes])
 
+    @property
+    def leaves_out(self) -> bool:
+        return True
+
     def __str__(self) -> str:
         return f"joint{str(self.factors).removeprefix('factor')}"
 

@@ -63,9 +63,9 @@ class Method(abc.ABC):
     def __str__(self) -> str: ...
 
     @property
-    def has_zeros(self) -> bool:
-        """Whether the result leaves numbers out, which is done for speed: no use where the kernel is slower than
-        dense.
+    def leaves_out(self) -> bool:
+        """Whether the result leaves numbers out, by zeros or by a lower rank, which is done for speed: no use where the
+        kernel is slower than dense.
         """
         return False
 

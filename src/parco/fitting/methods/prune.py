@@ -74,7 +74,7 @@ class Prune(Method):
         return self.pattern.spec(self.format, shape)
 
     @property
-    def has_zeros(self) -> bool:
+    def leaves_out(self) -> bool:
         return True
 
     @property
@@ -133,7 +133,7 @@ class QuantizedPrune(Method):
         return self.prune.pattern.spec(self.quantize.format, shape)
 
     @property
-    def has_zeros(self) -> bool:
+    def leaves_out(self) -> bool:
         return True
 
     @property
