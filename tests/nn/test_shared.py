@@ -6,12 +6,15 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.nn import models
 from tests.nn.test_decode import agree, steps
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import parco
 from parco import nn
@@ -149,6 +152,22 @@ def test_the_compiler_traces_it() -> None:
         compiled = torch.compile(model.model.layers[0].mlp, fullgraph=True, backend="aot_eager")
         x = torch.randn(1, 4, 64)
         torch.testing.assert_close(compiled(x), model.model.layers[0].mlp(x))
+
+
+def test_sharding_sees_one_parameter(tmp_path: Path) -> None:
+    model = made()
+    expected = models.logits(model)
+    store = torch.distributed.FileStore(str(tmp_path / "meeting"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        held = [name for name, each in model.named_parameters() if "basis" in name and isinstance(each, DTensor)]
+        assert len(held) == 2 * len(model.model.layers)
+        assert torch.equal(models.logits(model), expected)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_only_parts_that_are_alike_are_shared() -> None:
