@@ -251,8 +251,8 @@ def _put(model: nn.Module, stage: Stage, name: str) -> dict[str, float]:
         for member, text in specs:
             spec = weights.parse(text)
             shared = shared_tensors(spec)
-            owners = {key: first if key in shared else member for key in spec.tensors()}
-            made[member] = StoredWeight(spec, [tensors[f"{owner}|{key}"] for key, owner in owners.items()])
+            keys = [f"{first if key in shared else member}|{key}" for key in spec.tensors()]
+            made[member] = StoredWeight(spec, [tensors[key] for key in keys])
         if shared_tensors(made[first].spec):
             share_(list(made.values()))
         for member, stored in made.items():

@@ -143,7 +143,8 @@ def _judge_group(
         uses = every[member] = _Uses.of(model, group, member, statistics, lookups)
         uses.share_root(previous)
         some = torch.arange(0, weight.shape[0], -(-weight.shape[0] // limit))
-        whole, part = weight.float(), weight[some].float()
+        part = weight[some].float()
+        whole = part if all(each.rows_apart or each.together for each in methods.values()) else weight.float()
         for text, method in methods.items():
             if uses.known and not method.together:
                 chosen, rows = (part, some) if method.rows_apart else (whole, None)
