@@ -65,7 +65,8 @@ def factors(rows: Sequence[Mapping[str, Any]], model: str) -> str:
     """The tables of one model: methods before and after healing, then the parts of ours."""
     removed = sorted({row["removed"] for row in rows} - {0.0})
     names = list(dict.fromkeys(row["method"] for row in rows if row["model"] == model and row["removed"]))
-    healed = {name.removesuffix(", healed") for name in names if name.endswith(", healed")}
+    parts_of_ours = {name for name in names if name.startswith(("ours without", "ours with refit"))}
+    whole = [name for name in names if name not in parts_of_ours and not name.endswith(", healed")]
 
     def line(name: str, text: str, kinds: Sequence[str]) -> list[str]:
         return [
@@ -76,7 +77,7 @@ def factors(rows: Sequence[Mapping[str, Any]], model: str) -> str:
     parts = [_dense(rows, model, method="dense")]
     columns = [f"{r:.0%}{kind}" for kind in ("", ", healed") for r in removed]
     for text, named in TEXTS.items():
-        lines = [line(name, text, ("", ", healed")) for name in names if name in healed]
+        lines = [line(name, text, ("", ", healed")) for name in whole]
         parts.append(_table([f"{named}, removed:", *columns], lines))
     mine = [name for name in names if name.startswith("ours") and not name.endswith(", healed")]
     both = [f"{r:.0%}, {named}" for named in TEXTS.values() for r in removed]
