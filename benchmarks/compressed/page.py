@@ -31,6 +31,7 @@ ratio for all, on the original's inputs. *Ours* solves each block on what the ch
 the original's outputs, with ranks allocated over the whole model; with joint bases
 ([`joint(...)`](methods.md#one-right-factor-for-a-group)) q, k and v, and gate and up, have one right factor. *Healed*
 is the same model after {steps} steps of a fit's healing, the same for all rows.
+Empty cells are not measured yet.
 """
 _PARTS = """What each part of ours brings, not healed:
 """
