@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import compressed
-import torch
+from compressed import page
 from interleaved import save
 
-from parco.fitting.methods import Prune
+from parco.fitting.methods import Made, Prune
 from parco.fitting.methods.prune import Score
 from parco.fitting.statistics import Statistics
 from parco.nn.blocks import Group, matrix
@@ -36,11 +36,13 @@ SCORES: tuple[tuple[str, Score], ...] = (
 def pruned(pattern: str, score: Score, aimed: bool) -> compressed.Change:
     method = Prune(pattern, score)
 
-    def change(model: Any, group: Group, seen: dict[str, Statistics]) -> dict[str, torch.Tensor]:
+    def change(model: Any, group: Group, seen: dict[str, Statistics]) -> dict[str, Made]:
         return {
-            member: method.solve(
-                matrix(model, member).float().contiguous(), seen[member] if aimed else seen[member].without_cross
-            ).values
+            member: compressed.dense(
+                method.solve(
+                    matrix(model, member).float().contiguous(), seen[member] if aimed else seen[member].without_cross
+                ).values
+            )
             for member in group.members
         }
 
@@ -60,6 +62,7 @@ def main() -> None:
                 change = pruned(pattern, score, "aimed" in name)
                 rows.add(judged, lambda c=change, j=judged: compressed.in_turn(j, c), zeros=pattern, score=name)
     save(__file__, rows.rows)
+    page.write(compressed.HEAL)
 
 
 if __name__ == "__main__":

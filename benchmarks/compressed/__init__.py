@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,21 +22,23 @@ from accumulated import texts as sources
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from parco import hub
-from parco.fitting import calibrate, evaluate, texts
+from parco.fitting import calibrate, evaluate, heal, texts
 from parco.fitting.calibrate import Extent, block_groups, statistics_of
+from parco.fitting.methods import Made
 from parco.fitting.observe import Moments, observed
 from parco.fitting.stages import Silent, Stage, Stages
 from parco.fitting.statistics import Statistics
 from parco.fitting.stream import Stream, windows_in_batches
-from parco.nn import StoredWeight
+from parco.nn import StoredWeight, share_
 from parco.nn.blocks import Group, groups, replace_
 from parco.trainer import Settings
 from parco.trainer import run as train
-from parco.weights import Dense
+from parco.weights import Dense, shared_tensors
 
 EXTENT = Extent(statistics=32, energy=16, check=8)
 HELD = 16
 """Windows of each text on which a model is judged."""
+HEAL = heal.STEPS
 STEPS = 300
 ROWS = 4
 """Windows at once."""
@@ -52,6 +55,17 @@ class Judged:
     other: torch.Tensor
     stage: Stage
     stages: Stages
+
+    def healed(self, model: Any) -> Any:
+        """`model` after HEAL steps of a fit's healing, which trains its factors, norms, embedding and head."""
+        taught = self.stages.open("teacher", calibrated=self.stage.folder.name, steps=HEAL)
+        original = self.load()
+        teacher = heal.teach(original, self.windows, HEAL, 0, taught, Silent())
+        check = self.windows.check[: EXTENT.check]
+        with TemporaryDirectory() as folder:
+            stage = Stage("heal", Path(folder))
+            heal.heal(model, original, teacher, check, self.stage, HEAL, 0, stage, Silent())
+        return model
 
     @property
     def linear_groups(self) -> list[Group]:
@@ -142,8 +156,14 @@ def gpt2(work: Path) -> Path:
     return out / "model"
 
 
-Change = Callable[[Any, Group, dict[str, Statistics]], dict[str, torch.Tensor]]
-"""The new matrices [N, K] of a group's members, for the model as it is and what was seen of the group's inputs."""
+Change = Callable[[Any, Group, dict[str, Statistics]], dict[str, Made]]
+"""What a group's members become, for the model as it is and what was seen of the group's inputs."""
+
+
+def dense(values: torch.Tensor) -> Made:
+    """A matrix as it is."""
+    spec = Dense((values.shape[0], values.shape[1]), "fp32")
+    return spec, spec.encode(values)
 
 
 @torch.no_grad()
@@ -155,10 +175,12 @@ def at_once(judged: Judged, change: Change) -> Any:
     return model
 
 
-def _put(model: Any, made: Mapping[str, torch.Tensor]) -> None:
-    for member, values in made.items():
-        spec = Dense((values.shape[0], values.shape[1]), "fp32")
-        replace_(model, member, StoredWeight(spec, spec.encode(values)))
+def _put(model: Any, made: Mapping[str, Made]) -> None:
+    stored = {member: StoredWeight(spec, tensors) for member, (spec, tensors) in made.items()}
+    if any(shared_tensors(spec) for spec, _ in made.values()):
+        share_(list(stored.values()))
+    for member, weight in stored.items():
+        replace_(model, member, weight)
 
 
 @torch.no_grad()

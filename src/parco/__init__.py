@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from parco import adapters, formats, machine, nn, training, weights
-    from parco.fitting.methods import Factor, Prune, Quantize
+    from parco.fitting.methods import Factor, Joint, Prune, Quantize
     from parco.job import convert_, fit
     from parco.kernels.cast import Hadamard, decode, encode, encode_both, encode_transposed
     from parco.kernels.table import explain
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Factor",
     "Hadamard",
+    "Joint",
     "Prune",
     "Quantize",
     "adapters",
@@ -50,6 +51,7 @@ __all__ = [
 
 _HOMES = {
     "Factor": "parco.fitting.methods",
+    "Joint": "parco.fitting.methods",
     "Hadamard": "parco.kernels.cast",
     "Prune": "parco.fitting.methods",
     "Quantize": "parco.fitting.methods",

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from parco.fitting import factor
 from parco.fitting.factor import basis, factorize, fisher_factors, rank_for, refit_left, scaled_factors
+from parco.fitting.randomized import leading
 from parco.fitting.statistics import Statistics, row_error
 
 SHAPES = [(40, 96), (96, 40), (64, 64)]
@@ -139,6 +140,31 @@ def test_small_ranks_of_large_matrices_are_near_the_optimum(monkeypatch: pytest.
     left, right = factorize(weight, 16, statistics)
     optimum = float(basis(weight, statistics).energies[16:].sum())
     assert total(weight - left @ right, statistics) < 1.005 * optimum
+
+
+@pytest.mark.parametrize("gram", [True, False])
+def test_randomised_directions_say_what_they_leave_out(gram: bool) -> None:
+    weight, statistics = weights((160, 200)), Statistics.of(inputs_of(200))
+    seen = statistics if gram else Statistics(torch.eye(200), 1)
+    found = leading(weight, statistics.gram if gram else None, 16)
+    delta = weight - found.directions @ (found.directions.T @ weight)
+    assert found.left_out == pytest.approx(total(delta, seen), rel=1e-3)
+    assert found.total == pytest.approx(total(weight, seen), rel=1e-4)
+    optimum = float(basis(weight, seen).energies[16:].sum())
+    assert optimum * (1 - 1e-4) <= found.left_out < 1.01 * optimum
+    torch.testing.assert_close(found.directions.T @ found.directions, torch.eye(16), rtol=0, atol=1e-5)
+    assert torch.equal(found.directions, leading(weight, statistics.gram if gram else None, 16).directions)
+
+
+def test_passes_end_when_another_one_gains_nothing() -> None:
+    generator = torch.Generator().manual_seed(4)
+    narrow = torch.randn(150, 12, generator=generator) @ torch.randn(12, 180, generator=generator)
+    few = leading(narrow, None, 12)
+    assert few.passes <= 3
+    assert few.left_out <= 1e-5 * few.total
+    assert leading(torch.randn(150, 180, generator=generator), None, 12).passes > few.passes
+    with pytest.raises(ValueError, match=r"rank must be in 1\.\.150"):
+        leading(narrow, None, 151)
 
 
 def test_left_is_refitted_to_the_right_that_is_stored() -> None:

@@ -12,6 +12,7 @@ from parco.fitting.gptq import gptq, rtn
 from parco.fitting.methods import (
     Corrected,
     Factor,
+    Joint,
     Keep,
     Method,
     Prune,
@@ -56,6 +57,8 @@ TEXTS = [
     "int4:32+factor(rank=16)",
     "int3:32+factor(rank=16)>>int8:row",
     "factor(0.5,metric=scaled)",
+    "joint(0.5)",
+    "joint(rank=24,metric=plain)>>int8:row",
     "prune(2:4)",
     "prune(50%)",
     "prune(75%,score=magnitude,format=fp16)",
@@ -257,6 +260,7 @@ KINDS = [
     Quantize("int4:32"),
     Factor(0.5),
     Factor(0.5) >> Quantize("int4:32"),
+    Joint(Factor(0.5)),
     Quantize("int4:32") + Factor(rank=8),
     Prune("50%"),
     Prune("2:4") >> Quantize("int8:row"),
@@ -273,10 +277,10 @@ KINDS = [
 def _is_stored(first: Method, second: Method) -> bool:
     if isinstance(first, Transform):
         begins = second.transform if isinstance(second, Transformed) else second
-        return not isinstance(second, Keep) and type(begins) is not type(first)
+        return not isinstance(second, Keep | Joint) and type(begins) is not type(first)
     if isinstance(first, Transformed):
         return _is_stored(first.then, second)
-    stored = isinstance(first, Factor | Prune | Corrected) and isinstance(second, Quantize)
+    stored = isinstance(first, Factor | Joint | Prune | Corrected) and isinstance(second, Quantize)
     return stored or (isinstance(first, Prune) and isinstance(second, Corrected) and isinstance(second.base, Quantize))
 
 

@@ -70,4 +70,7 @@ def test_zeros_that_are_slower_than_dense_are_tried_and_never_chosen() -> None:
     beside = Option("prune(50%)+factor(rank=16)", 70, 0.02, 1.3, 1.0)
     assert table.offered({"a": [keep, slow, fast, few, beside]}) == {"a": [keep, fast, few]}
     assert "decodes" in table.reason(slow, keep)
-    assert not parse("int4:32").has_zeros
+    assert not parse("int4:32").leaves_out
+    thin, joint = Option("factor(0.5)>>int8:row", 25, 0.04, 1.2, 1.0), Option("joint(0.5)", 45, 0.02, 0.8, 1.0)
+    corrected = Option("int4:32+factor(rank=16)", 35, 0.02, 1.4, 1.0)
+    assert table.offered({"a": [keep, thin, joint, corrected]}) == {"a": [keep, joint, corrected]}

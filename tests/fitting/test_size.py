@@ -39,7 +39,7 @@ def close(said: int, file: tuple[int, int]) -> bool:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", ["int8:row", "int4:32", "factor(0.5)>>int8:row"])
+@pytest.mark.parametrize("method", ["int8:row", "int4:32", "factor(0.5)>>int8:row", "joint(0.5)>>int8:row"])
 def test_a_plans_bytes_are_those_of_the_file(name: str, method: str, tmp_path: Path) -> None:
     architecture, changes = MODELS[name]
     model = small.model(architecture, **changes)

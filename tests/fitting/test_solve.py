@@ -77,6 +77,34 @@ def test_a_size_comes_before_speed_when_every_small_plan_is_slower() -> None:
     assert plans[0].methods == {"g": "int4:64"}
 
 
+def test_ranks_are_allocated_by_bytes_or_by_measured_seconds() -> None:
+    """Two groups whose directions matter alike, and whose kernels do not: one takes four times as long for a rank."""
+    energies = [0.7**step for step in range(12)]
+    seconds = {"quick": 1e-6, "slow": 4e-6}
+
+    def option(rank: int, cost: float) -> Option:
+        return Option(f"factor(rank={16 * rank})", 1000 * rank, sum(energies[rank:]), cost * rank, cost * rank)
+
+    options = {
+        name: [Option("keep", 24_000, 0.0, 24 * cost, 24 * cost), *(option(rank, cost) for rank in range(1, 12))]
+        for name, cost in seconds.items()
+    }
+    original = sum(24 * cost for cost in seconds.values())
+    by_bytes = best(options, Fixed(0, 0.0, 0.0), Goal("size", 0.25, 48_000, original, original), 1)[0]
+    by_time = best(options, Fixed(0, 0.0, 0.0), Goal("speed", 4.0, 48_000, original, original), 1)[0]
+    assert by_bytes.methods == {"quick": "factor(rank=96)", "slow": "factor(rank=96)"}
+    # Step by step, whatever loses least for what it costs: the greedy allocation on marginal loss per microsecond.
+    ranks, room = dict.fromkeys(seconds, 1), original / 4 - sum(seconds.values())
+    while True:
+        fits = [name for name in seconds if seconds[name] <= room + 1e-12 and ranks[name] < 11]
+        if not fits:
+            break
+        chosen = max(fits, key=lambda name: energies[ranks[name]] / seconds[name])
+        ranks[chosen], room = ranks[chosen] + 1, room - seconds[chosen]
+    assert by_time.methods == {name: f"factor(rank={16 * rank})" for name, rank in ranks.items()}
+    assert ranks["quick"] > ranks["slow"]
+
+
 def test_a_goal_out_of_reach_names_the_best_reachable() -> None:
     options = {"g": [Option("keep", 1000, 0.0, 1e-4, 1e-3), Option("int4:64", 300, 0.1, 5e-5, 1e-3)]}
     fixed = Fixed(0, 5e-5, 0.0)

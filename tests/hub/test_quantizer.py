@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from tests.hub import tiny
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
+import parco
 from parco import hub, nn, weights
 from parco.nn.saved import describe
 
@@ -161,6 +163,31 @@ def test_the_model_without_its_head(tmp_path: Path) -> None:
     with torch.no_grad():
         states = (made.model(tiny.inputs()).last_hidden_state, body(tiny.inputs()).last_hidden_state)
     assert torch.equal(*states)
+
+
+def test_a_factor_of_several_layers_lies_in_the_file_once(tmp_path: Path) -> None:
+    made = tiny.model("qwen3")
+    parco.convert_(made, "joint(rank=16)>>int8:row")
+    folder = hub.save(made, tiny.tokenizer(), tmp_path / "out")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = [name for name in file.keys() if "layers.0" in name and "basis.codes" in name]  # noqa: SIM118
+    assert [name.rpartition(".weight")[0].rpartition(".")[2] for name in names] == ["gate_proj", "q_proj"]
+    again = reload(folder)
+    attention = again.model.layers[0].self_attn
+    assert attention.q_proj.weight.right is attention.k_proj.weight.right is attention.v_proj.weight.right
+    assert torch.equal(tiny.logits(again), tiny.logits(made))
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(tiny.logits(reload(tmp_path / "again")), tiny.logits(made))
+    body = AutoModel.from_pretrained(folder)
+    attention = body.layers[0].self_attn
+    assert attention.q_proj.weight.right is attention.v_proj.weight.right
+
+    config = json.loads((folder / "config.json").read_text())
+    shared = config["quantization_config"]["shared"]
+    shared["model.layers.0.self_attn.k_proj.weight.right"] = "model.layers.0.self_attn.q_proj.weight.left"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the configuration is damaged"):
+        reload(folder)
 
 
 def test_gradients_reach_what_is_before_a_stored_weight(tmp_path: Path) -> None:

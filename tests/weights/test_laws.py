@@ -4,7 +4,19 @@ import pytest
 from tests.laws.weight_laws import WeightLaws
 
 from parco import formats
-from parco.weights import Bitmap, BlockSparse, Dense, LowRank, Quantized, Rotated, Scaled, SemiSparse, Sum, Weight
+from parco.weights import (
+    Bitmap,
+    BlockSparse,
+    Dense,
+    LowRank,
+    Quantized,
+    Rotated,
+    Scaled,
+    SemiSparse,
+    Shared,
+    Sum,
+    Weight,
+)
 
 
 def rank(shape):
@@ -41,6 +53,13 @@ MAKERS = {
     "lowrank int8": lambda shape: low_rank(shape, "int8:row"),
     "lowrank mixed": lambda shape: LowRank(
         Dense((shape[0], rank(shape)), "bf16"), Quantized("int4:32", (rank(shape), shape[1]))
+    ),
+    "shared": lambda shape: Shared(Quantized("int8:row", shape)),
+    "joint": lambda shape: LowRank(
+        Dense((shape[0], rank(shape)), "bf16"), Shared(Dense((rank(shape), shape[1]), "bf16"))
+    ),
+    "joint int8": lambda shape: LowRank(
+        Quantized("int8:row", (shape[0], rank(shape))), Shared(Quantized("int8:row", (rank(shape), shape[1])))
     ),
     "corrected": lambda shape: Sum(Quantized("int4:32", shape), low_rank(shape, "bf16")),
     "sum of three": lambda shape: Sum(Dense(shape, "fp32"), Quantized("int8:row", shape), low_rank(shape, "int8:row")),

@@ -8,7 +8,7 @@ puts them into a fresh model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from parco import weights
 from parco.fitting import size
 from parco.fitting.calibrate import Extent, block_groups, rows_of, statistics_of, vocabulary_of, with_energies
-from parco.fitting.methods import Method
 from parco.fitting.observe import Moments, See, expert_of, observed, site
 from parco.fitting.size import owners
 from parco.fitting.stages import Progress, Stage
 from parco.fitting.statistics import Statistics, row_error
 from parco.fitting.stream import Stream, windows_in_batches
 from parco.fitting.texts import Windows
-from parco.nn import StoredWeight
+from parco.nn import StoredWeight, share_
 from parco.nn.blocks import Group, matrix, replace_
+from parco.weights import shared_tensors
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,11 @@ class _Pass:
         active = [group for group in chosen if self.methods.get(group.name, "keep") != "keep"]
         if active and not self.stage.has(name):
             tensors: dict[str, Tensor] = {}
-            specs: dict[str, str] = {}
+            specs: list[list[tuple[str, str]]] = []
             errors: dict[str, float] = {}
             for group in active:
-                errors[group.name] = self._solve(group, statistics(group), tensors, specs)
+                specs.append([])
+                errors[group.name] = self._solve(group, statistics(group), tensors, specs[-1])
             self.stage.write_tensors(name, tensors, note={"specs": specs, "errors": errors})
         if active:
             self.errors |= _put(self.stream.model, self.stage, name)
@@ -195,41 +196,68 @@ class _Pass:
         return with_energies(self.calibrated, group, found)
 
     def _solve(
-        self, group: Group, statistics: Mapping[str, Statistics], tensors: dict[str, Tensor], specs: dict[str, str]
+        self,
+        group: Group,
+        statistics: Mapping[str, Statistics],
+        tensors: dict[str, Tensor],
+        specs: list[tuple[str, str]],
     ) -> float:
-        """Solve a group's members; returns the mean relative squared error of their outputs on the inputs that they
-        will see.
+        """Solve a group's members, whose tensors and specs are added in their order; returns the mean relative squared
+        error of their outputs on the inputs that they will see.
         """
-        method = Method.parse(self.methods[group.name])
+        method = size.method_for(group, self.methods[group.name])
         errors: list[float] = []
+        given: list[tuple[str, Tensor, Statistics | None]] = []  # to the method and not judged yet
+
+        def members() -> Iterator[tuple[Tensor, Statistics | None]]:
+            for each in self._members(group, statistics):
+                given.append(each)
+                yield each[1:]
+
+        for spec, made in method.each(members()):
+            member, weight, seen = given.pop(0)
+            elsewhere = shared_tensors(spec) if specs else set[str]()
+            for key, tensor in zip(spec.tensors(), made, strict=True):
+                if key not in elsewhere:
+                    tensors[f"{member}|{key}"] = tensor
+            specs.append((member, str(spec)))
+            delta = weight - spec.dense(*made)
+            gram, count = (torch.eye(weight.shape[1]), 1) if seen is None else (seen.gram, seen.count)
+            power = float(row_error(weight, gram, count).sum())
+            errors.append(float(row_error(delta, gram, count).sum()) / max(power, 1e-30))
+        return sum(errors) / len(errors)
+
+    def _members(
+        self, group: Group, statistics: Mapping[str, Statistics]
+    ) -> Iterator[tuple[str, Tensor, Statistics | None]]:
+        """Every matrix of a group, [N, K] float32, and what it sees; a root that one has computed is all others'."""
         previous: Statistics | None = None
         for member in owners(self.stream.model, group):
-            weight = matrix(self.stream.model, member).float().contiguous()
             seen = statistics.get(member) or next(
                 (statistics[name] for name in group.members if name in statistics), None
             )
             seen = seen if expert_of(member) is None else statistics.get(member)
             if seen is not None and previous is not None and previous.gram is seen.gram and "root" in previous.__dict__:
                 seen.__dict__["root"] = previous.__dict__["root"]
-            spec, made = method(weight, seen)
-            for key, tensor in zip(spec.tensors(), made, strict=True):
-                tensors[f"{member}|{key}"] = tensor
-            specs[member] = str(spec)
-            delta = weight - spec.dense(*made)
-            gram, count = (torch.eye(weight.shape[1]), 1) if seen is None else (seen.gram, seen.count)
-            power = float(row_error(weight, gram, count).sum())
-            errors.append(float(row_error(delta, gram, count).sum()) / max(power, 1e-30))
             previous = seen
-        return sum(errors) / len(errors)
+            yield member, matrix(self.stream.model, member).float().contiguous(), seen
 
 
 def _put(model: nn.Module, stage: Stage, name: str) -> dict[str, float]:
     """Replace the modules of one part by what is on disk; returns the errors noted there."""
     note = stage.read_note(name)
     tensors = stage.read_tensors(name)
-    for member, text in note["specs"].items():
-        spec = weights.parse(text)
-        replace_(model, member, StoredWeight(spec, [tensors[f"{member}|{key}"] for key in spec.tensors()]))
+    for specs in note["specs"]:
+        first, made = specs[0][0], dict[str, StoredWeight]()
+        for member, text in specs:
+            spec = weights.parse(text)
+            shared = shared_tensors(spec)
+            keys = [f"{first if key in shared else member}|{key}" for key in spec.tensors()]
+            made[member] = StoredWeight(spec, [tensors[key] for key in keys])
+        if shared_tensors(made[first].spec):
+            share_(list(made.values()))
+        for member, stored in made.items():
+            replace_(model, member, stored)
     return note["errors"]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from parco.fitting.calibrate import Lookups, lookups_of, statistics_of
 from parco.fitting.methods import Method
 from parco.fitting.observe import is_lookup
-from parco.fitting.size import group_bytes, owners, same, shape_of
+from parco.fitting.size import group_bytes, method_for, owners, same, shape_of
 from parco.fitting.stages import Progress, Stage
 from parco.fitting.statistics import Statistics, row_error
 from parco.nn.blocks import Group, groups, matrix
@@ -85,17 +85,17 @@ def considered(model: nn.Module, group: Group, methods: Sequence[str], large: bo
     for text in methods:
         if text == "keep" or group.kind == "router":
             continue
-        method = Method.parse(text)
+        method = method_for(group, text)
         wide = large and max(max(shape) for shape in shapes) > WIDEST_FACTOR
         if method.has_factors and (has_lookup or wide):
             continue
         if method.needs_inputs and only_lookups:
             continue
-        if any(_too_wide(method.spec(shape)) for shape in shapes):
+        if any(map(_too_wide, method.specs(shapes))):
             continue
         if group_bytes(model, group, text) < whole:
-            kept.append(text)
-    return kept
+            kept.append(str(method))
+    return list(dict.fromkeys(kept))
 
 
 def _too_wide(spec: Weight) -> bool:
@@ -134,19 +134,32 @@ def _judge_group(
 ) -> list[Judged]:
     statistics = statistics_of(calibrated, group)
     sums: dict[str, list[float]] = {text: [0.0, 0.0, 0.0] for text in texts}
+    methods = {text: Method.parse(text) for text in texts[1:]}
+    every: dict[str, _Uses] = {}
     previous: Statistics | None = None
-    known = True
+
+    def add(text: str, costs: tuple[float, float, float]) -> None:
+        sums[text] = [total + cost for total, cost in zip(sums[text], costs, strict=True)]
+
     for member in owners(model, group):
         weight = matrix(model, member)
-        uses = _Uses.of(model, group, member, statistics, lookups)
+        uses = every[member] = _Uses.of(model, group, member, statistics, lookups)
         uses.share_root(previous)
-        known = known and uses.known
         some = torch.arange(0, weight.shape[0], -(-weight.shape[0] // limit))
-        for text in texts[1:] if uses.known else ():
-            rows = some if Method.parse(text).rows_apart else None
-            for place, value in enumerate(uses.cost(weight, text, rows)):
-                sums[text][place] += value
+        part = weight[some].float()
+        whole = part if all(each.rows_apart or each.together for each in methods.values()) else weight.float()
+        for text, method in methods.items():
+            if uses.known and not method.together:
+                chosen, rows = (part, some) if method.rows_apart else (whole, None)
+                spec, tensors = method(chosen, uses.statistics)
+                add(text, uses.cost(chosen, spec.dense(*tensors), rows, weight.shape[0]))
         previous = uses.statistics
+    known = all(uses.known for uses in every.values())
+    joint = {text: method for text, method in methods.items() if known and method.together}
+    members = [(matrix(model, member).float(), every[member].statistics) for member in (every if joint else ())]
+    for text, method in joint.items():
+        for uses, (weight, _), (spec, tensors) in zip(every.values(), members, method.each(members), strict=True):
+            add(text, uses.cost(weight, spec.dense(*tensors), None, weight.shape[0]))
     judged: list[Judged] = []
     for text in texts if known else texts[:1]:
         loss, error, power = sums[text]
@@ -180,17 +193,15 @@ class _Uses:
             if root is not None:
                 self.statistics.__dict__["root"] = root
 
-    def cost(self, weight: Tensor, text: str, rows: Tensor | None) -> tuple[float, float, float]:
-        """Predicted loss (nats per token), squared error of the outputs and their power, of one method on `weight` [N,
-        K].
+    def cost(self, part: Tensor, stored: Tensor, rows: Tensor | None, total: int) -> tuple[float, float, float]:
+        """Predicted loss (nats per token), squared error of the outputs and their power, of a matrix with `total` rows
+        of which `part` becomes `stored`.
 
-        rows: evenly spaced rows that stand for all; None for all themselves.
+        rows: which rows these are, evenly spaced ones that stand for all; None for all themselves.
         """
-        share = 1.0 if rows is None else rows.shape[0] / weight.shape[0]
-        chosen = torch.arange(weight.shape[0]) if rows is None else rows
-        part = weight[chosen].float()
-        spec, tensors = Method.parse(text)(part, self.statistics)
-        delta = part - spec.dense(*tensors)
+        share = part.shape[0] / total
+        chosen = torch.arange(total) if rows is None else rows
+        delta = part - stored
         loss = error = power = 0.0
         if self.statistics is not None:
             gram, count = self.statistics.gram, self.statistics.count

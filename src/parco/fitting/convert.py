@@ -12,7 +12,7 @@ For a choice per layer, made on measured time and error, use `parco.fit`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +28,14 @@ from parco.nn import (
     matrix,
     pack_,
     replace_,
+    share_,
     site,
     tied,
 )
 from parco.nn.sites import Site
 from parco.products import Native, Product
 from parco.products import parse as parse_product
-from parco.weights import Dense, Weight
+from parco.weights import Dense, Weight, shared_tensors
 
 Filter = Callable[[torch.nn.Module, str], bool]
 
@@ -42,7 +43,8 @@ Filter = Callable[[torch.nn.Module, str], bool]
 @dataclass(frozen=True)
 class Converted:
     """One matrix that was converted: its site name, how it is stored now, its bytes before and after (biases not
-    counted), and the relative error ‖W − stored‖ / ‖W‖ (Frobenius norms).
+    counted, and what several share for the first of them alone), and the relative error ‖W − stored‖ / ‖W‖ (Frobenius
+    norms).
     """
 
     name: str
@@ -118,14 +120,24 @@ def convert_(
             f"model is itself a {type(model).__name__}, which cannot be replaced in place: wrap it in a module"
         )
     accepts = _default(model, sites) if filter_fn is None else filter_fn
+    together = [group.members for group in groups(model) if chosen.together and group.reads_one_input]
+    companions = {name: members for members in together for name in members}
     rows: list[Converted] = []
     done: set[str] = set()
-    for name, found in sites.items():
-        # Asked anew: the first expert of a block to be converted replaced the module that owns the others.
-        if name in done or not accepts(site(model, name).module, name):
-            continue
-        done.update((name,) if found.kind == "expert" else tied(model, name))
-        rows.append(_convert(model, name, chosen, how))
+    refused: set[str] = set()
+    for name in sites:
+        names: list[str] = []
+        for each in companions.get(name, (name,)):
+            # Asked anew: the first expert of a block to be converted replaced the module that owns the others.
+            if each in done or each in refused:
+                continue
+            if not accepts(site(model, each).module, each):
+                refused.add(each)
+                continue
+            done.update((each,) if sites[each].kind == "expert" else tied(model, each))
+            names.append(each)
+        if names:
+            rows += _convert(model, names, chosen, how)
     if not rows:
         which = "the default filter accepts none" if filter_fn is None else "filter_fn accepted none"
         raise ValueError(f"nothing to convert in {type(model).__name__}: {which} of its {len(sites)} matrices")
@@ -133,17 +145,25 @@ def convert_(
     return Conversion(chosen, tuple(rows))
 
 
-def _convert(model: torch.nn.Module, name: str, method: Method, product: Product) -> Converted:
-    weight = matrix(model, name)
-    before = _bytes(model, name, weight)
-    spec, tensors = method(weight)
-    difference = weight - spec.dense(*tensors)
-    error = float(difference.norm()) / max(float(weight.float().norm()), torch.finfo(torch.float32).tiny)
-    del difference
-    stored = StoredWeight(spec, tensors, weight.dtype)
-    stored.product = product
-    replace_(model, name, stored)
-    return Converted(name, spec, before, spec.nbytes, error)
+def _convert(model: torch.nn.Module, names: Sequence[str], method: Method, product: Product) -> list[Converted]:
+    """Of one matrix, or of several that share what the method makes for all; its bytes count for the first."""
+    rows: list[Converted] = []
+    made: list[StoredWeight] = []
+    originals = [matrix(model, name) for name in names]
+    for name, weight, (spec, tensors) in zip(names, originals, method.each((w, None) for w in originals), strict=True):
+        difference = weight - spec.dense(*tensors)
+        error = float(difference.norm()) / max(float(weight.float().norm()), torch.finfo(torch.float32).tiny)
+        del difference
+        made.append(StoredWeight(spec, tensors, weight.dtype))
+        made[-1].product = product
+        elsewhere = shared_tensors(spec) if rows else set[str]()
+        stored = sum(tensor.nbytes for key, tensor in spec.tensors().items() if key not in elsewhere)
+        rows.append(Converted(name, spec, _bytes(model, name, weight), stored, error))
+    if shared_tensors(made[0].spec):
+        share_(made)
+    for name, stored in zip(names, made, strict=True):
+        replace_(model, name, stored)
+    return rows
 
 
 def _sites(model: torch.nn.Module) -> dict[str, Site]:

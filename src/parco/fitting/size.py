@@ -19,7 +19,7 @@ from torch import nn
 from parco.fitting.methods import Method
 from parco.nn.blocks import Group, groups, matrix, tied
 from parco.nn.saved import HINT, clashing_names, describe, tensors_to_save
-from parco.weights import Weight
+from parco.weights import Weight, shared_tensors
 
 _DTYPES = {  # the longest name stands for those not listed
     torch.float64: "F64",
@@ -75,8 +75,21 @@ def group_bytes(model: nn.Module, group: Group, method: str) -> int:
     if method == "keep":
         found = {name: model.get_parameter(name) for name in clashing_names(dict.fromkeys(members, ""))}
         return sum(_entry(name, tensor.shape, tensor.dtype) for name, tensor in found.items())
-    parsed = Method.parse(method)
-    return _weights_bytes({member: parsed.spec(shape_of(model, member)) for member in members})
+    return _weights_bytes(specs_of(model, group, method))
+
+
+def method_for(group: Group, text: str) -> Method:
+    """The method that `text` names, for this group: what members share needs several that read one input."""
+    method = Method.parse(text)
+    return method if group.reads_one_input else method.alone()
+
+
+def specs_of(model: nn.Module, group: Group, text: str) -> dict[str, Weight]:
+    """What the members that hold a matrix of their own become by a method."""
+    members = owners(model, group)
+    return dict(
+        zip(members, method_for(group, text).specs([shape_of(model, member) for member in members]), strict=True)
+    )
 
 
 def owners(model: nn.Module, group: Group) -> list[str]:
@@ -100,12 +113,15 @@ def shape_of(model: nn.Module, member: str) -> tuple[int, int]:
 
 
 def _weights_bytes(specs: Mapping[str, Weight]) -> int:
-    """Stored matrices by the names of their modules: their tensors, and the text under the clashing names."""
+    """A group's stored matrices by the names of their modules: their tensors, those that members share with the first
+    one, and the text under the clashing names.
+    """
     total = 0
-    for member, spec in specs.items():
+    for index, (member, spec) in enumerate(specs.items()):
         path = member.replace("[", ".").removesuffix("]") if member.endswith("]") else f"{member}.weight"
+        elsewhere = shared_tensors(spec) if index else set[str]()
         for name, tensor in spec.tensors().items():
-            total += _entry(f"{path}.{name}", tensor.shape, tensor.dtype)
+            total += 0 if name in elsewhere else _entry(f"{path}.{name}", tensor.shape, tensor.dtype)
     texts = clashing_names({member: str(spec) for member, spec in specs.items()})
     return total + sum(_entry(name, (len(text.encode()),), torch.uint8) for name, text in texts.items())
 

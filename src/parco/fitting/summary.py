@@ -255,7 +255,7 @@ def kernel_name(fit: Fit, group: Group, method: str) -> str:
     model = fit.original.model
     work = products(model, group)
     if work.shapes:
-        runs = Method.parse(method).spec(work.shapes[0][0])
+        runs = next(iter(size.specs_of(model, group, method).values()))
     else:
         spec = Method.parse(method).spec(shape_of(model, group.members[0]))
         runs = Embedding(StoredWeight.empty(spec, device="meta"))

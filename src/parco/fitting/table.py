@@ -14,7 +14,7 @@ from parco.fitting.measure import Timings, kernel_key, measure_kernels, native
 from parco.fitting.methods import Method
 from parco.fitting.observe import expert_of, is_lookup
 from parco.fitting.plan import Fixed, Option
-from parco.fitting.size import owners
+from parco.fitting.size import method_for, owners
 from parco.fitting.stages import Progress
 from parco.nn.blocks import Group, groups, matrix
 from parco.weights import Weight
@@ -31,6 +31,14 @@ class Products:
 
     shapes: tuple[tuple[tuple[int, int], float], ...]
     last_only: bool  # a head: prefill needs the last position alone
+    group: Group
+
+    def weights(self, text: str) -> list[tuple[Weight, float]]:
+        """What the products multiply by under a method, and how often; a factor that members share is one."""
+        method = method_for(self.group, text)
+        if method.together:
+            return [(weight, 1.0) for weight in method.products([shape for shape, _ in self.shapes])]
+        return [(method.spec(shape), share) for shape, share in self.shapes]
 
 
 def products(model: nn.Module, group: Group) -> Products:
@@ -40,7 +48,7 @@ def products(model: nn.Module, group: Group) -> Products:
             continue
         rows, columns = matrix(model, member).shape
         found.append(((rows, columns), expert_share(model, group) if expert_of(member) else 1.0))
-    return Products(tuple(found), group.kind in ("head", "embed"))
+    return Products(tuple(found), group.kind in ("head", "embed"), group)
 
 
 def expert_share(model: Any, group: Group) -> float:
@@ -62,12 +70,12 @@ def measure(
     """Time every kernel that some candidate of some group needs."""
     wanted: dict[tuple[int, int], dict[str, Weight]] = {}
     for group in groups(model):
-        for shape, _ in products(model, group).shapes:
-            kinds = wanted.setdefault(shape, {})
-            for row in judged[group.name]:
-                if row.method != "keep":
-                    spec = Method.parse(row.method).spec(shape)
-                    kinds[str(spec)] = spec
+        work = products(model, group)
+        for shape, _ in work.shapes:
+            wanted.setdefault(shape, {})
+        for row in judged[group.name]:
+            for spec, _ in work.weights(row.method) if row.method != "keep" else ():
+                wanted.setdefault(spec.shape, {})[str(spec)] = spec
     measure_kernels(
         {shape: list(kinds.values()) for shape, kinds in wanted.items()},
         (1, prefill),
@@ -84,8 +92,12 @@ def seconds(
     """(decode, prefill) seconds of a group's products by one method, as measured."""
     work = products(model, group)
     decode = whole = 0.0
-    for shape, share in work.shapes:
-        kind = native(shape) if method == "keep" else str(Method.parse(method).spec(shape))
+    kinds = (
+        [(native(shape), share) for shape, share in work.shapes]
+        if method == "keep"
+        else [(str(spec), share) for spec, share in work.weights(method)]
+    )
+    for kind, share in kinds:
         one = timings[kernel_key(kind, 1, dtype, footprint)]
         decode += share * one
         whole += one if work.last_only else share * timings[kernel_key(kind, prefill, dtype, footprint)]
@@ -126,11 +138,11 @@ def build(
 
 
 def offered(table: Mapping[str, Sequence[Option]]) -> dict[str, list[Option]]:
-    """The options that may be chosen: none with zeros that decodes slower than the dense matrix does."""
+    """The options that may be chosen: none with zeros or of a lower rank that decodes slower than the dense matrix."""
     found: dict[str, list[Option]] = {}
     for group, options in table.items():
         dense = next(option for option in options if option.method == "keep").decode * SLOWER
-        found[group] = [one for one in options if one.decode <= dense or not Method.parse(one.method).has_zeros]
+        found[group] = [one for one in options if one.decode <= dense or not Method.parse(one.method).leaves_out]
     return found
 
 

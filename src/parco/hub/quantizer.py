@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from parco import products, weights
 from parco.hub.names import keep_ties, resolve
 from parco.nn import StoredWeight, pack_, replace_, saved
+from parco.nn.shared import put_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +39,7 @@ class ParcoConfig(QuantizationConfigMixin):
     weights: module name -> the text of the spec that its matrix is stored in, such as "quantized(int4:32, 1024x4096)".
     tied: module name -> the name in `weights` whose tensors it shares (a head tied to the embedding).
     products: name in `weights` -> how x is multiplied by it, such as "activations(int8)"; native where it is not named.
+    shared: path of a factor -> the path of the one that it is: "….k_proj.weight.right" -> "….q_proj.weight.right".
     dtype: in which the model computes, by torch's name; tensors of a weight keep the dtypes of their spec.
     version: of the parco that saved it.
     """
@@ -52,6 +54,7 @@ class ParcoConfig(QuantizationConfigMixin):
         version: str | None = None,
         quant_method: str = "parco",
         products: dict[str, str] | None = None,
+        shared: dict[str, str] | None = None,
     ) -> None:
         if quant_method != "parco":
             raise ValueError(f"quant_method={quant_method!r}: ParcoConfig describes only what parco saved")
@@ -61,6 +64,7 @@ class ParcoConfig(QuantizationConfigMixin):
         self.weights = dict(weights)
         self.tied = dict(tied or {})
         self.products = dict(products or {})
+        self.shared = dict(shared or {})
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ParcoConfig:
@@ -69,7 +73,7 @@ class ParcoConfig(QuantizationConfigMixin):
         dtype = str(saved.compute_dtype(model)).removeprefix("torch.")
         products = {name: str(product) for name, product in description.products.items()}
         weights = {name: str(spec) for name, spec in description.weights.items()}
-        return cls(weights, description.tied, dtype, products=products)
+        return cls(weights, description.tied, dtype, products=products, shared=description.shared)
 
     def specs(self) -> dict[str, weights.Weight]:
         """The parsed specs; ValueError names the module whose text this version of parco does not know."""
@@ -124,6 +128,8 @@ class ParcoQuantizer(HfQuantizer):
             for here, owner in tied.items():
                 if owner is not None:
                     _share(model, here, owner)
+            for path, owner in config.shared.items():
+                _share_factor(model, path, owner)
         self._loaded_names = {name for name, _ in saved.stored_parameters(model)}
         ignored: set[str] = set(model._keys_to_ignore_on_load_unexpected or ())
         clashing = [*saved.clashing_names(config.weights), saved.HINT]
@@ -182,3 +188,21 @@ def _share(model: PreTrainedModel, name: str, owner: str) -> None:
         replace_(model, name, weight)
         leaves = [leaf for leaf, _ in weight.named_parameters()]
         model.all_tied_weights_keys |= {f"{name}.weight.{leaf}": f"{owner}.weight.{leaf}" for leaf in leaves}
+
+
+def _share_factor(model: PreTrainedModel, path: str, owner: str) -> None:
+    """Makes the factor `path` of a stored weight that of `owner`; files hold it under the owner's name. Raises
+    ValueError where the two are no factors of one kind."""
+    here, there = resolve(model, path), resolve(model, owner)
+    if here is None and there is None:  # of a layer that this model does not have
+        return
+    parts = [None if name is None else model.get_submodule(name) for name in (here, there)]
+    mine, theirs = (part.spec if isinstance(part, StoredWeight) else None for part in parts)
+    if not isinstance(mine, weights.Shared) or mine != theirs or here is None or there is None:
+        raise ValueError(
+            f"{path!r} is to be the factor of {owner!r}, and the two are {mine} and {theirs}: the configuration is "
+            "damaged; copy or download it again"
+        )
+    put_(model, here, model.get_submodule(there))
+    leaves = [leaf for leaf, _ in model.get_submodule(there).named_parameters()]
+    model.all_tied_weights_keys |= {f"{here}.{leaf}": f"{there}.{leaf}" for leaf in leaves}

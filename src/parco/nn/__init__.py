@@ -18,6 +18,7 @@ from parco.nn.fuse import Fusion, fuse_
 from parco.nn.linear import Embedding, Linear
 from parco.nn.loss import LinearCrossEntropy
 from parco.nn.product import set_product_
+from parco.nn.shared import share_
 from parco.nn.sites import Site
 from parco.nn.stored import StoredWeight, pack_, packed
 
@@ -42,6 +43,7 @@ __all__ = [
     "packed",
     "replace_",
     "set_product_",
+    "share_",
     "site",
     "tied",
 ]

@@ -70,6 +70,11 @@ class Group:
     block: int | None
     kind: GroupKind
 
+    @property
+    def reads_one_input(self) -> bool:
+        """Whether several members multiply the same input."""
+        return self.kind in ("qkv", "gate_up") and len(self.members) > 1
+
 
 def blocks(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """The repeated blocks of `model` in order, with their names: the children of the outermost ModuleList that holds

@@ -3,7 +3,8 @@
 Where q, k and v, or gate and up, are stored in one format and one layout, their tensors are put one after the other in
 memory, and each module keeps its part as a view. What belongs together is thus seen from the addresses alone: nothing
 else has to be kept, and whatever gives a module other tensors (a move, another layout, a loaded state) only takes the
-parts apart again, which costs speed and nothing else.
+parts apart again, which costs speed and nothing else. Of layers that hold one right factor together, the left ones are
+put side by side: the whole is their product with it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from parco.kernels.linear.panels import PANEL_ROWS, is_packed
 from parco.nn.linear import Linear
-from parco.weights import Dense, Quantized
+from parco.nn.stored import StoredWeight
+from parco.weights import Dense, LowRank, Quantized, Shared, Weight
 
 Spec = Dense | Quantized
 
@@ -28,7 +30,7 @@ def join_(layers: Sequence[nn.Module]) -> bool:
     """
     if joined(layers) is not None:
         return True
-    if not _alike(layers):
+    if not all(isinstance(layer, Linear) for layer in layers) or not _alike(layers):
         return False
     for parts in zip(*(_tensors(layer) for layer in layers), strict=True):
         whole = torch.cat([part.detach() for part in parts])
@@ -40,7 +42,7 @@ def join_(layers: Sequence[nn.Module]) -> bool:
     return True
 
 
-def joined(layers: Sequence[nn.Module]) -> tuple[Spec, tuple[Tensor, ...], Tensor | None] | None:
+def joined(layers: Sequence[nn.Module]) -> tuple[Weight, tuple[Tensor, ...], Tensor | None] | None:
     """The spec, the tensors and the bias of the matrix whose rows are those of all `layers`, or None unless they lie
     side by side. No copies.
     """
@@ -56,11 +58,13 @@ def joined(layers: Sequence[nn.Module]) -> tuple[Spec, tuple[Tensor, ...], Tenso
         first = parts[0]
         rows = sum(part.shape[0] for part in parts)
         found.append(first.detach().as_strided((rows, *first.shape[1:]), first.stride()))
-    spec = _whole(layers)
+    spec, basis = _whole(layers), _basis(layers)
     if spec is None:
         return None
     bias = found.pop() if _bias(layers[0]) is not None else None
-    return spec, tuple(found), bias
+    if basis is None:
+        return spec, tuple(found), bias
+    return LowRank(spec, basis.spec), (*found, *basis.tensors()), bias
 
 
 def _bias(layer: Any) -> Tensor | None:
@@ -68,10 +72,25 @@ def _bias(layer: Any) -> Tensor | None:
 
 
 def _tensors(layer: nn.Module) -> list[Tensor]:
-    """Of a Linear: those of its weight, then its bias."""
-    assert isinstance(layer, Linear)
+    """Of a Linear: those of its own rows, then its bias."""
     bias = _bias(layer)
-    return [*layer.weight.tensors(), *([] if bias is None else [bias])]
+    return [*_rows(layer).tensors(), *([] if bias is None else [bias])]
+
+
+def _rows(layer: Any) -> StoredWeight:
+    """The matrix whose rows are the layer's own: its weight, or the left factor where the right one is shared."""
+    weight = layer.weight
+    return weight.left if _has_basis(weight.spec) else weight
+
+
+def _has_basis(spec: Weight) -> bool:
+    return isinstance(spec, LowRank) and isinstance(spec.right, Shared)
+
+
+def _basis(layers: Sequence[Any]) -> StoredWeight | None:
+    """The right factor that all layers hold together."""
+    held = [layer.weight.right if _has_basis(layer.weight.spec) else None for layer in layers]
+    return held[0] if all(each is held[0] for each in held) else None
 
 
 def _adjacent(parts: Sequence[Tensor]) -> bool:
@@ -106,17 +125,20 @@ def _alike(layers: Sequence[nn.Module]) -> bool:
     return plain and same and len(owners) == sum(map(len, columns))
 
 
-def _whole(layers: Sequence[nn.Module]) -> Spec | None:
+def _whole(layers: Sequence[Any]) -> Spec | None:
     """The spec of the rows of all, where the tensors of each, one after the other, are its tensors."""
     specs: list[Spec] = []
     layouts: set[bool] = set()
+    if _basis(layers) is None and any(_has_basis(layer.weight.spec) for layer in layers):
+        return None
     for layer in layers:
-        if not isinstance(layer, Linear) or not isinstance(layer.weight.spec, Spec):
+        own = _rows(layer)
+        if not isinstance(own.spec, Spec):
             return None
-        specs.append(layer.weight.spec)
-        layouts.add(is_packed(layer.weight.tensors()[0]))
+        specs.append(own.spec)
+        layouts.add(is_packed(own.tensors()[0]))
     kinds = {(type(spec), spec.format, spec.shape[1]) for spec in specs}
-    products = {layer.weight.product for layer in layers if isinstance(layer, Linear)}
+    products = {layer.weight.product for layer in layers}
     if max(len(kinds), len(layouts), len(products)) != 1 or len({_bias(layer) is None for layer in layers}) != 1:
         return None
     first = specs[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from parco.nn.shared import multiply
 from parco.nn.stored import StoredWeight
 
 _COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -36,6 +37,8 @@ class Linear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] in fp32, bf16 or fp16; returns [..., out_features]."""
         weight: StoredWeight = self._modules["weight"]  # pyright: ignore[reportAssignmentType]
+        if weight._has_basis:  # pyright: ignore[reportPrivateUsage]
+            return multiply(weight, x, self._parameters["bias"])
         product = weight._product  # pyright: ignore[reportPrivateUsage]
         return weight.spec.apply(x, *weight.tensors(), bias=self._parameters["bias"], product=product)
 

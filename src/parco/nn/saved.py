@@ -20,7 +20,7 @@ import torch
 from parco.nn.linear import carries_adapters
 from parco.nn.stored import StoredWeight
 from parco.products import Native, Product
-from parco.weights import Weight
+from parco.weights import Weight, shared_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,11 +33,13 @@ _STORED_EXPERT = re.compile(r"(.+)\.(\d+)")
 @dataclass(frozen=True)
 class Description:
     """weights: module name -> spec, in the order of the model's modules; tied: module name -> the name in `weights`
-    that it shares; products: name in `weights` -> the Product, where it is not the native one."""
+    that it shares; products: name in `weights` -> the Product, where it is not the native one; shared: path of a
+    factor -> the path of the first that is the same one (`a.b.k_proj.weight.right` -> `a.b.q_proj.weight.right`)."""
 
     weights: dict[str, Weight]
     tied: dict[str, str]
     products: dict[str, Product]
+    shared: dict[str, str]
 
 
 def describe(model: torch.nn.Module) -> Description:
@@ -46,17 +48,24 @@ def describe(model: torch.nn.Module) -> Description:
     weights: dict[str, Weight] = {}
     tied: dict[str, str] = {}
     products: dict[str, Product] = {}
+    shared: dict[str, str] = {}
     owners: dict[int, str] = {}
+    factors: dict[tuple[int, ...], str] = {}
     for path, module in _stored(model):
         name = _module_name(path)
         if id(module) in owners:
             tied[name] = owners[id(module)]
-        else:
-            owners[id(module)] = name
-            weights[name] = module.spec
-            if not isinstance(module.product, Native):
-                products[name] = module.product
-    return Description(weights, tied, products)
+            continue
+        owners[id(module)] = name
+        weights[name] = module.spec
+        if not isinstance(module.product, Native):
+            products[name] = module.product
+        for inner, _ in shared_parts(module.spec):
+            held = tuple(map(id, module.get_submodule(inner).parameters()))
+            owner = factors.setdefault(held, f"{path}.{inner}")
+            if owner != f"{path}.{inner}":
+                shared[f"{path}.{inner}"] = owner
+    return Description(weights, tied, products, shared)
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:
@@ -71,8 +80,9 @@ def compute_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 def tensors_to_save(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> tensor for the file: the state without tied copies, the clashing names, and the hint; in the order of
-    the names. Tensors that share memory without being tied by the architecture are copied.
+    """Name -> tensor for the file: the state without tied copies and with what several layers hold under its first
+    name, the clashing names, and the hint; in the order of the names. Tensors that share memory without being tied by
+    the architecture, or by a weight, are copied.
 
     Raises ValueError if a tensor lies on the meta device (offloaded): there is nothing to write; and for adapters.
     """
@@ -83,7 +93,7 @@ def tensors_to_save(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     state = {name: value for name, value in model.state_dict().items() if name not in ignored}
     found: dict[str, torch.Tensor] = {}
     seen: set[tuple[object, ...]] = set()
-    tied = tuple(f"{path}." for path in clashing_names(dict.fromkeys(description.tied, "")))
+    tied = tuple(f"{path}." for path in (*clashing_names(dict.fromkeys(description.tied, "")), *description.shared))
     for name in sorted(state, key=lambda name: (name in targets, name)):
         if name.startswith(tied):  # the same module under another name
             continue

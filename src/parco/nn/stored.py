@@ -16,8 +16,9 @@ from typing import Any, Self
 
 import torch
 
+from parco.nn.shared import Narrow, multiply
 from parco.products import Native, Product
-from parco.weights import Weight
+from parco.weights import LowRank, Shared, Weight
 
 
 class StoredWeight(torch.nn.Module):
@@ -39,6 +40,9 @@ class StoredWeight(torch.nn.Module):
         self.spec = spec
         self._compute_dtype = dtype
         self._packed = False
+        self._has_basis = isinstance(spec, LowRank) and isinstance(spec.right, Shared)
+        if isinstance(spec, Shared):
+            self.narrow = Narrow()
         expected = spec.tensors()
         if len(tensors) != len(expected):
             raise ValueError(
@@ -116,6 +120,8 @@ class StoredWeight(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] times the matrix transposed, plus bias: [..., N] in the dtype of x."""
+        if self._has_basis:
+            return multiply(self, x, bias)
         return self.spec.apply(x, *self.tensors(), bias=bias, product=self._product)
 
     @property

@@ -1,5 +1,5 @@
-"""How one matrix is stored: specifications that compose, `Dense`, `Quantized`, `LowRank`, `Sum`, `Scaled` and
-`Rotated`, and those with zeros that are not stored, `SemiSparse`, `BlockSparse` and `Bitmap`.
+"""How one matrix is stored: specifications that compose, `Dense`, `Quantized`, `LowRank`, `Sum`, `Scaled`,
+`Rotated` and `Shared`, and those with zeros that are not stored, `SemiSparse`, `BlockSparse` and `Bitmap`.
 """
 
 from parco.weights.bitmap import Bitmap
@@ -11,6 +11,7 @@ from parco.weights.quantized import Quantized
 from parco.weights.rotated import Rotated
 from parco.weights.scaled import Scaled
 from parco.weights.semi_sparse import SemiSparse
+from parco.weights.shared import Shared, shared_parts, shared_tensors
 from parco.weights.sparse import Sparse
 from parco.weights.sum import Sum
 from parco.weights.weight import Weight
@@ -24,8 +25,11 @@ __all__ = [
     "Rotated",
     "Scaled",
     "SemiSparse",
+    "Shared",
     "Sparse",
     "Sum",
     "Weight",
     "parse",
+    "shared_parts",
+    "shared_tensors",
 ]

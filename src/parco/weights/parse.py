@@ -3,7 +3,7 @@
 Grammar, with `NxK` the shape and `format` a name that `Format.parse` knows:
 
     weight = dense(format, NxK) | quantized(format, NxK) | lowrank(weight, weight) | sum(weight, weight, …)
-           | scaled(weight, dense(format, 1xK)) | rotated(weight, seed)
+           | scaled(weight, dense(format, 1xK)) | rotated(weight, seed) | shared(weight)
            | semisparse(format, NxK) | bitmap(format, NxK, kept) | blocksparse(format, NxK, block, kept)
 """
 
@@ -21,6 +21,7 @@ from parco.weights.quantized import Quantized
 from parco.weights.rotated import Rotated
 from parco.weights.scaled import Scaled
 from parco.weights.semi_sparse import SemiSparse
+from parco.weights.shared import Shared
 from parco.weights.sum import Sum
 from parco.weights.weight import Weight
 
@@ -99,6 +100,12 @@ def _rotated(arguments: list[str], text: str) -> Weight:
     return Rotated(parse(arguments[0]), int(arguments[1]))
 
 
+def _shared(arguments: list[str], text: str) -> Weight:
+    if len(arguments) != 1:
+        raise ValueError(f"weight {text!r}: shared takes 1 weight, not {len(arguments)}")
+    return Shared(parse(arguments[0]))
+
+
 def _semi_sparse(arguments: list[str], text: str) -> Weight:
     return SemiSparse(*_stored("semisparse", arguments, text))
 
@@ -129,6 +136,7 @@ _READERS: dict[str, Callable[[list[str], str], Weight]] = {
     "sum": _sum,
     "scaled": _scaled,
     "rotated": _rotated,
+    "shared": _shared,
     "semisparse": _semi_sparse,
     "bitmap": _bitmap,
     "blocksparse": _block_sparse,

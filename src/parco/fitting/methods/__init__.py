@@ -24,6 +24,7 @@ fit of what a leaves over. `int4:32+factor(rank=16)>>int8:row` is therefore a co
 
 from parco.fitting.methods.correct import Corrected
 from parco.fitting.methods.factor import Factor, Metric, QuantizedFactors
+from parco.fitting.methods.joint import Joint
 from parco.fitting.methods.method import Made, Method, Shape, output_error
 from parco.fitting.methods.prune import Prune, QuantizedPrune, Score
 from parco.fitting.methods.quantize import Keep, Quantize, Solver
@@ -34,6 +35,7 @@ __all__ = [
     "KNOWN",
     "Corrected",
     "Factor",
+    "Joint",
     "Keep",
     "Made",
     "Method",

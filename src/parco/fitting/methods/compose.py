@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from parco.fitting.methods.correct import Corrected
 from parco.fitting.methods.factor import Factor, QuantizedFactors
+from parco.fitting.methods.joint import Joint
 from parco.fitting.methods.method import Method
 from parco.fitting.methods.prune import Prune, QuantizedPrune
 from parco.fitting.methods.quantize import Keep, Quantize
@@ -13,12 +14,19 @@ from parco.fitting.methods.transform import Transform, Transformed
 def store(first: Method, then: Method) -> Method:
     """What `first` makes, its numbers stored by `then`. Raises TypeError where that has no meaning."""
     match first, then:
+        case Transform(), _ if then.together:
+            raise TypeError(
+                f"{first} >> {then}: each matrix gets coordinates of its own, in which a group has no factor in common; "
+                f"{first}>>{then.alone()} factors each by itself"
+            )
         case Transform(), _ if not isinstance(then, Keep) and not _begins_alike(first, then):
             return Transformed(first, then)
         case Transformed(), _:
             return Transformed(first.transform, store(first.then, then))
         case Factor(), Quantize():
             return QuantizedFactors(first, then)
+        case Joint(factors=Factor() as factors), Quantize():
+            return Joint(QuantizedFactors(factors, then))
         case Prune(), Quantize():
             return QuantizedPrune(first, then)
         case Prune(), Corrected(base=Quantize() as base):

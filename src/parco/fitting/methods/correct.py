@@ -62,8 +62,8 @@ class Corrected(Method):
         return True
 
     @property
-    def has_zeros(self) -> bool:
-        return self.base.has_zeros
+    def leaves_out(self) -> bool:
+        return self.base.leaves_out
 
     def __str__(self) -> str:
         return f"{self.base}+{self.correction}"

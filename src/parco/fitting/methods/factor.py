@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final, get_args
 
@@ -75,13 +76,25 @@ class Factor(Method):
 
     def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
         check(weight, statistics, self)
+        return _product(self.stored(weight, statistics, [weight.shape[0]]))
+
+    def stored(self, weight: Tensor, statistics: Statistics | None, rows: Sequence[int]) -> list[Made]:
+        """The right factor, then the left one in parts of so many `rows`."""
         left, right = self.factors(weight, statistics)
-        spec = self.spec(matrix_shape(weight))
-        return spec, (left.to(self.format.dtype), right.to(self.format.dtype))
+        return [_dense(part, self.format) for part in (right, *left.split(list(rows)))]
+
+    def parts(self, columns: int, rows: Sequence[int]) -> list[Weight]:
+        """The Weights of what `stored` gives for a matrix with these columns."""
+        rank = self.rank_of((sum(rows), columns))
+        return [Dense(shape, self.format) for shape in ((rank, columns), *((count, rank) for count in rows))]
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
-        rank = self.rank_of(shape)
-        return LowRank(Dense((shape[0], rank), self.format), Dense((rank, shape[1]), self.format))
+        right, left = self.parts(shape[1], [shape[0]])
+        return LowRank(left, right)
+
+    @property
+    def leaves_out(self) -> bool:
+        return True
 
     @property
     def needs_inputs(self) -> bool:
@@ -96,6 +109,17 @@ class Factor(Method):
         arguments += [f"metric={self.metric}"] if self.metric != "auto" else []
         arguments += [f"format={self.format}"] if str(self.format) != "bf16" else []
         return f"factor({','.join(arguments)})"
+
+
+def _dense(matrix: Tensor, form: Format) -> Made:
+    spec = Dense(matrix_shape(matrix), form)
+    return spec, spec.encode(matrix)
+
+
+def _product(factors: list[Made]) -> Made:
+    """The matrix whose right and left factors these are."""
+    (right, right_tensors), (left, left_tensors) = factors
+    return LowRank(left, right), (*left_tensors, *right_tensors)
 
 
 @final
@@ -113,17 +137,29 @@ class QuantizedFactors(Method):
 
     def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
         check(weight, statistics, self)
+        return _product(self.stored(weight, statistics, [weight.shape[0]]))
+
+    def stored(self, weight: Tensor, statistics: Statistics | None, rows: Sequence[int]) -> list[Made]:
+        """As Factor's: the right factor, then the left one in parts of so many `rows`, each quantized by itself."""
         _, right = self.factor.factors(weight, statistics)
         seen = None if statistics is None or statistics.empty or self.factor.metric == "plain" else statistics
         target = weight.detach().float() if seen is None else seen.target(weight.detach().float())
         right_spec, right_tensors = self.quantize(right, None if statistics is None else statistics.without_cross)
         left, inner = refit_left(target, right_spec.dense(*right_tensors), seen)
-        left_spec, left_tensors = self.quantize(left, inner)
-        return LowRank(left_spec, right_spec), (*left_tensors, *right_tensors)
+        return [(right_spec, right_tensors), *(self.quantize(part, inner) for part in left.split(list(rows)))]
+
+    def parts(self, columns: int, rows: Sequence[int]) -> list[Weight]:
+        """As Factor's."""
+        rank = self.factor.rank_of((sum(rows), columns))
+        return [self.quantize.spec(shape) for shape in ((rank, columns), *((count, rank) for count in rows))]
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
-        rank = self.factor.rank_of(shape)
-        return LowRank(self.quantize.spec((shape[0], rank)), self.quantize.spec((rank, shape[1])))
+        right, left = self.parts(shape[1], [shape[0]])
+        return LowRank(left, right)
+
+    @property
+    def leaves_out(self) -> bool:
+        return True
 
     @property
     def needs_inputs(self) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ class Method(abc.ABC):
     A new one is also read in `parse` and named in `KNOWN` (text.py); what it composes with is said in compose.py.
     """
 
+    together: ClassVar[bool] = False
+    """Whether members of one group that read one input share something."""
+
     @abc.abstractmethod
     def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
         """The spec and its tensors, in order, for `weight` [N, K] of any floating dtype (computed in float32; not
@@ -31,6 +36,25 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
         """The Weight that a matrix of `shape` (N, K), of the model's `dtype`, will become."""
+
+    def each(self, members: Iterable[tuple[Tensor, Statistics | None]]) -> Iterator[Made]:
+        """What the matrices of one group become, each with its statistics; one after the other, where one does not
+        depend on another.
+        """
+        for weight, statistics in members:
+            yield self(weight, statistics)
+
+    def specs(self, shapes: Sequence[Shape], dtype: torch.dtype = torch.bfloat16) -> list[Weight]:
+        """The Weights that a group's matrices of these shapes will become."""
+        return [self.spec(shape, dtype) for shape in shapes]
+
+    def products(self, shapes: Sequence[Shape]) -> list[Weight]:
+        """What the input of a group is multiplied by: the members' Weights, or a factor of all once, then their own."""
+        return self.specs(shapes)
+
+    def alone(self) -> Method:
+        """The method that does the same to a matrix that is a group of its own."""
+        return self
 
     @abc.abstractmethod
     def __str__(self) -> str: ...
@@ -46,9 +70,9 @@ class Method(abc.ABC):
         return False
 
     @property
-    def has_zeros(self) -> bool:
-        """Whether the result leaves numbers out, which is done for speed: no use where the kernel is slower than
-        dense.
+    def leaves_out(self) -> bool:
+        """Whether the result leaves numbers out, by zeros or by a lower rank, which is done for speed: no use where the
+        kernel is slower than dense.
         """
         return False
 

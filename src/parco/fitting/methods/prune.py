@@ -78,7 +78,7 @@ class Prune(Method):
         return self.score in ("wanda", "sparsegpt")
 
     @property
-    def has_zeros(self) -> bool:
+    def leaves_out(self) -> bool:
         return True
 
     @property
@@ -141,7 +141,7 @@ class QuantizedPrune(Method):
         return self.prune.needs_inputs or self.quantize.needs_inputs
 
     @property
-    def has_zeros(self) -> bool:
+    def leaves_out(self) -> bool:
         return True
 
     @property

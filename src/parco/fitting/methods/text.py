@@ -6,6 +6,7 @@ import re
 from typing import cast
 
 from parco.fitting.methods.factor import Factor, Metric
+from parco.fitting.methods.joint import Joint
 from parco.fitting.methods.method import Method
 from parco.fitting.methods.prune import Prune, Score
 from parco.fitting.methods.quantize import Keep, Quantize, Solver
@@ -14,7 +15,7 @@ from parco.formats import Format
 
 KNOWN = (
     "keep, a format (bf16, int8:row, int4:32, int3:64, int2:32:asym, nf4:64, fp8_e4m3:row, mxfp4, ...), "
-    "format@rtn, format@gptq, format@actorder, factor(0.5), factor(rank=32), factor(0.5)>>int4:32, "
+    "format@rtn, format@gptq, format@actorder, factor(0.5), factor(rank=32), factor(0.5)>>int4:32, joint(0.5), "
     "int4:32+factor(rank=16), prune(2:4), prune(50%), prune(block:32), prune(2:4)>>int8:row, "
     "scale>>int4:64, scale(rule=smoothquant)>>int8:row, rotate>>int4:64"
 )
@@ -39,7 +40,7 @@ def parse(text: str | Method) -> Method:
         return Keep()
     if plain in ("scale", "rotate"):
         return Scale() if plain == "scale" else Rotate()
-    if call := re.fullmatch(r"(factor|prune|scale|rotate)\((.*)\)", plain):
+    if call := re.fullmatch(r"(factor|joint|prune|scale|rotate)\((.*)\)", plain):
         return _CALLS[call[1]](call[2], plain)
     name, _, solver = plain.partition("@")
     try:
@@ -82,7 +83,17 @@ def _parse_rotate(inner: str, text: str) -> Rotate:
     return Rotate(int(seed))
 
 
-_CALLS = {"factor": _parse_factor, "prune": _parse_prune, "scale": _parse_scale, "rotate": _parse_rotate}
+def _parse_joint(inner: str, text: str) -> Joint:
+    return Joint(_parse_factor(inner, text))
+
+
+_CALLS = {
+    "factor": _parse_factor,
+    "joint": _parse_joint,
+    "prune": _parse_prune,
+    "scale": _parse_scale,
+    "rotate": _parse_rotate,
+}
 
 
 def _arguments(inner: str, text: str, owner: str, names: tuple[str, ...]) -> dict[str, str]:

@@ -85,8 +85,8 @@ class Transformed(Method):
         return self.then.has_factors
 
     @property
-    def has_zeros(self) -> bool:
-        return self.then.has_zeros
+    def leaves_out(self) -> bool:
+        return self.then.leaves_out
 
     @property
     def rows_apart(self) -> bool:
