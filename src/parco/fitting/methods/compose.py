@@ -16,7 +16,7 @@ def store(first: Method, then: Method) -> Method:
     match first, then:
         case Transform(), _ if then.together:
             raise TypeError(
-                f"{first} >> {then}: each matrix gets coordinates of its own, in which a group has no factor in common; "
+                f"{first} >> {then}: each matrix gets its own coordinates, in which a group has no factor in common; "
                 f"{first}>>{then.alone()} factors each by itself"
             )
         case Transform(), _ if not isinstance(then, Keep) and not _begins_alike(first, then):
