@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,19 @@ def test_files_of_others_are_not_replaced(tmp_path: Path, capsys: pytest.Capture
     assert cli.main(["export", str(folder), "--out", str(folder), "--to", "gguf"]) == 2
     assert "is a folder" in capsys.readouterr().err
     assert tiny.logits(hub.load(folder).model).shape[-1] == tiny.VOCABULARY
+
+
+def test_without_the_library_gguf(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, file = tiny.folder(tmp_path / "dense", **SIZES), tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for words in (
+        ["generate", str(file), "def"],
+        ["export", str(folder), "--to", "gguf", "--out", str(tmp_path / "out")],
+    ):
+        assert cli.main(words) == 2
+        assert "pip install 'parco[gguf]'" in capsys.readouterr().err
+    with pytest.raises(ImportError):
+        hub.load(file)

@@ -35,6 +35,13 @@ _ROPE = ("default", "linear", "llama3")
 """Rotary embeddings that differ in their frequencies alone."""
 
 
+class GgufMissingError(ImportError, ValueError):
+    """The library `gguf` is not installed: an ImportError, and for commands wrong use, which is one line."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"GGUF files are {what} through the library gguf: pip install 'parco[gguf]'")
+
+
 class _Entry(NamedTuple):
     """One tensor of the file: its name there, GGML's type, the shape of the numbers, and where it comes from."""
 
@@ -125,7 +132,7 @@ def _writer(model: PreTrainedModel) -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("GGUF files are written through the library gguf: pip install 'parco[gguf]'") from error
+        raise GgufMissingError("written") from error
     return gguf.GGUFWriter(None, ARCHITECTURES[_config(model).model_type])
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from parco.formats import DTYPE_NAMES
 from parco.hub import ggml, vocabulary
 from parco.hub.foreign import Foreign, plain, ties
-from parco.hub.gguf import ARCHITECTURES, INTERLEAVED, names_of, unturned
+from parco.hub.gguf import ARCHITECTURES, INTERLEAVED, GgufMissingError, names_of, unturned
 from parco.nn import site
 from parco.weights import Dense, Weight
 
@@ -71,7 +71,7 @@ def _open(file: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("GGUF files are read through the library gguf: pip install 'parco[gguf]'") from error
+        raise GgufMissingError("read") from error
     try:
         reader = gguf.GGUFReader(file, "c")  # torch wants memory that could be written
         fields = {name: field.contents() for name, field in reader.fields.items()}

@@ -71,7 +71,8 @@ def load(
 
     Raises FileNotFoundError, NotADirectoryError or ValueError with a text of one line: missing folder, not a model,
     no tokenizer, missing or truncated weights, NaN or infinite weights (naming the tensor), an architecture without
-    linear layers, an unknown dtype."""
+    linear layers, an unknown dtype, quantized tensors that fit neither one another nor the architecture. ImportError
+    for a GGUF file without the library `gguf`."""
     wanted = _dtype(dtype)
     folder = _resolve(name_or_path)
     if folder.suffix == ".gguf" and folder.is_file():
