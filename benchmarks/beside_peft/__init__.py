@@ -53,26 +53,27 @@ def resident() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def bare(contender: Contender) -> Any:
-    """The model without adapters. Over few bits each layer is stored so before the next one is made."""
+def bare(contender: Contender, llama: Any) -> Any:
+    """The model without adapters, of Transformers' module `llama`. Over few bits each layer is stored so before another
+    is made.
+    """
     import torch
-    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLayer, LlamaForCausalLM
 
     from parco import convert_
 
     shape = contender.shape
     stored = contender.base != "bf16"
-    config = LlamaConfig(
+    config = llama.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
         num_hidden_layers=0 if stored else shape.layers, num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
     )  # fmt: skip
     torch.manual_seed(contender.seed)
     torch.set_default_dtype(torch.float32 if contender.autocast else torch.bfloat16)
-    model: Any = LlamaForCausalLM(config)
+    model: Any = llama.LlamaForCausalLM(config)
     if stored:
         for index in range(shape.layers):
-            layer = LlamaDecoderLayer(config, index)
+            layer = llama.LlamaDecoderLayer(config, index)
             convert_(layer, contender.base)
             model.model.layers.append(layer)
         config.num_hidden_layers = shape.layers
@@ -86,7 +87,7 @@ def contend(contender: Contender, line: Connection) -> None:
     """
     import peft
     import torch
-    import transformers.models.llama.modeling_llama  # which Transformers imports when it is asked for
+    from transformers.models.llama import modeling_llama
 
     import parco
     from parco import adapters
@@ -94,7 +95,7 @@ def contend(contender: Contender, line: Connection) -> None:
 
     torch.set_num_threads(contender.threads)
     before = resident()
-    model = bare(contender)
+    model = bare(contender, modeling_llama)
     torch.manual_seed(contender.seed)
     if contender.library == "parco":
         parco.fuse_(model)

@@ -27,7 +27,7 @@ def arguments(plan: str, rows: int, dtype: torch.dtype, p: float = 0.0) -> tuple
 
 def exact(plan: str, call: tuple[Any, ...]) -> list[Tensor]:
     """y and the gradients of x, a and b in float64, those of y · ramp."""
-    x, tensors, bias, _, a, b, scale, seed, p = call
+    x, _, bias, _, a, b, scale, seed, p = call
     x, a, b = (each.detach().double().requires_grad_() for each in (x, a, b))
     matrix = made(plan)[0].dense(*made(plan)[1], dtype=torch.float64)
     mask = dropped(torch.ones(x.shape, dtype=torch.float64), p, int(seed)) if p else 1.0
