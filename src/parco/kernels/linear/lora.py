@@ -285,9 +285,11 @@ def _blocked_backward(
                 read = _read(rows[own], factors)
                 grad_a.addmm_(back[own].t(), read)
                 grad_b.addmm_(wide[own].t(), read @ right, alpha=scale)
-            if grad_x is not None and factors is None:
+            if grad_x is None:
+                continue
+            if factors is None:
                 grad_x[own].addmm_(back[own], narrow)
-            elif grad_x is not None:
+            else:
                 grad_x[own].addcmul_(back[own] @ narrow, factors)
         found = [grad_x.to(grad.dtype).reshape(*grad.shape[:-1], columns)] if grad_x is not None else []
         made = zip((grad_a, grad_b), (a, b), needs[1:], strict=True)
