@@ -82,8 +82,8 @@ def bare(contender: Contender, llama: Any) -> Any:
 
 
 def contend(contender: Contender, line: Connection) -> None:
-    """Says how many parameters there are, takes a step whenever it is told to, and answers with its seconds; at the end
-    with memory and all losses.
+    """Says how many parameters there are, takes a step whenever it is told to, and answers with its seconds, with one
+    thread those of its own CPU time; at the end with memory and all losses.
     """
     import peft
     import torch
@@ -94,6 +94,7 @@ def contend(contender: Contender, line: Connection) -> None:
     from parco.training import fuse_loss_
 
     torch.set_num_threads(contender.threads)
+    clock = time.process_time if contender.threads == 1 else time.perf_counter
     before = resident()
     model = bare(contender, modeling_llama)
     torch.manual_seed(contender.seed)
@@ -113,14 +114,14 @@ def contend(contender: Contender, line: Connection) -> None:
     while line.recv():
         count = contender.sequences * contender.window
         tokens = words[torch.multinomial(likely, count, True, generator=generator)].view(contender.sequences, -1)
-        begin = time.perf_counter()
+        begin = clock()
         with torch.autocast("cpu", torch.bfloat16, enabled=contender.autocast):
             found = model(input_ids=tokens, labels=tokens).loss
         found.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(found.item())
-        line.send(time.perf_counter() - begin)
+        line.send(clock() - begin)
     line.send((resident() - before, losses))
 
 
