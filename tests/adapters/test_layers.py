@@ -91,6 +91,22 @@ def test_layers_that_follow_a_recipe_and_layers_that_are_fused():
     assert gradients(made).keys() == found.keys()
 
 
+@pytest.mark.parametrize("base", ["dense", "int4:32"])
+def test_blocks_computed_twice_drop_the_same(base):
+    made = model("llama")
+    if base != "dense":
+        parco.convert_(made, parco.Quantize(base))
+    adapters.add_(made, "lora(4, dropout=0.2)")
+    moved(made).train()
+    torch.manual_seed(0)
+    found = gradients(made)
+    made.activation_checkpointing_enable()
+    torch.manual_seed(0)
+    again = gradients(made)
+    assert all(torch.equal(grad, again[name]) for name, grad in found.items())
+    assert any(not torch.equal(grad, found[name]) for name, grad in gradients(made).items())  # another mask
+
+
 def test_a_fused_model_decodes_with_its_adapters():
     made, fused = model("llama"), model("llama")
     parco.fuse_(fused)

@@ -1,11 +1,17 @@
-"""The product with low-rank factors: against the same in plain operations, in values, gradients and memory."""
+"""The product with low-rank factors: one operation where it can be, else in two halves around the layer's own product,
+these against the same in plain operations, in values, gradients and memory.
+"""
 
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import parco
+from parco import adapters
 from parco.adapters.product import dropped, enter, leave
 from parco.kernels.linear import linear_dense
+from parco.training import prepare_
 
 
 def operands(dtype, rows=37, columns=24, outputs=31, rank=5):
@@ -128,3 +134,50 @@ def test_it_compiles_whole_and_goes_without_gradients():
     torch.testing.assert_close(compiled(*tensors), expected)
     for found, exact in zip(gradients(compiled, tensors, (0, 3, 4)), gradients(plain, tensors, (0, 3, 4)), strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
+
+
+def operations(layer, x):
+    """The names of parco's operations that a layer's forward is made of."""
+    names = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        layer(x)
+    return [name for name in names if name.startswith("parco::linear")]
+
+
+@pytest.mark.parametrize("method", ["lora(4)", "lora(4, dropout=0.5)", "dora(4)", "vera(4)"])
+@pytest.mark.parametrize("base", ["fp32", "bf16", "int4:32", "nf4:64 + factor(rank=8)"])
+def test_beside_a_frozen_matrix_it_is_one_operation(base, method):
+    dtype = torch.bfloat16 if base == "bf16" else torch.float32
+    made = torch.nn.Sequential(torch.nn.Linear(64, 96)).to(dtype)
+    if base not in ("fp32", "bf16"):
+        parco.convert_(made, base)
+    adapters.add_(made, method)
+    assert operations(made, torch.randn(3, 64, dtype=dtype))[:1] == ["parco::linear_lora"]
+    adapters.set_(made, None)
+    assert "parco::linear_lora" not in operations(made, torch.randn(3, 64, dtype=dtype))
+
+
+def test_beside_a_recipe_and_another_adapter_it_is_two_halves():
+    x = torch.randn(3, 64)
+    followed = torch.nn.Sequential(torch.nn.Linear(64, 96))
+    prepare_(followed, "mxfp8")
+    adapters.add_(followed, "lora(4)")
+    assert "parco::linear_lora" not in operations(followed, x)
+    several = torch.nn.Sequential(torch.nn.Linear(64, 96))
+    for name in ("a", "b"):
+        adapters.add_(several, "lora(4)", name=name)
+        torch.nn.init.normal_(several[0].adapters[name].lora_B)
+    adapters.set_(several, {"a": 1.0, "b": 0.5})
+    assert operations(several, x) == ["parco::linear_lora"]
+    layer = several[0]
+    expected = functional.linear(x, layer.weight, layer.bias)
+    for name, share in (("a", 1.0), ("b", 0.5)):
+        own = layer.adapters[name]
+        expected = expected + share * own.method.scale * x @ own.lora_A.T @ own.lora_B.T
+    torch.testing.assert_close(several(x), expected)

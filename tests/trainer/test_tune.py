@@ -141,6 +141,12 @@ def test_blocks_computed_twice_learn_the_same(folder: Path, chats: Path, tmp_pat
     assert one["train"] == other["train"] and one["loss"] == other["loss"]
 
 
+def test_the_head_may_be_adapted_too(folder: Path, chats: Path, tmp_path: Path) -> None:
+    found = tune(settings(folder, chats, targets=("q_proj", "lm_head")), tmp_path / "out", Silent())
+    assert any("lm_head" in name for name in tensors(tmp_path / "out"))
+    assert found["loss"] < found["before"]
+
+
 def test_epochs_count_windows_and_packing_needs_fewer(folder: Path, chats: Path, tmp_path: Path) -> None:
     packed = tune(settings(folder, chats, epochs=0.5), tmp_path / "packed", Silent())
     single = tune(settings(folder, chats, epochs=0.1, packing=False), tmp_path / "single", Silent())

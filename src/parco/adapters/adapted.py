@@ -15,11 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parco.adapters.product import Frozen, Own
+from parco.formats.scales import DTYPE_NAMES
 from parco.kernels.library import TYPES
 from parco.kernels.linear import linear_dense
+from parco.nn import StoredWeight
 from parco.nn.linear import carries_adapters, kind_of, under_its_name
 from parco.nn.parts import is_linear
 from parco.nn.parts import rows as dense_rows
+from parco.products import Product
+from parco.weights import Weight
 
 BASE = "__base__"
 """The name that stands for the model without an adapter."""
@@ -157,7 +162,7 @@ def _forward(self: Any, original: Any, *inputs: Any, **named: Any) -> Any:
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
     rows = x.reshape(-1, x.shape[-1])
-    product: Callable[[Tensor], Tensor] = functools.partial(_multiply, self, original)
+    product: Callable[[Tensor], Tensor] = Own(functools.partial(_multiply, self, original), _frozen(self))
     if self._requests is not None:
         y = _by_request(self, rows, product, x.shape)
     else:
@@ -177,6 +182,26 @@ def _multiply(self: Any, original: Any, x: Tensor) -> Tensor:
         if plain and x.dtype in TYPES and x.dtype != torch.float32:
             return linear_dense(x, dense_rows(self), self.bias)
     return original.forward(self, x)
+
+
+def _frozen(self: Any) -> Frozen | None:
+    """The layer's own matrix, where it does not train and no recipe says how it is multiplied."""
+    weight, bias = self._modules.get("weight"), self._parameters.get("bias")
+    if isinstance(weight, StoredWeight):
+        plan, tensors = _plan(weight.spec, weight.product), weight.tensors()
+    elif kind_of(self) is nn.Linear and "_recipe" not in self.__dict__:
+        tensors = (dense_rows(self),)
+        dtype, (outputs, columns) = DTYPE_NAMES.get(tensors[0].dtype), tensors[0].shape
+        plan = f"{dtype} {outputs}x{columns}" if dtype is not None else None
+    else:
+        return None
+    plain = all(each.is_cpu and not each.requires_grad for each in tensors)
+    return Frozen(tensors, bias, plan) if plain and plan is not None else None
+
+
+@functools.cache
+def _plan(spec: Weight, product: Product) -> str | None:
+    return spec.plan(product)
 
 
 def _by_request(self: Any, rows: Tensor, product: Callable[[Tensor], Tensor], shape: torch.Size) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from parco.adapters.methods import Bottleneck, DoRA, Factors, LoRA, Method, VeRA
-from parco.adapters.product import enter, leave
+from parco.adapters.product import with_factors
 from parco.kernels.activations import ACTIVATIONS
 from parco.nn import StoredWeight
 from parco.nn.linear import Linear
@@ -63,8 +63,8 @@ class LowRank(Adapter):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def around(self, x: Tensor, layer: Any, product: Product, share: float) -> Tensor:
-        x, t = enter(x, self.lora_A, self.method.dropout if self.training else 0.0)
-        return leave(product(x), t, self.lora_B, self.method.scale * share)
+        p = self.method.dropout if self.training else 0.0
+        return with_factors(product, x, self.lora_A, self.lora_B, self.method.scale * share, p)
 
     def factors(self, layer: Any) -> tuple[Tensor, Tensor]:
         """(left [N, r], right [r, K]): what is added to the matrix is their product."""
@@ -157,8 +157,7 @@ class VectorBased(Adapter):
 
     def around(self, x: Tensor, layer: Any, product: Product, share: float) -> Tensor:
         b, a = self.factors(layer)
-        x, t = enter(x, a, self.method.dropout if self.training else 0.0)
-        return leave(product(x), t, b, share)
+        return with_factors(product, x, a, b, share, self.method.dropout if self.training else 0.0)
 
     def merged(self, layer: Any) -> Tensor:
         return _plus(layer, *self.factors(layer))

@@ -1,58 +1,62 @@
-"""One fused operation for y = x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ, whatever the product with W is.
+"""y = x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ, whatever the product with W is.
 
-It comes in two halves, around the product with W: `enter` hands x on and computes t = x·Aᵀ; `leave` adds s·t·Bᵀ to the
-product's own result, in its memory. Backwards they change places: (s·g·B)·A is added to the product's gradient of x,
-again in its memory. So x·Wᵀ and g·W are each written once, by whichever kernel multiplies with W: a dense one, one of
-stored codes, those of a recipe. Kept for the backward pass are x, which is the caller's own, and t.
+Beside a frozen matrix whose product `linear_chain` knows, dense or in few bits, that is one operation, `linear_lora`.
 
-The alternative, one operation that takes W too, would be another for every way in which W is stored.
+Beside any other (a recipe's, sparse ones, another adapter's) it comes in two halves, around the product with W: `enter`
+hands x on and computes t = x·Aᵀ; `leave` adds s·t·Bᵀ to the product's own result, in its memory. Backwards they change
+places: (s·g·B)·A is added to the product's gradient of x, again in its memory. So there too x·Wᵀ and g·W are each
+written once, though in 16 bits rounded twice. Kept for the backward pass are x, which is the caller's own, and t.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from parco.formats import parse
-from parco.kernels.cast import encode
-from parco.kernels.library import transformed
-
-_ROWS = 256
-"""Of x, whose mask is in memory at a time. Others would be other masks."""
-
-_WHOLE = parse("int8:row")
-"""Whole numbers, where the scale is 1; codes are 128 above them."""
+from parco.kernels.library import TYPES, transformed
+from parco.kernels.linear import linear_lora
+from parco.kernels.linear.lora import dropped, masks
 
 
-def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """x [M, K] with each number 0 with probability `p` and divided by 1 - p otherwise. Which ones, Philox says by row,
-    column and `seed` alone, so it is the same for any number of threads.
+class Frozen(NamedTuple):
+    """A layer's own matrix as `linear_lora` takes it."""
+
+    tensors: Sequence[Tensor]
+    bias: Tensor | None
+    plan: str
+
+
+@dataclass(frozen=True)
+class Own:
+    """The layer's own product, without adapters: x [M, K] -> [M, N] in memory of its own. `frozen` where its matrix is
+    known and does not train.
     """
-    found = torch.empty_like(x)
-    for rows, factors in _masks(x, p, seed):
-        torch.mul(x[rows], factors, out=found[rows])
-    return found
+
+    multiply: Callable[[Tensor], Tensor]
+    frozen: Frozen | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.multiply(x)
 
 
-def _masks(like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, factors 0 or 1/(1 - p)) of a matrix of the shape and dtype of `like`, some rows at a time.
-
-    They are 1 - p rounded stochastically to whole numbers: casts do that compiled, with random bits counted by rows and
-    columns, some twenty times faster than `random_bits`.
+def with_factors(
+    product: Callable[[Tensor], Tensor], x: Tensor, a: Tensor, b: Tensor, scale: float, p: float = 0.0
+) -> Tensor:
+    """product(x) + scale·(dropout(x)·Aᵀ)·Bᵀ [M, N] for x [M, K], A [r, K] and B [N, r], which may have other float
+    dtypes. With `p` a seed is drawn from PyTorch's own generator of the CPU.
     """
-    count, columns = like.shape
-    height = min(count, _ROWS)
-    kept = torch.full((height, columns), 1 - p, device=like.device, dtype=torch.float32)
-    unit = torch.ones(height, 1, device=like.device)
-    for index, first in enumerate(range(0, count, _ROWS)):
-        size = min(_ROWS, count - first)
-        drawn = encode(kept[:size], _WHOLE, rounding="stochastic", seed=seed + index, scale=unit[:size])
-        yield slice(first, first + size), (drawn.tensors["codes"] & 1).to(like.dtype).mul_(1 / (1 - p))
+    frozen = product.frozen if isinstance(product, Own) else None
+    if frozen is not None and x.is_cpu and x.dtype in TYPES and a.dtype in TYPES and not transformed():
+        seed = torch.randint(1 << 62, (1,), device="cpu") if p else None
+        return linear_lora(x, frozen.tensors, frozen.bias, frozen.plan, a, b, scale, seed, p)
+    x, t = enter(x, a, p)
+    return leave(product(x), t, b, scale)
 
 
 def enter(x: Tensor, a: Tensor, p: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -111,7 +115,8 @@ class _Enter(torch.autograd.Function):
         if grad is None:
             grad = grad_t.new_zeros(grad_t.shape[0], a.shape[1])
         if ctx.p:
-            for rows, factors in _masks(grad, ctx.p, ctx.seed):
+            for rows, factors in masks(grad, ctx.p, ctx.seed):
+                assert factors is not None
                 grad[rows].addcmul_(torch.mm(grad_t[rows], a), factors)
         else:
             grad.addmm_(grad_t, a)

@@ -103,6 +103,13 @@ as much as a small operation.
 """
 
 
+def _kind(argument: Any) -> Hashable:
+    """What an argument has in common with those of other calls of a kind."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.shape
+    return tuple(map(_kind, cast("list[Any]", argument))) if isinstance(argument, list) else argument
+
+
 def implement(
     name: str, check: Callable[..., None], fake: Callable[..., Any], cpu: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
@@ -118,7 +125,7 @@ def implement(
         return _operations[name].kernels[-1].run(*arguments)
 
     def chosen(*arguments: Any) -> Any:
-        kind = (name, machine.isa(), *[(a.dtype, a.shape) if isinstance(a, torch.Tensor) else a for a in arguments])
+        kind = (name, machine.isa(), *map(_kind, arguments))
         run = _settled.get(kind)
         if run is None:
             check(*arguments)

@@ -258,13 +258,15 @@ def _prepare_(settings: TuneSettings, model: Any, texts: Split) -> str:
     # Under autocast frozen matrices multiply by a recipe of 16 bits as they are.
     if dense and (settings.method == FULL or not Recipe.parse(settings.recipe).is_dense):
         done.append(str(prepare_(model, settings.recipe)))
-    done.append(fuse(model))
+    added: list[str] = []
     if settings.method != FULL:
         transformers.set_seed(settings.seed)
         method = adapters.parse(settings.method)
         inputs = _inputs(settings, texts) if getattr(method, "init", None) == "eva" else None
         targets = ALL_LINEAR if settings.targets == (ALL_LINEAR,) else settings.targets
-        done.append(str(adapters.add_(model, method, targets, inputs=inputs)))
+        added.append(str(adapters.add_(model, method, targets, inputs=inputs)))
+    # After the adapters: of a head that carries one the loss is not fused.
+    done += [fuse(model), *added]
     return "\n".join(done)
 
 

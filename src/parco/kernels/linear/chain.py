@@ -185,11 +185,11 @@ def _multiply(x: Tensor, factor: Factor, own: Own, bias: Tensor | None, addend: 
     return linear(x, *own, bias, factor.format, factor.columns, factor.outputs, addend=addend)
 
 
-def apart(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, plan: str) -> Tensor:
+def apart(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, plan: str, addend: Tensor | None = None) -> Tensor:
     """The same by one operation for each factor, which differentiate with respect to dense factors too. Every sum is
-    rounded to x's dtype.
+    rounded to x's dtype. `addend` [..., N], in x's dtype or fp32, is the first of them.
     """
-    total = None
+    total = addend
     terms = split(tensors, parse(plan))
     for term in reversed(terms):
         y = x
@@ -201,18 +201,22 @@ def apart(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, plan: str) 
 
 
 def _reference(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, plan: str) -> Tensor:
-    """Each product in fp32 arithmetic with the decoded matrix, rounded to x's dtype between factors; [..., N]."""
+    return summed(x, tensors, bias, plan).to(x.dtype)
+
+
+def summed(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, plan: str) -> Tensor:
+    """Each product in fp32 arithmetic with the decoded matrix, rounded to x's dtype between factors; [..., N] fp32."""
     terms = split(tensors, parse(plan))
     total = x.new_zeros((*x.shape[:-1], terms[0][0][0].outputs), dtype=torch.float32)
     if x.numel() == 0:
-        return total.to(x.dtype)
+        return total
     for term in reversed(terms):
         y = x.float()
         for factor, own in reversed(term):
             y = int8.rounded_to_int8(y.to(x.dtype)) if factor.int8 else y.to(x.dtype).float()
             y = torch.nn.functional.linear(y, _matrix(factor, own))
         total = total + y
-    return (total if bias is None else total + bias.float()).to(x.dtype)
+    return total if bias is None else total + bias.float()
 
 
 def _matrix(factor: Factor, own: Own) -> Tensor:
@@ -361,11 +365,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     wide = grad.float()
     if ctx.needs_input_grad[0]:
-        grad_x = functools.reduce(torch.add, (_times(wide, term) for term in split(ctx.saved_tensors, parse(ctx.plan))))
-        grad_x = grad_x.to(ctx.x_dtype)
+        grad_x = times(wide, ctx.saved_tensors, ctx.plan).to(ctx.x_dtype)
     if ctx.needs_input_grad[2]:
         grad_bias = wide.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return grad_x, None, grad_bias, None
+
+
+def times(grad: Tensor, tensors: Sequence[Tensor], plan: str) -> Tensor:
+    """grad [..., N] @ W in fp32, of grad in fp32."""
+    return functools.reduce(torch.add, (_times(grad, term) for term in split(tensors, parse(plan))))
 
 
 def _times(grad: Tensor, term: Sequence[tuple[Factor, Own]]) -> Tensor:
