@@ -5,8 +5,10 @@ BUILD ?= build/dev
 TESTS ?= tests
 FIT ?=
 BENCH ?=
-# What takes minutes. The fit of a 1.1 B model takes most of an hour and is run by its own name.
-CLAIMS ?= $(filter-out benchmarks/fit_%,$(wildcard benchmarks/*.py))
+# What takes an hour or more, a fit of a 1.1 B model and whole trainings, is run by its own name.
+LONG := fit_% recipes_train_to_% what_each_part_% factors_keep_% pruning_orders_% corrections_pay_% adapters_match_% \
+  lora_trains_to_% low_rank_training_% int4_lora_%
+CLAIMS ?= $(filter-out $(addprefix benchmarks/,$(LONG)),$(wildcard benchmarks/*.py))
 
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
