@@ -92,6 +92,7 @@ def test_a_method_is_written_down_everywhere(name, tmp_path):
     moved(source)
     adapters.save(source, tmp_path / "saved")
     assert adapters.load_(other, tmp_path / "saved").methods == {"0": kind()}
+    other.requires_grad_(False)  # as `add_` leaves the matrix: beside one that trains the sums are in another order
     assert torch.equal(other(x), source(x)) and not torch.equal(other(x), model()(x))
 
 
