@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.hub import tiny
 
-from parco import hub, nn
+from parco import adapters, hub, nn
 from parco.fitting.convert import convert_
 from parco.formats import parse
 from parco.products import Activations, Native
@@ -237,6 +237,32 @@ def test_what_has_no_format_there_is_named_or_written_dense(tmp_path: Path) -> N
     assert str(loaded.model.model.layers[0].mlp.up_proj.weight.spec) == "quantized(int4:32, 256x128)"
     with pytest.raises(FileExistsError):
         hub.save_compressed(made, tiny.tokenizer(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["joint(0.5)", "joint(0.5)>>int8:row", "rotate>>int4:64", "int4:64+factor(rank=8)"])
+@pytest.mark.parametrize("adapter", [None, "lora(4)"])
+def test_every_way_out_gives_the_same_logits(method: str, adapter: str | None, tmp_path: Path) -> None:
+    """Of matrices of several parts, among them a factor that layers hold together: dense there, and in GGUF."""
+    pytest.importorskip("gguf")
+    made = model(dtype=torch.float32)
+    convert_(made, method)
+    if adapter is not None:
+        adapters.add_(made, adapter)
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                if parameter.requires_grad:
+                    assert "adapters" in name
+                    parameter.normal_(std=0.1)
+        adapters.to_sum_(made, "default")
+    written = (
+        hub.save_compressed(made, tiny.tokenizer(), tmp_path / "theirs", dense=True),
+        hub.save_gguf(made, tiny.tokenizer(), tmp_path / "model.gguf", "F32"),
+        hub.save(made, tiny.tokenizer(), tmp_path / "ours"),
+    )
+    wanted = tiny.logits(made)
+    for place in written:
+        assert torch.allclose(tiny.logits(hub.load(place, "float32").model), wanted, atol=1e-4), place.name
+    assert not any(".weight." in name for name in load_file(tmp_path / "theirs" / "model.safetensors"))
 
 
 def test_ties_conv1d_and_experts() -> None:

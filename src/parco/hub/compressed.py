@@ -212,11 +212,14 @@ def compressed(model: PreTrainedModel, dense: bool) -> tuple[dict[str, Tensor], 
     content.pop(saved.HINT, None)
     description, bare = saved.describe(model), plain(model.config)
     found: dict[str, Scheme] = {}
+    read: set[str] = set()  # a factor that several layers hold is read for each of them, and dropped at the end
     for name, spec in description.weights.items():
         if saved.EXPERT.fullmatch(name):
             raise ValueError(f"{name} is an expert of a mixture, which parco does not write for compressed-tensors")
         content.pop(f"{name}.weight")
-        tensors = {leaf: content.pop(f"{name}.weight.{leaf}") for leaf in spec.tensors()}
+        kept = {leaf: _kept_as(f"{name}.weight.{leaf}", description.shared) for leaf in spec.tensors()}
+        tensors = {leaf: content[path] for leaf, path in kept.items()}
+        read.update(kept.values())
         product = description.products.get(name, Native())
         where = site(bare, name)
         try:
@@ -230,7 +233,16 @@ def compressed(model: PreTrainedModel, dense: bool) -> tuple[dict[str, Tensor], 
         assert isinstance(spec, Quantized)
         found[name] = scheme
         content |= {f"{name}.{part}": tensor for part, tensor in _parts(spec, tensors, scheme).items()}
-    return dict(sorted(content.items())), _settings(bare, found) if found else None
+    written = {name: tensor for name, tensor in sorted(content.items()) if name not in read}
+    return written, _settings(bare, found) if found else None
+
+
+def _kept_as(path: str, shared: Mapping[str, str]) -> str:
+    """The name under which the tensor `path` is kept: its own, or that in the first layer which holds the factor."""
+    for factor, owner in shared.items():
+        if path.startswith(f"{factor}."):
+            return owner + path.removeprefix(factor)
+    return path
 
 
 def _scheme(spec: Weight, product: Product, where: Site, is_shared: bool) -> Scheme:
