@@ -314,6 +314,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
         lambda config, state: state.update({f"{Q}.weight_scale": state[f"{Q}.weight_scale"].double()}),
         "scales are torch.float64",
     ),
+    "scales laid out otherwise": (
+        lambda config, state: state.update({f"{Q}.weight_scale": state[f"{Q}.weight_scale"].t().contiguous()}),
+        f"{Q}: weight_scale: it is (4, 128), and int4:32 has (128, 4) here",
+    ),
     "another layer's": (
         lambda config, state: state.update({f"{Q}.weight_shape": torch.tensor([128, 64])}), "it is [128, 64]",
     ),

@@ -104,12 +104,10 @@ def _tensors(spec: Quantized, parts: Mapping[str, Tensor], packed: bool) -> dict
     if "weight_g_idx" in parts and not is_in_order(parts["weight_g_idx"], form.block.columns or columns):
         raise ValueError("weight_g_idx: its groups are no neighbouring columns; quantize without actorder='group'")
     found = {"codes": _codes(form, parts, rows, columns, packed)}
-    scale = given(parts, _SCALE)
-    if scale.numel() != counts[0] * counts[1]:
-        raise ValueError(f"{_SCALE}: it is {tuple(scale.shape)}, and {form} of {rows}x{columns} has {counts}")
+    scale = _by_block(parts, _SCALE, form, counts)
     if isinstance(form.scale, ScaleE4M3) and scale.dtype != torch.float8_e4m3fn:
         raise ValueError(f"{_SCALE}: scales are {scale.dtype}, and those of {form} must be torch.float8_e4m3fn")
-    found["scale"] = scale.reshape(counts)
+    found["scale"] = scale
     if isinstance(form.scale, ScaleE4M3):
         found["scale"] = found["scale"].view(torch.uint8)
         found["global_scale"] = 1 / shaped(parts, _GLOBAL, (1,), torch.float32)
@@ -143,10 +141,17 @@ def _zero(form: Format, parts: Mapping[str, Tensor], rows: int, counts: tuple[in
         words = shaped(parts, _ZERO, (-(-rows * form.bits // 32), counts[1]), torch.int32)
         stream = words.t().contiguous().view(torch.uint8)
         return unpack(stream[:, : -(-rows * form.bits // 8)], form.bits, rows).t()
-    zero = given(parts, _ZERO)
-    if zero.numel() != counts[0] * counts[1]:
-        raise ValueError(f"{_ZERO}: it is {tuple(zero.shape)}, and {form} has {counts}")
-    return (zero.reshape(counts).to(torch.int16) + form.element.offset).to(torch.uint8)
+    zero = _by_block(parts, _ZERO, form, counts)
+    return (zero.to(torch.int16) + form.element.offset).to(torch.uint8)
+
+
+def _by_block(parts: Mapping[str, Tensor], name: str, form: Format, counts: tuple[int, int]) -> Tensor:
+    """The tensor of one number for each block, of the shape `counts`; the package leaves out ones at the end."""
+    found = given(parts, name)
+    shapes = [counts, *([counts[:1]] if counts[1] == 1 else []), *([()] if counts == (1, 1) else [])]
+    if tuple(found.shape) not in shapes:
+        raise ValueError(f"{name}: it is {tuple(found.shape)}, and {form} has {' or '.join(map(str, shapes))} here")
+    return found.reshape(counts)
 
 
 def _parts(spec: Quantized, tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
