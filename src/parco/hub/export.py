@@ -46,8 +46,8 @@ def export(
     llama.cpp.
 
     type, ends and round_scales are those of `save_gguf`, dense is that of `save_compressed`. Raises ValueError for an
-    unknown `to` and for an option of another target, and what `load` and the function that saves raise; then nothing is
-    written.
+    unknown `to`, for an option of another target and for an `out` that is or holds the model itself, FileExistsError
+    for a file that is none of GGUF, and what `load` and the function that saves raise; then nothing is written.
     """
     if to not in TARGETS:
         raise ValueError(f"to={to!r} is none of {', '.join(TARGETS)}")
@@ -65,9 +65,13 @@ def export(
         check_type(ends, "ends")
         if target.is_dir():
             raise IsADirectoryError(f"{str(target)!r} is a folder: name the file that is to be written")
+        _refuse_other_file(target)
     else:
         refuse_foreign(target)
     loaded = load(model)
+    source = loaded.path.resolve()
+    if target == source or target in source.parents:
+        raise ValueError(f"out={str(out)!r} holds the model that is read, and would replace it: name another place")
     weights = saved.describe(loaded.model).weights
     if to == "gguf":
         save_gguf(loaded.model, loaded.tokenizer, target, type, ends=ends, round_scales=round_scales)
@@ -84,3 +88,11 @@ def export(
         stored=dict(Counter(str(spec.format if isinstance(spec, Quantized) else spec) for spec in weights.values())),
         notes=loaded.notes,
     )
+
+
+def _refuse_other_file(target: Path) -> None:
+    """Raises FileExistsError unless a GGUF file may replace `target`: absent, empty, or such a file itself."""
+    if target.exists():
+        with target.open("rb") as stream:
+            if stream.read(4) not in (b"", b"GGUF"):
+                raise FileExistsError(f"{str(target)!r} is a file of another kind: name one that is new or of GGUF")
