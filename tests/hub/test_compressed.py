@@ -332,6 +332,20 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a rotation": (
         lambda config, state: config.update(transform_config={"config_groups": {"u": {}}}), "transform_config",
     ),
+    "sparsity in words": (lambda config, state: config.update(sparsity_config=["2:4"]), "sparsity_config is ['2:4']"),
+    "inputs in words": (
+        lambda config, state: config["config_groups"]["group_0"].update(input_activations="int8"),
+        "input_activations that are 'int8'",
+    ),
+    "one ignored layer": (lambda config, state: config.update(ignore="lm_head"), "its targets are 'lm_head'"),
+    "a number ignored": (lambda config, state: config.update(ignore=5), "its targets are 5"),
+    "a list of bits": (
+        lambda config, state: config["config_groups"]["group_0"]["weights"].update(num_bits=[4], type="float"),
+        "num_bits=[4]",
+    ),
+    "a list of strategies": (
+        lambda config, state: config["config_groups"]["group_0"]["weights"].update(strategy=["group"]), "['group']",
+    ),
     "no groups": (lambda config, state: config.pop("config_groups"), "no config_groups"),
     "a pattern": (lambda config, state: config["ignore"].append("re:("), "its target 're:(' is no pattern"),
     "only a plan": (lambda config, state: config.update(quantization_status="frozen"), "'frozen'"),

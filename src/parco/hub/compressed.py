@@ -54,7 +54,7 @@ class CompressedTensors:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._schemes = schemes.schemes(settings)
-        self._ignored = schemes.names(settings.get("ignore") or ())
+        self._ignored = schemes.names(settings.get("ignore") or [])
         self._rounded: Counter[tuple[str, str]] = Counter()
         self._others: list[str] = []
         if settings.get("kv_cache_scheme"):
