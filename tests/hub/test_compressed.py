@@ -235,8 +235,11 @@ def test_what_has_no_format_there_is_named_or_written_dense(tmp_path: Path) -> N
     wanted = nn.matrix(made, "model.layers.0.mlp.down_proj").bfloat16()
     assert torch.equal(loaded.model.model.layers[0].mlp.down_proj.weight, wanted)
     assert str(loaded.model.model.layers[0].mlp.up_proj.weight.spec) == "quantized(int4:32, 256x128)"
+    (tmp_path / "out" / "old.txt").write_text("of the folder that is replaced")
+    folder = hub.save_compressed(made, tiny.tokenizer(), tmp_path / "out", dense=True)
+    assert not (folder / "old.txt").exists()
     with pytest.raises(FileExistsError):
-        hub.save_compressed(made, tiny.tokenizer(), tmp_path / "out")
+        hub.save_compressed(made, tiny.tokenizer(), tiny.folder(tmp_path / "mine").parent / "mine", dense=True)
 
 
 @pytest.mark.parametrize("method", ["joint(0.5)", "joint(0.5)>>int8:row", "rotate>>int4:64", "int4:64+factor(rank=8)"])

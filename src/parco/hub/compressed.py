@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from parco.formats import Format, Integer, ScaleE4M3
 from parco.hub import schemes
 from parco.hub.foreign import Matrix, given, is_in_order, plain, shaped
-from parco.hub.save import refuse_foreign, whole, write_settings, write_weights
+from parco.hub.save import MARK, refuse_foreign, whole, write_settings, write_weights
 from parco.hub.schemes import Scheme
 from parco.kernels.cast import pack, unpack
 from parco.nn import Site, saved, site
@@ -206,7 +206,7 @@ def save_compressed(
     refuse_foreign(target)
     content, settings = compressed(model, dense)
     with whole(target, sum(tensor.nbytes for tensor in content.values())) as temporary:
-        write_weights(temporary, content)
+        write_weights(temporary, content, marks=MARK)
         write_settings(temporary, model, tokenizer, settings)
     return target
 

@@ -155,8 +155,9 @@ def read(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
         added = [token for token, index in vocabulary.items() if types[index] == _type(kind)]
         made.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
     named = {f"{name}_token": tokens[number] for name, number in numbers.items() if number is not None}
-    if fields.get("tokenizer.ggml.add_bos_token", model == "llama") and "bos_token" in named:
-        made.post_processor = _beginning(named["bos_token"], numbers["bos"])
+    first = numbers["bos"]
+    if fields.get("tokenizer.ggml.add_bos_token", model == "llama") and first is not None:
+        made.post_processor = _beginning(tokens[first], first)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **named)
     template = fields.get("tokenizer.chat_template")
     if isinstance(template, str):
