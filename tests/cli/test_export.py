@@ -88,6 +88,17 @@ def test_files_of_others_are_not_replaced(tmp_path: Path, capsys: pytest.Capture
     assert tiny.logits(hub.load(folder).model).shape[-1] == tiny.VOCABULARY
 
 
+def test_a_fit_s_plan_and_report_go_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, pages = tiny.store(tiny.model("llama", **SIZES), embeddings=None), {"report.html": "<p>", "result.json": "{}"}
+    fitted = hub.save(made, tiny.tokenizer(), tmp_path / "fitted", '{"a": 1}', {**pages, "diary.txt": "mine"})
+    export(capsys, fitted, "--out", tmp_path / "again")
+    here = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+    assert {name: here.get(name) for name in ("plan.json", *pages)} == {
+        "plan.json": b'{"a": 1}', "report.html": b"<p>", "result.json": b"{}",
+    }  # fmt: skip
+    assert "diary.txt" not in here
+
+
 @pytest.mark.parametrize(("to", "name"), [("gguf", "model.gguf"), ("parco", "ours"), ("compressed-tensors", "ours")])
 def test_a_model_is_not_written_over_itself(
     to: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -17,6 +17,10 @@ from parco.weights import Quantized
 
 TARGETS = ("parco", "compressed-tensors", "gguf")
 
+_PLAN = "plan.json"
+_PAGES = ("report.html", "result.json")
+"""What lies beside a fitted model, besides its plan."""
+
 
 class Exported(TypedDict):
     """What `export` did: the model that was read, what was written and where, its bytes on the disk, how many matrices
@@ -42,8 +46,8 @@ def export(
     dense: bool = False,
 ) -> Exported:
     """Reads `model`, which is what `load` takes, and writes it for `to`: "parco" is a folder that Transformers loads
-    after `import parco` (a dense model's needs no import), "compressed-tensors" one for vLLM, "gguf" a file for
-    llama.cpp.
+    after `import parco` (a dense model's needs no import), to which a fit's plan and pages go along,
+    "compressed-tensors" one for vLLM, "gguf" a file for llama.cpp.
 
     type, ends and round_scales are those of `save_gguf`, dense is that of `save_compressed`. Raises ValueError for an
     unknown `to`, for an option of another target and for an `out` that is or holds the model itself, FileExistsError
@@ -77,8 +81,10 @@ def export(
         save_gguf(loaded.model, loaded.tokenizer, target, type, ends=ends, round_scales=round_scales)
     elif to == "compressed-tensors":
         save_compressed(loaded.model, loaded.tokenizer, target, dense=dense)
+    elif weights:
+        save(loaded.model, loaded.tokenizer, target, extra=_left_by_a_fit(source))
     else:
-        (save if weights else save_dense)(loaded.model, loaded.tokenizer, target)
+        save_dense(loaded.model, loaded.tokenizer, target)
     files = [target] if target.is_file() else [path for path in target.iterdir() if path.is_file()]
     return Exported(
         model=str(model),
@@ -88,6 +94,13 @@ def export(
         stored=dict(Counter(str(spec.format if isinstance(spec, Quantized) else spec) for spec in weights.values())),
         notes=loaded.notes,
     )
+
+
+def _left_by_a_fit(source: Path) -> dict[str, Path]:
+    """The plan that a fit left beside the model, and its pages."""
+    if not (source / _PLAN).is_file():
+        return {}
+    return {name: source / name for name in (_PLAN, *_PAGES) if (source / name).is_file()}
 
 
 def _refuse_other_file(target: Path) -> None:
