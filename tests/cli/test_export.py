@@ -40,7 +40,8 @@ def test_a_model_goes_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     export(capsys, tmp_path / "theirs", "--out", tmp_path / "ours")
     export(capsys, tmp_path / "ours", "--to", "gguf", "--out", tmp_path / "again.gguf")
     wanted = logits(tmp_path / "model.gguf")
-    for name in ("theirs", "ours", "again.gguf"):
+    assert torch.equal(logits((tmp_path / "again.gguf").rename(tmp_path / "AGAIN.GGUF")), wanted)
+    for name in ("theirs", "ours"):
         assert torch.equal(logits(tmp_path / name), wanted), name
     stored = [part.spec for part in hub.load(tmp_path / "ours").model.modules() if isinstance(part, StoredWeight)]
     assert len(stored) == 14
@@ -62,6 +63,7 @@ def test_what_is_printed_for_people(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--out", ""], "out='' names no place"),
         (["--to", "onnx"], "to='onnx' is none of parco, compressed-tensors, gguf"),
         (["--type", "Q8_0"], "type='Q8_0' is for to='gguf'"),
         (["--to", "gguf", "--dense"], "dense=True is for to='compressed-tensors'"),

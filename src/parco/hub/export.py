@@ -63,6 +63,8 @@ def export(
     ):
         if value and to != owner:
             raise ValueError(f"{name}={value!r} is for to={owner!r}, and to={to!r}")
+    if not os.fspath(out):
+        raise ValueError("out='' names no place: give a new folder, or with to='gguf' a file")
     target = Path(out).expanduser().resolve()
     if to == "gguf":
         check_type(type, "type")

@@ -75,7 +75,7 @@ def load(
     for a GGUF file without the library `gguf`."""
     wanted = _dtype(dtype)
     folder = _resolve(name_or_path)
-    if folder.suffix == ".gguf" and folder.is_file():
+    if folder.suffix.lower() == ".gguf" and folder.is_file():
         loaded = _load_gguf(folder, wanted)
         if not low_memory:
             _own(loaded.model)
