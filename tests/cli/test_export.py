@@ -40,7 +40,8 @@ def test_a_model_goes_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     export(capsys, tmp_path / "theirs", "--out", tmp_path / "ours")
     export(capsys, tmp_path / "ours", "--to", "gguf", "--out", tmp_path / "again.gguf")
     wanted = logits(tmp_path / "model.gguf")
-    for name in ("theirs", "ours", "again.gguf"):
+    assert torch.equal(logits((tmp_path / "again.gguf").rename(tmp_path / "AGAIN.GGUF")), wanted)
+    for name in ("theirs", "ours"):
         assert torch.equal(logits(tmp_path / name), wanted), name
     stored = [part.spec for part in hub.load(tmp_path / "ours").model.modules() if isinstance(part, StoredWeight)]
     assert len(stored) == 14
@@ -62,6 +63,7 @@ def test_what_is_printed_for_people(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--out", ""], "out='' names no place"),
         (["--to", "onnx"], "to='onnx' is none of parco, compressed-tensors, gguf"),
         (["--type", "Q8_0"], "type='Q8_0' is for to='gguf'"),
         (["--to", "gguf", "--dense"], "dense=True is for to='compressed-tensors'"),
@@ -86,6 +88,55 @@ def test_files_of_others_are_not_replaced(tmp_path: Path, capsys: pytest.Capture
     assert cli.main(["export", str(folder), "--out", str(folder), "--to", "gguf"]) == 2
     assert "is a folder" in capsys.readouterr().err
     assert tiny.logits(hub.load(folder).model).shape[-1] == tiny.VOCABULARY
+
+
+def test_a_fit_s_plan_and_report_go_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made, pages = tiny.store(tiny.model("llama", **SIZES), embeddings=None), {"report.html": "<p>", "result.json": "{}"}
+    fitted = hub.save(made, tiny.tokenizer(), tmp_path / "fitted", '{"a": 1}', {**pages, "diary.txt": "mine"})
+    export(capsys, fitted, "--out", tmp_path / "again")
+    here = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+    assert {name: here.get(name) for name in ("plan.json", *pages)} == {
+        "plan.json": b'{"a": 1}', "report.html": b"<p>", "result.json": b"{}",
+    }  # fmt: skip
+    assert "diary.txt" not in here
+
+
+@pytest.mark.parametrize(("to", "name"), [("gguf", "model.gguf"), ("parco", "ours"), ("compressed-tensors", "ours")])
+def test_a_model_is_not_written_over_itself(
+    to: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, place = tiny.store(tiny.model("llama", **SIZES), embeddings=None), tmp_path / name
+    (hub.save_gguf if to == "gguf" else hub.save)(made, tiny.tokenizer(), place)
+    before = {path.name: path.read_bytes() for path in ([place] if place.is_file() else place.iterdir())}
+    link = tmp_path / "link.gguf"
+    link.symlink_to(place)
+    for out in (place, link, tmp_path / "." / name):
+        assert cli.main(["export", str(place), "--out", str(out), "--to", to]) == 2
+        assert "holds the model that is read" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in ([place] if place.is_file() else place.iterdir())} == before
+
+
+def test_a_folder_that_holds_the_model_s_file_is_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tiny.store(tiny.model("llama", **SIZES), embeddings=None)
+    folder = hub.save(made, tiny.tokenizer(), tmp_path / "ours")
+    file = hub.save_gguf(made, tiny.tokenizer(), folder / "model.gguf")
+    assert cli.main(["export", str(file), "--out", str(folder)]) == 2
+    assert "holds the model that is read" in capsys.readouterr().err
+    assert file.exists()
+
+
+def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = tiny.folder(tmp_path / "dense", **SIZES), tmp_path / "letter.txt"
+    file.write_text("Dear reader")
+    assert cli.main(["export", str(folder), "--out", str(file), "--to", "gguf"]) == 2
+    assert "is a file of another kind" in capsys.readouterr().err
+    assert file.read_text() == "Dear reader"
+    for content in (b"", b"GGUF of yesterday"):
+        file.write_bytes(content)
+        export(capsys, folder, "--out", file, "--to", "gguf")
+        assert torch.equal(logits(file.rename(tmp_path / "model.gguf")), logits(folder))
 
 
 def test_without_the_library_gguf(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.hub import tiny
 
-from parco import hub, nn
+from parco import adapters, hub, nn
 from parco.fitting.convert import convert_
 from parco.formats import parse
 from parco.products import Activations, Native
@@ -235,8 +235,37 @@ def test_what_has_no_format_there_is_named_or_written_dense(tmp_path: Path) -> N
     wanted = nn.matrix(made, "model.layers.0.mlp.down_proj").bfloat16()
     assert torch.equal(loaded.model.model.layers[0].mlp.down_proj.weight, wanted)
     assert str(loaded.model.model.layers[0].mlp.up_proj.weight.spec) == "quantized(int4:32, 256x128)"
+    (tmp_path / "out" / "old.txt").write_text("of the folder that is replaced")
+    folder = hub.save_compressed(made, tiny.tokenizer(), tmp_path / "out", dense=True)
+    assert not (folder / "old.txt").exists()
     with pytest.raises(FileExistsError):
-        hub.save_compressed(made, tiny.tokenizer(), tmp_path / "out")
+        hub.save_compressed(made, tiny.tokenizer(), tiny.folder(tmp_path / "mine").parent / "mine", dense=True)
+
+
+@pytest.mark.parametrize("method", ["joint(0.5)", "joint(0.5)>>int8:row", "rotate>>int4:64", "int4:64+factor(rank=8)"])
+@pytest.mark.parametrize("adapter", [None, "lora(4)"])
+def test_every_way_out_gives_the_same_logits(method: str, adapter: str | None, tmp_path: Path) -> None:
+    """Of matrices of several parts, among them a factor that layers hold together: dense there, and in GGUF."""
+    pytest.importorskip("gguf")
+    made = model(dtype=torch.float32)
+    convert_(made, method)
+    if adapter is not None:
+        adapters.add_(made, adapter)
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                if parameter.requires_grad:
+                    assert "adapters" in name
+                    parameter.normal_(std=0.1)
+        adapters.to_sum_(made, "default")
+    written = (
+        hub.save_compressed(made, tiny.tokenizer(), tmp_path / "theirs", dense=True),
+        hub.save_gguf(made, tiny.tokenizer(), tmp_path / "model.gguf", "F32"),
+        hub.save(made, tiny.tokenizer(), tmp_path / "ours"),
+    )
+    wanted = tiny.logits(made)
+    for place in written:
+        assert torch.allclose(tiny.logits(hub.load(place, "float32").model), wanted, atol=1e-4), place.name
+    assert not any(".weight." in name for name in load_file(tmp_path / "theirs" / "model.safetensors"))
 
 
 def test_ties_conv1d_and_experts() -> None:
@@ -288,6 +317,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
         lambda config, state: state.update({f"{Q}.weight_scale": state[f"{Q}.weight_scale"].double()}),
         "scales are torch.float64",
     ),
+    "scales laid out otherwise": (
+        lambda config, state: state.update({f"{Q}.weight_scale": state[f"{Q}.weight_scale"].t().contiguous()}),
+        f"{Q}: weight_scale: it is (4, 128), and int4:32 has (128, 4) here",
+    ),
     "another layer's": (
         lambda config, state: state.update({f"{Q}.weight_shape": torch.tensor([128, 64])}), "it is [128, 64]",
     ),
@@ -301,6 +334,20 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a format": (lambda config, state: config["config_groups"]["group_0"].update(format="marlin-24"), "'marlin-24'"),
     "a rotation": (
         lambda config, state: config.update(transform_config={"config_groups": {"u": {}}}), "transform_config",
+    ),
+    "sparsity in words": (lambda config, state: config.update(sparsity_config=["2:4"]), "sparsity_config is ['2:4']"),
+    "inputs in words": (
+        lambda config, state: config["config_groups"]["group_0"].update(input_activations="int8"),
+        "input_activations that are 'int8'",
+    ),
+    "one ignored layer": (lambda config, state: config.update(ignore="lm_head"), "its targets are 'lm_head'"),
+    "a number ignored": (lambda config, state: config.update(ignore=5), "its targets are 5"),
+    "a list of bits": (
+        lambda config, state: config["config_groups"]["group_0"]["weights"].update(num_bits=[4], type="float"),
+        "num_bits=[4]",
+    ),
+    "a list of strategies": (
+        lambda config, state: config["config_groups"]["group_0"]["weights"].update(strategy=["group"]), "['group']",
     ),
     "no groups": (lambda config, state: config.pop("config_groups"), "no config_groups"),
     "a pattern": (lambda config, state: config["ignore"].append("re:("), "its target 're:(' is no pattern"),

@@ -13,7 +13,7 @@ from tests.hub.test_gguf import LLAMA3, ROUNDED, SIZES, STORED, read
 
 from parco import hub, nn
 from parco.fitting.convert import convert_
-from parco.hub import ggml
+from parco.hub import ggml, gguf_read, vocabulary
 from parco.nn import StoredWeight
 
 gguf = pytest.importorskip("gguf")
@@ -247,6 +247,21 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "an architecture": (lambda values, tensors: values.update({"general.architecture": "mamba"}), "'mamba'"),
     "a lost number": (lambda values, tensors: values.pop("llama.block_count"), "llama.block_count is None"),
     "experts": (lambda values, tensors: values.update({"llama.expert_count": 8}), "llama.expert_count is 8"),
+    "no heads": (
+        lambda values, tensors: values.update({"llama.attention.head_count": 0}), "head_count is 0; a positive number",
+    ),
+    "heads that share no width": (
+        lambda values, tensors: values.update({"llama.attention.head_count": 3}), "its metadata make no llama: ",
+    ),
+    "no frequency": (lambda values, tensors: values.update({"llama.rope.freq_base": 0.0}), "freq_base is 0.0; a"),
+    "no context": (lambda values, tensors: values.update({"llama.context_length": 0}), "context_length is 0; a"),
+    "a token that is none": (
+        lambda values, tensors: values.update({"tokenizer.ggml.bos_token_id": 99999}),
+        f"bos_token_id is 99999; a token's number below {tiny.VOCABULARY}",
+    ),
+    "merges": (
+        lambda values, tensors: values.update({"tokenizer.ggml.merges": ["abc", "zz"]}), "its tokenizer is damaged: ",
+    ),
     "a lost tensor": (lambda values, tensors: tensors.pop(UP), f"no tensor '{UP}', the model's model.layers.0.mlp.up"),
     "a tensor too many": (
         lambda values, tensors: tensors.update({"blk.9.ffn_up.weight": tensors[UP]}), "'blk.9.ffn_up.weight', which",
@@ -271,6 +286,22 @@ BROKEN: dict[str, tuple[Change, str]] = {
 def test_what_does_not_fit_is_named(what: str, file: Path, tmp_path: Path) -> None:
     change, message = BROKEN[what]
     assert message in refused(rewritten(file, tmp_path / "model.gguf", change))
+
+
+def test_metadata_of_another_kind(file: Path) -> None:
+    """What no writer of integers writes: texts and numbers below 0."""
+    fields, tensors = gguf_read._open(file)
+    for key, found in (("embedding_length", "abc"), ("context_length", -5), ("attention.head_count", [4, 4])):
+        with pytest.raises(ValueError, match=rf"llama\.{key} is .*; a positive number \(int\) is needed"):
+            gguf_read._config({**fields, f"llama.{key}": found}, tensors)
+    with pytest.raises(ValueError, match="bos_token_id is 'a'"):
+        vocabulary.read({**fields, "tokenizer.ggml.bos_token_id": "a"})
+
+
+def test_a_file_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    text = refused(hub.save_gguf(model(), None, tmp_path / "model.gguf"))
+    assert "its tokenizer is 'none' of 0 tokens" in text
+    assert "no file without one" in text
 
 
 def test_a_file_that_was_only_rewritten_loads(file: Path, tmp_path: Path) -> None:

@@ -246,6 +246,34 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
         }),
         "128 columns do not make 3 groups",
     ),
+    "no groups": (
+        "gptq",
+        lambda config, state: state.update({
+            f"{Q}.scales": torch.ones(0, 128).half(), f"{Q}.qzeros": torch.zeros(0, 16, dtype=torch.int32),
+        }),
+        f"{Q}: scales: it is torch.float16 (0, 128), and must be",
+    ),
+    "groups of another size": (
+        "gptq", lambda config, state: config.update(group_size=128), "4 groups of 256 columns, and group_size=128",
+    ),
+    "groups of another size in AWQ": ("awq", lambda config, state: config.update(group_size=32), "group_size=32 says"),
+    "a group size in words": ("gptq", lambda config, state: config.update(group_size="64"), "its group_size is '64'"),
+    "bits in words": ("gptq", lambda config, state: config.update(bits="4"), "its bits are '4'; parco reads"),
+    "two matrices": (
+        "gptq", lambda config, state: state.update({f"{Q}.weight": torch.zeros(128, 128)}), f"{Q}: weight: the file",
+    ),
+    "two matrices in AWQ": (
+        "awq", lambda config, state: state.update({f"{Q}.weight": torch.zeros(128, 128)}), f"{Q}: weight: the file has",
+    ),
+    "an order of fractions": (
+        "gptq", lambda config, state: state.update({f"{Q}.g_idx": torch.full((128,), 0.5)}), "g_idx: it is torch.float",
+    ),
+    "a tensor of no layer": (
+        "gptq", lambda config, state: state.update({"scales": torch.ones(2)}), "'scales', which is of no layer",
+    ),
+    "a list of methods": (
+        "gptq", lambda config, state: config.update(quant_method=["gptq"]), "already quantized by ['gptq']",
+    ),
     "an order": (
         "gptq", lambda config, state: state.update({f"{Q}.g_idx": torch.full((128,), 9, dtype=torch.int32)}),
         f"{Q}: g_idx: it is (128,), and must name one of 2 groups",
@@ -256,6 +284,26 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
         "experts of mixtures are not read",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", ["gptq", [1]])
+def test_a_configuration_that_is_no_object(settings: object, tmp_path: Path) -> None:
+    folder = Quantizer("gptq", 4, 64).save(model(), tmp_path / "theirs")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    with pytest.raises(
+        ValueError, match=r"^'.*theirs/config\.json' has a quantization_config that is no object but [^\n]*$"
+    ):
+        hub.load(folder)
+
+
+def test_a_layer_of_fewer_columns_than_a_group(tmp_path: Path) -> None:
+    quantizer = Quantizer("gptq", 4, -1)
+    folder = quantizer.save(model(intermediate_size=128), tmp_path / "theirs")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["group_size"] = 256
+    (folder / "config.json").write_text(json.dumps(config))
+    check(hub.load(folder), quantizer, "int4:128:asym:fp16")
 
 
 @pytest.mark.parametrize("what", BROKEN)

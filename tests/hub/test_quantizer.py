@@ -184,10 +184,23 @@ def test_a_factor_of_several_layers_lies_in_the_file_once(tmp_path: Path) -> Non
 
     config = json.loads((folder / "config.json").read_text())
     shared = config["quantization_config"]["shared"]
-    shared["model.layers.0.self_attn.k_proj.weight.right"] = "model.layers.0.self_attn.q_proj.weight.left"
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="the configuration is damaged"):
-        reload(folder)
+    key, attention = "model.layers.0.self_attn.k_proj.weight.right", "model.layers.0.self_attn"
+    for owner, message in (
+        (f"{attention}.q_proj.weight.left", "the configuration is damaged"),
+        ("model.layers.1.self_attn.q_proj.weight.right", "in the same block"),  # of the same shape: wrong numbers
+        (f"{attention}.v_proj.weight.right", "a factor of its own"),
+        (f"{attention}.z_proj.weight.right", "of a stored layer"),
+        (5, "is 5: a factor"),
+    ):
+        shared[key] = owner
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            reload(folder)
+    for damaged in (dict.fromkeys(["a"], "b"), [1]):
+        config["quantization_config"]["shared"] = damaged
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="copy or download the configuration again"):
+            reload(folder)
 
 
 def test_gradients_reach_what_is_before_a_stored_weight(tmp_path: Path) -> None:

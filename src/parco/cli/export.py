@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,7 +19,7 @@ def export(
         ),
     ],
     out: Annotated[
-        Path,
+        str,
         typer.Option("--out", metavar="PATH", show_default=False, help="The new folder, or with --to gguf the file."),
     ],
     to: Annotated[str, typer.Option("--to", metavar="WHAT", help="parco, compressed-tensors or gguf.")] = "parco",

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from parco.formats import Format, Integer, ScaleE4M3
 from parco.hub import schemes
 from parco.hub.foreign import Matrix, given, is_in_order, plain, shaped
-from parco.hub.save import refuse_foreign, whole, write_settings, write_weights
+from parco.hub.save import MARK, refuse_foreign, whole, write_settings, write_weights
 from parco.hub.schemes import Scheme
 from parco.kernels.cast import pack, unpack
 from parco.nn import Site, saved, site
@@ -54,7 +54,7 @@ class CompressedTensors:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._schemes = schemes.schemes(settings)
-        self._ignored = schemes.names(settings.get("ignore") or ())
+        self._ignored = schemes.names(settings.get("ignore") or [])
         self._rounded: Counter[tuple[str, str]] = Counter()
         self._others: list[str] = []
         if settings.get("kv_cache_scheme"):
@@ -104,12 +104,10 @@ def _tensors(spec: Quantized, parts: Mapping[str, Tensor], packed: bool) -> dict
     if "weight_g_idx" in parts and not is_in_order(parts["weight_g_idx"], form.block.columns or columns):
         raise ValueError("weight_g_idx: its groups are no neighbouring columns; quantize without actorder='group'")
     found = {"codes": _codes(form, parts, rows, columns, packed)}
-    scale = given(parts, _SCALE)
-    if scale.numel() != counts[0] * counts[1]:
-        raise ValueError(f"{_SCALE}: it is {tuple(scale.shape)}, and {form} of {rows}x{columns} has {counts}")
+    scale = _by_block(parts, _SCALE, form, counts)
     if isinstance(form.scale, ScaleE4M3) and scale.dtype != torch.float8_e4m3fn:
         raise ValueError(f"{_SCALE}: scales are {scale.dtype}, and those of {form} must be torch.float8_e4m3fn")
-    found["scale"] = scale.reshape(counts)
+    found["scale"] = scale
     if isinstance(form.scale, ScaleE4M3):
         found["scale"] = found["scale"].view(torch.uint8)
         found["global_scale"] = 1 / shaped(parts, _GLOBAL, (1,), torch.float32)
@@ -143,10 +141,17 @@ def _zero(form: Format, parts: Mapping[str, Tensor], rows: int, counts: tuple[in
         words = shaped(parts, _ZERO, (-(-rows * form.bits // 32), counts[1]), torch.int32)
         stream = words.t().contiguous().view(torch.uint8)
         return unpack(stream[:, : -(-rows * form.bits // 8)], form.bits, rows).t()
-    zero = given(parts, _ZERO)
-    if zero.numel() != counts[0] * counts[1]:
-        raise ValueError(f"{_ZERO}: it is {tuple(zero.shape)}, and {form} has {counts}")
-    return (zero.reshape(counts).to(torch.int16) + form.element.offset).to(torch.uint8)
+    zero = _by_block(parts, _ZERO, form, counts)
+    return (zero.to(torch.int16) + form.element.offset).to(torch.uint8)
+
+
+def _by_block(parts: Mapping[str, Tensor], name: str, form: Format, counts: tuple[int, int]) -> Tensor:
+    """The tensor of one number for each block, of the shape `counts`; the package leaves out ones at the end."""
+    found = given(parts, name)
+    shapes = [counts, *([counts[:1]] if counts[1] == 1 else []), *([()] if counts == (1, 1) else [])]
+    if tuple(found.shape) not in shapes:
+        raise ValueError(f"{name}: it is {tuple(found.shape)}, and {form} has {' or '.join(map(str, shapes))} here")
+    return found.reshape(counts)
 
 
 def _parts(spec: Quantized, tensors: Mapping[str, Tensor], scheme: Scheme) -> dict[str, Tensor]:
@@ -201,7 +206,7 @@ def save_compressed(
     refuse_foreign(target)
     content, settings = compressed(model, dense)
     with whole(target, sum(tensor.nbytes for tensor in content.values())) as temporary:
-        write_weights(temporary, content)
+        write_weights(temporary, content, marks=MARK)
         write_settings(temporary, model, tokenizer, settings)
     return target
 
@@ -212,11 +217,14 @@ def compressed(model: PreTrainedModel, dense: bool) -> tuple[dict[str, Tensor], 
     content.pop(saved.HINT, None)
     description, bare = saved.describe(model), plain(model.config)
     found: dict[str, Scheme] = {}
+    read: set[str] = set()  # a factor that several layers hold is read for each of them, and dropped at the end
     for name, spec in description.weights.items():
         if saved.EXPERT.fullmatch(name):
             raise ValueError(f"{name} is an expert of a mixture, which parco does not write for compressed-tensors")
         content.pop(f"{name}.weight")
-        tensors = {leaf: content.pop(f"{name}.weight.{leaf}") for leaf in spec.tensors()}
+        kept = {leaf: _kept_as(f"{name}.weight.{leaf}", description.shared) for leaf in spec.tensors()}
+        tensors = {leaf: content[path] for leaf, path in kept.items()}
+        read.update(kept.values())
         product = description.products.get(name, Native())
         where = site(bare, name)
         try:
@@ -230,7 +238,16 @@ def compressed(model: PreTrainedModel, dense: bool) -> tuple[dict[str, Tensor], 
         assert isinstance(spec, Quantized)
         found[name] = scheme
         content |= {f"{name}.{part}": tensor for part, tensor in _parts(spec, tensors, scheme).items()}
-    return dict(sorted(content.items())), _settings(bare, found) if found else None
+    written = {name: tensor for name, tensor in sorted(content.items()) if name not in read}
+    return written, _settings(bare, found) if found else None
+
+
+def _kept_as(path: str, shared: Mapping[str, str]) -> str:
+    """The name under which the tensor `path` is kept: its own, or that in the first layer which holds the factor."""
+    for factor, owner in shared.items():
+        if path.startswith(f"{factor}."):
+            return owner + path.removeprefix(factor)
+    return path
 
 
 def _scheme(spec: Weight, product: Product, where: Site, is_shared: bool) -> Scheme:

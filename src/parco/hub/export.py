@@ -17,6 +17,10 @@ from parco.weights import Quantized
 
 TARGETS = ("parco", "compressed-tensors", "gguf")
 
+_PLAN = "plan.json"
+_PAGES = ("report.html", "result.json")
+"""What lies beside a fitted model, besides its plan."""
+
 
 class Exported(TypedDict):
     """What `export` did: the model that was read, what was written and where, its bytes on the disk, how many matrices
@@ -42,12 +46,12 @@ def export(
     dense: bool = False,
 ) -> Exported:
     """Reads `model`, which is what `load` takes, and writes it for `to`: "parco" is a folder that Transformers loads
-    after `import parco` (a dense model's needs no import), "compressed-tensors" one for vLLM, "gguf" a file for
-    llama.cpp.
+    after `import parco` (a dense model's needs no import), to which a fit's plan and pages go along,
+    "compressed-tensors" one for vLLM, "gguf" a file for llama.cpp.
 
     type, ends and round_scales are those of `save_gguf`, dense is that of `save_compressed`. Raises ValueError for an
-    unknown `to` and for an option of another target, and what `load` and the function that saves raise; then nothing is
-    written.
+    unknown `to`, for an option of another target and for an `out` that is or holds the model itself, FileExistsError
+    for a file that is none of GGUF, and what `load` and the function that saves raise; then nothing is written.
     """
     if to not in TARGETS:
         raise ValueError(f"to={to!r} is none of {', '.join(TARGETS)}")
@@ -59,22 +63,30 @@ def export(
     ):
         if value and to != owner:
             raise ValueError(f"{name}={value!r} is for to={owner!r}, and to={to!r}")
+    if not os.fspath(out):
+        raise ValueError("out='' names no place: give a new folder, or with to='gguf' a file")
     target = Path(out).expanduser().resolve()
     if to == "gguf":
         check_type(type, "type")
         check_type(ends, "ends")
         if target.is_dir():
             raise IsADirectoryError(f"{str(target)!r} is a folder: name the file that is to be written")
+        _refuse_other_file(target)
     else:
         refuse_foreign(target)
     loaded = load(model)
+    source = loaded.path.resolve()
+    if target == source or target in source.parents:
+        raise ValueError(f"out={str(out)!r} holds the model that is read, and would replace it: name another place")
     weights = saved.describe(loaded.model).weights
     if to == "gguf":
         save_gguf(loaded.model, loaded.tokenizer, target, type, ends=ends, round_scales=round_scales)
     elif to == "compressed-tensors":
         save_compressed(loaded.model, loaded.tokenizer, target, dense=dense)
+    elif weights:
+        save(loaded.model, loaded.tokenizer, target, extra=_left_by_a_fit(source))
     else:
-        (save if weights else save_dense)(loaded.model, loaded.tokenizer, target)
+        save_dense(loaded.model, loaded.tokenizer, target)
     files = [target] if target.is_file() else [path for path in target.iterdir() if path.is_file()]
     return Exported(
         model=str(model),
@@ -84,3 +96,18 @@ def export(
         stored=dict(Counter(str(spec.format if isinstance(spec, Quantized) else spec) for spec in weights.values())),
         notes=loaded.notes,
     )
+
+
+def _left_by_a_fit(source: Path) -> dict[str, Path]:
+    """The plan that a fit left beside the model, and its pages."""
+    if not (source / _PLAN).is_file():
+        return {}
+    return {name: source / name for name in (_PLAN, *_PAGES) if (source / name).is_file()}
+
+
+def _refuse_other_file(target: Path) -> None:
+    """Raises FileExistsError unless a GGUF file may replace `target`: absent, empty, or such a file itself."""
+    if target.exists():
+        with target.open("rb") as stream:
+            if stream.read(4) not in (b"", b"GGUF"):
+                raise FileExistsError(f"{str(target)!r} is a file of another kind: name one that is new or of GGUF")

@@ -84,6 +84,8 @@ def read(files: list[Path], layout: Layout, model: PreTrainedModel) -> Foreign:
                 tensors[name], origin[name] = content.get_tensor(name), file
     for name in [name for name in tensors if name.rpartition(".")[2] in layout.parts]:
         module, _, part = name.rpartition(".")
+        if not module:
+            raise ValueError(f"{str(origin[name])!r} has a tensor {name!r}, which is of no layer")
         matrices.setdefault(module, {})[part] = tensors.pop(name)
     for module, parts in matrices.items():
         if f"{module}.weight" in tensors:

@@ -1,11 +1,13 @@
 """Reads a GGUF file into a Transformers model: its own codes and scales where a Weight holds them (see `ggml`), its
 configuration and its tokenizer out of the file's metadata.
 
-What `gguf` writes comes back: the same architectures, the same types, queries and keys in Transformers' order again.
+What `gguf` writes with a tokenizer comes back: the same architectures, the same types, queries and keys in
+Transformers' order again.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -98,23 +100,22 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, _Tensor]) -> Any:
     if architecture not in kinds:
         raise ValueError(f"it is a {architecture!r}, and parco reads {', '.join(kinds)}")
 
-    def value(key: str, default: Any = None) -> Any:
+    def value(key: str, default: Any = None, kind: type = int) -> Any:
         found = fields.get(f"{architecture}.{key}", default)
-        if found is None or isinstance(found, list):
-            raise ValueError(f"its {architecture}.{key} is {found!r}; one number is needed")
+        if type(found) not in (int, kind) or not 0 < found < math.inf:
+            raise ValueError(f"its {architecture}.{key} is {found!r}; a positive number ({kind.__name__}) is needed")
         return found
 
     heads = value("attention.head_count")
     head = value("attention.key_length", value("embedding_length") // heads)
-    refused = {
-        "expert_count": value("expert_count", 0) != 0,
-        "attention.value_length": value("attention.value_length", head) != head,
-        "rope.dimension_count": value("rope.dimension_count", head) != head,
-        "rope.scaling.type": value("rope.scaling.type", "none") not in ("none", "linear"),
-    }
-    for key, wrong in refused.items():
-        if wrong:
-            raise ValueError(f"its {architecture}.{key} is {value(key)!r}, which parco does not read")
+    known = {
+        "expert_count": (0,), "attention.value_length": (head,), "rope.dimension_count": (head,),
+        "rope.scaling.type": ("none", "linear"),
+    }  # fmt: skip
+    for key, values in known.items():
+        found = fields.get(f"{architecture}.{key}", values[0])
+        if found not in values:
+            raise ValueError(f"its {architecture}.{key} is {found!r}, which parco does not read")
     if "token_embd.weight" not in tensors:
         raise ValueError("it has no tensor 'token_embd.weight'")
     settings = {
@@ -126,7 +127,7 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, _Tensor]) -> Any:
         "num_key_value_heads": value("attention.head_count_kv", heads),
         "head_dim": head,
         "max_position_embeddings": value("context_length"),
-        "rms_norm_eps": _shortest(value("attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": _shortest(value("attention.layer_norm_rms_epsilon", kind=float)),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         **{
@@ -135,10 +136,13 @@ def _config(fields: Mapping[str, Any], tensors: Mapping[str, _Tensor]) -> Any:
     }
     if kinds[architecture] == "llama":
         settings["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
-    base = _shortest(value("rope.freq_base", 10000.0))
-    scaling = _shortest(value("rope.scaling.factor", 1.0))
+    base = _shortest(value("rope.freq_base", 10000.0, float))
+    scaling = _shortest(value("rope.scaling.factor", 1.0, float))
     settings["rope_parameters"] = _rope(base, scaling, tensors.get(_FACTORS), head, settings)
-    return AutoConfig.for_model(kinds[architecture], **settings)
+    try:
+        return AutoConfig.for_model(kinds[architecture], **settings)
+    except Exception as error:  # of kinds of Transformers' own, in several lines
+        raise ValueError(f"its metadata make no {kinds[architecture]}: {' '.join(str(error).split())}") from error
 
 
 def _shortest(single: float) -> float:

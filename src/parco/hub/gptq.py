@@ -47,9 +47,11 @@ class Gptq:
         if written not in ("gptq", "gptq_v2"):
             raise ValueError(f"its checkpoint_format is {written!r}; parco reads 'gptq' and 'gptq_v2'")
         self._minus_one = written == "gptq"
-        self._by_row = settings.get("group_size") == -1
-        self._bits: Any = settings.get("bits")
         self._varies = bool(settings.get("dynamic"))
+        self._bits: Any = settings.get("bits")
+        if not self._varies and (type(self._bits) is not int or self._bits not in _BITS):
+            raise ValueError(f"its bits are {self._bits!r}; parco reads {', '.join(map(str, _BITS))}")
+        self._group_size = _group_size(settings.get("group_size"))
         self._reordered = 0
 
     @property
@@ -58,6 +60,7 @@ class Gptq:
 
     def matrix(self, name: str, where: Site, parts: Mapping[str, Tensor]) -> Matrix | Tensor:
         rows, columns = where.shape
+        _refuse_second(parts)
         bits = self._bits_of(given(parts, "qweight"), columns)
         words = shaped(parts, "qweight", (-(-columns * bits // 32), rows), torch.int32)
         stream = words.t().contiguous().view(torch.uint8)[:, : -(-columns * bits // 8)].contiguous()
@@ -66,13 +69,13 @@ class Gptq:
         packed = shaped(parts, "qzeros", (groups, -(-rows * bits // 32)), torch.int32)
         zero = self._zeros(packed, bits, rows)
         order = parts.get("g_idx")
-        size = _size(columns, groups)
+        size = _size(columns, groups, None if self._varies else self._group_size)
         if order is not None and not is_in_order(order := _order(order, columns, groups), size):
             codes = unpack(stream, bits, columns).float()
             self._reordered += 1
             dense = (codes - zero[:, order].float()) * scale[:, order].float()
             return dense.t() if where.kind == "conv1d" else dense
-        return _matrix((rows, columns), bits, ROW if self._by_row else group(size), stream, scale, zero)
+        return _matrix((rows, columns), bits, ROW if self._group_size == -1 else group(size), stream, scale, zero)
 
     def _bits_of(self, words: Tensor, columns: int) -> int:
         bits, left = divmod(words.shape[0] * 32, columns) if words.ndim == 2 else (0, 1)
@@ -113,7 +116,7 @@ class Awq:
         bits = settings.get("bits", settings.get("w_bit", 4))
         if bits != 4:
             raise ValueError(f"its bits are {bits!r}; AWQ's version 'gemm' has 4")
-        self._by_row = settings.get("group_size", settings.get("q_group_size")) == -1
+        self._group_size = _group_size(settings.get("group_size", settings.get("q_group_size")))
 
     @property
     def parts(self) -> frozenset[str]:
@@ -121,12 +124,14 @@ class Awq:
 
     def matrix(self, name: str, where: Site, parts: Mapping[str, Tensor]) -> Matrix:
         rows, columns = where.shape
+        _refuse_second(parts)
         if rows % 8:
             raise ValueError(f"qweight: {rows} outputs are no whole number of words of 8")
         codes = _in_order(shaped(parts, "qweight", (columns, rows // 8), torch.int32))
         scale = _scales(parts, rows)
         zero = _in_order(shaped(parts, "qzeros", (scale.shape[1], rows // 8), torch.int32))
-        block = ROW if self._by_row else group(_size(columns, scale.shape[1]))
+        size = _size(columns, scale.shape[1], self._group_size)
+        block = ROW if self._group_size == -1 else group(size)
         return _matrix((rows, columns), 4, block, pack(codes, 4), scale, zero)
 
     def notes(self) -> tuple[str, ...]:
@@ -142,18 +147,37 @@ def _in_order(words: Tensor) -> Tensor:
 def _scales(parts: Mapping[str, Tensor], rows: int) -> Tensor:
     """[N, G]."""
     scale = given(parts, "scales")
-    groups = scale.shape[0] if scale.ndim == 2 else 1
+    groups = max(scale.shape[0], 1) if scale.ndim == 2 else 1
     return shaped(parts, "scales", (groups, rows), *DTYPE_NAMES).t().contiguous()
 
 
-def _size(columns: int, groups: int) -> int:
+def _group_size(found: Any) -> int | None:
+    """The configuration's group_size: columns of x, -1 for all of them, or None. ValueError for anything else."""
+    if found is not None and (type(found) is not int or (found < 1 and found != -1)):
+        raise ValueError(f"its group_size is {found!r}; a number of columns, or -1 for all of them, is needed")
+    return found
+
+
+def _refuse_second(parts: Mapping[str, Tensor]) -> None:
+    if "weight" in parts:
+        raise ValueError("weight: the file has qweight of this layer besides, and only one of them can be its matrix")
+
+
+def _size(columns: int, groups: int, told: int | None) -> int:
+    """Columns in each of `groups`; ValueError where they are not of one size, or not those of the group_size `told`."""
     size, left = divmod(columns, groups)
     if left:
         raise ValueError(f"scales: {columns} columns do not make {groups} groups of one size")
+    if told not in (None, -1) and groups != -(-columns // told):
+        raise ValueError(
+            f"scales: there are {groups} groups of {columns} columns, and group_size={told} says otherwise"
+        )
     return size
 
 
 def _order(groups: Tensor, columns: int, count: int) -> Tensor:
+    if groups.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"g_idx: it is {groups.dtype}, and must be torch.int32")
     order = groups.long()
     if tuple(order.shape) != (columns,) or int(order.min()) < 0 or int(order.max()) >= count:
         raise ValueError(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -75,7 +75,7 @@ def load(
     for a GGUF file without the library `gguf`."""
     wanted = _dtype(dtype)
     folder = _resolve(name_or_path)
-    if folder.suffix == ".gguf" and folder.is_file():
+    if folder.suffix.lower() == ".gguf" and folder.is_file():
         loaded = _load_gguf(folder, wanted)
         if not low_memory:
             _own(loaded.model)
@@ -172,14 +172,20 @@ def _layout(folder: Path, settings: dict[str, Any]) -> foreign.Layout | None:
     """How another library stored the folder's matrices; None for dense and parco's own ones, which Transformers loads.
     ValueError, naming the folder, for a library or a variant that parco does not read.
     """
-    quantized: dict[str, Any] = settings.get("quantization_config") or {}
+    quantized: Any = settings.get("quantization_config") or {}
+    if not isinstance(quantized, dict):
+        raise ValueError(
+            f"{str(folder / checks.CONFIG)!r} has a quantization_config that is no object but {quantized!r}: copy or"
+            " download it again"
+        )
     for name, method in _BESIDE.items():
         if not quantized and (folder / name).is_file():
             quantized = {**checks.read_json(folder / name), "quant_method": method}
+    quantized = cast(dict[str, Any], quantized)
     method = quantized.get("quant_method")
     if not quantized or method == "parco":
         return None
-    if method not in LAYOUTS:
+    if not isinstance(method, str) or method not in LAYOUTS:
         raise ValueError(
             f"{str(folder)!r} is already quantized by {method!r}, which parco does not read (it reads"
             f" {', '.join(LAYOUTS)}): give the original model in bf16, fp16 or fp32"

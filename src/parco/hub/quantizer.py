@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers.quantizers.base import HfQuantizer
@@ -64,7 +64,7 @@ class ParcoConfig(QuantizationConfigMixin):
         self.weights = dict(weights)
         self.tied = dict(tied or {})
         self.products = dict(products or {})
-        self.shared = dict(shared or {})
+        self.shared = _checked(shared or {}, self.weights)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ParcoConfig:
@@ -87,6 +87,24 @@ class ParcoConfig(QuantizationConfigMixin):
                     f" {error}"
                 ) from error
         return found
+
+
+def _checked(shared: Any, weights: dict[str, str]) -> dict[str, str]:
+    """`shared`, whose owners are factors of a layer beside the one that shares them, and share no other's. ValueError
+    for anything else: another basis would be multiplied by without a word.
+    """
+    if not isinstance(shared, dict):
+        raise ValueError(f"shared={shared!r}: an object of paths is needed; copy or download the configuration again")
+    pairs = cast(dict[str, Any], shared)
+    for path, owner in pairs.items():
+        layers = [str(factor).partition(".weight.")[0] for factor in (path, owner)]
+        blocks = {layer.rpartition(".")[0] for layer in layers}
+        if not isinstance(owner, str) or owner in pairs or len(blocks) > 1 or not weights.keys() >= set(layers):
+            raise ValueError(
+                f"shared[{path!r}] is {owner!r}: a factor of its own, of a stored layer in the same block, is needed;"
+                " copy or download the configuration again"
+            )
+    return dict(pairs)
 
 
 class ParcoQuantizer(HfQuantizer):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from parco.nn import saved
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 4_000_000_000
 Content = str | bytes | Path
+
+MARK = {"saved_by": "parco"}
+"""Metadata of weights whose configuration does not say it."""
 
 
 def save(
@@ -104,15 +107,30 @@ def refuse_foreign(target: Path) -> None:
         raise FileExistsError(f"{str(target)!r} is a file: {remedy}")
     if not any(target.iterdir()):
         return
+    if not _is_ours(target):
+        raise FileExistsError(f"{str(target)!r} holds files that parco did not save and would replace: {remedy}")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether parco saved the folder: its configuration says so, or the mark in its weights."""
     with suppress(OSError, ValueError, AttributeError):
-        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config.get("quantization_config", {}).get("quant_method") == "parco":
-            return
-    raise FileExistsError(f"{str(target)!r} holds files that parco did not save and would replace: {remedy}")
+            return True
+    for file in sorted(folder.glob("model*.safetensors"))[:1]:
+        with suppress(OSError, SafetensorError), safe_open(file, framework="pt") as content:
+            return MARK.items() <= (content.metadata() or {}).items()
+    return False
 
 
-def write_weights(folder: Path, content: dict[str, torch.Tensor], shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes tensors as safetensors, in shards with an index where they exceed `shard_bytes`."""
+def write_weights(
+    folder: Path,
+    content: dict[str, torch.Tensor],
+    shard_bytes: int = SHARD_BYTES,
+    marks: Mapping[str, str] | None = None,
+) -> None:
+    """Writes tensors as safetensors whose metadata have `marks`, in shards with an index where they exceed
+    `shard_bytes`."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     split = split_torch_state_dict_into_shards(
@@ -120,7 +138,7 @@ def write_weights(folder: Path, content: dict[str, torch.Tensor], shard_bytes: i
     )
     for file, names in sorted(split.filename_to_tensors.items()):
         shard = {name: _apart(content[name]) for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        save_file(shard, folder / file, metadata={"format": "pt", **(marks or {})})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -74,7 +74,7 @@ def schemes(settings: Mapping[str, Any]) -> tuple[Scheme, ...]:
     """The schemes of a `quantization_config`. ValueError for what parco cannot read, or would compute wrongly."""
     for key in ("transform_config", "sparsity_config"):
         found = settings.get(key)
-        if found and found.get("format", "") != "dense":
+        if found and not (isinstance(found, dict) and cast(dict[str, Any], found).get("format", "") == "dense"):
             raise ValueError(f"its {key} is {found!r}, which parco does not compute: give a model without it")
     if settings.get("quantization_status", "compressed") != "compressed":
         raise ValueError(
@@ -95,12 +95,17 @@ def _scheme(name: str, found: Any, settings: Mapping[str, Any]) -> Scheme:
     if written not in FORMATS:
         raise ValueError(f"config_groups[{name!r}] has the format {written!r}: known are {', '.join(FORMATS)}")
     inputs, outputs = found.get("input_activations"), found.get("output_activations")
+    for key, rounded in (("input_activations", inputs), ("output_activations", outputs)):
+        if not isinstance(rounded, dict | None):
+            raise ValueError(f"config_groups[{name!r}] has {key} that are {rounded!r}: an object or null is needed")
     return Scheme(names(found["targets"]), found["weights"], inputs, written, outputs)
 
 
-def names(targets: Iterable[Any]) -> tuple[str, ...]:
-    """The targets as texts; ValueError for a pattern that is none."""
-    found = tuple(map(str, targets))
+def names(targets: Any) -> tuple[str, ...]:
+    """The targets as texts; ValueError for what is no list, and for a pattern that is none."""
+    if not isinstance(targets, list):
+        raise ValueError(f"its targets are {targets!r}: a list of names, patterns and classes is needed")
+    found = tuple(map(str, cast(list[Any], targets)))
     for target in found:
         try:
             re.compile(target.removeprefix("re:"))
@@ -141,6 +146,8 @@ def format_of(weights: Mapping[str, Any], scale_dtype: torch.dtype) -> Format:
     bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
     symmetric = weights.get("symmetric", True)
     block = _block(weights)
+    if type(bits) is not int:
+        raise ValueError(f"weight_scale: num_bits={bits!r} is no whole number")
     if kind == "float" and symmetric and bits in _FLOATS:
         element = _FLOATS[bits]
         if weights.get("strategy") == "tensor_group":
@@ -164,7 +171,7 @@ def _block(weights: Mapping[str, Any]) -> Block:
     if strategy in ("group", "tensor_group") and isinstance(size, int):
         return group(size)
     blocks = {"tensor": TENSOR, "channel": ROW}
-    if strategy not in blocks:
+    if not isinstance(strategy, str) or strategy not in blocks:
         raise ValueError(
             f"weight_scale: strategy={strategy!r} with group_size={size!r} and block_structure={structure!r} is none"
             " that parco knows"

@@ -123,7 +123,9 @@ def _unknown(reason: str) -> UnknownTokenizerError:
 
 
 def read(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer in a file's metadata. Raises UnknownTokenizerError for one that parco does not write either."""
+    """The tokenizer in a file's metadata. Raises UnknownTokenizerError for one that parco does not write either, one
+    that is damaged, and none.
+    """
     from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -132,17 +134,30 @@ def read(fields: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     model = fields.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama") or not tokens or len(types) != len(tokens):
         raise UnknownTokenizerError(
-            f"its tokenizer is {model!r} of {len(tokens)} tokens; parco reads 'gpt2' and 'llama'"
+            f"its tokenizer is {model!r} of {len(tokens)} tokens; parco reads 'gpt2' and 'llama', and no file without"
+            " one"
         )
     vocabulary = {token: index for index, token in enumerate(tokens) if types[index] != _type("UNUSED")}
-    made: Tokenizer = (_byte_level if model == "gpt2" else _pieces)(fields, vocabulary)
+    numbers = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
+    for name, number in numbers.items():
+        if number is not None and (type(number) is not int or not 0 <= number < len(tokens)):
+            raise UnknownTokenizerError(
+                f"its tokenizer.ggml.{SPECIAL[name]}_token_id is {number!r}; a token's number below {len(tokens)} is"
+                " needed"
+            )
+    try:
+        made: Tokenizer = (_byte_level if model == "gpt2" else _pieces)(fields, vocabulary)
+    except UnknownTokenizerError:
+        raise
+    except Exception as error:  # tokenizers raises what it finds as plain Exceptions
+        raise UnknownTokenizerError(f"its tokenizer is damaged: {' '.join(str(error).split())}") from error
     for kind, special in (("CONTROL", True), ("USER_DEFINED", False)):
         added = [token for token, index in vocabulary.items() if types[index] == _type(kind)]
         made.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
-    numbers = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
     named = {f"{name}_token": tokens[number] for name, number in numbers.items() if number is not None}
-    if fields.get("tokenizer.ggml.add_bos_token", model == "llama") and "bos_token" in named:
-        made.post_processor = _beginning(named["bos_token"], vocabulary[named["bos_token"]])
+    first = numbers["bos"]
+    if fields.get("tokenizer.ggml.add_bos_token", model == "llama") and first is not None:
+        made.post_processor = _beginning(tokens[first], first)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **named)
     template = fields.get("tokenizer.chat_template")
     if isinstance(template, str):
