@@ -94,6 +94,23 @@ def test_dropout_is_the_same_for_any_number_of_threads_and_of_the_factors_alone(
     assert torch.equal(linear_lora(*silent), linear_lora(*without))
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_what_is_kept_in_16_bits_is_divided_by_1_minus_p_in_fp32(trains: bool) -> None:
+    """1 / 0.7 in bf16 is greater by 8e-4, which would be in every number; what is rounded once is off on average by
+    0.
+    """
+    plan, p = "bf16 37x96", 0.3
+    x, (matrix,), _, _, a, b, scale, *_ = arguments(plan, 60, torch.bfloat16)
+    x, a, b = x.detach(), a.detach(), b.detach()
+    matrix = torch.zeros_like(matrix).requires_grad_(trains)
+    call = (x, [matrix], None, plan, a, b, scale, torch.tensor([11]), p)
+    mask = dropped(torch.ones(x.shape, dtype=torch.float64), p, 11)
+    assert mask.max() == pytest.approx(1 / (1 - p), rel=1e-12)
+    expected = scale * (x.double() * mask) @ a.double().T @ b.double().T
+    for found, exact in ((linear_lora(*call).detach(), expected), (dropped(x, p, 11), x * mask)):
+        assert float((found.double() * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=2e-4)
+
+
 @pytest.mark.parametrize("plan", ["bf16 37x96", "fp32 37x96"])
 def test_a_matrix_that_trains_has_its_gradient(plan: str) -> None:
     call = arguments(plan, 20, torch.float32, P)

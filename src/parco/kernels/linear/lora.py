@@ -50,8 +50,8 @@ class LoraCall(NamedTuple):
 
 
 def masks(like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor | None]]:
-    """(rows, factors 0 or 1/(1 - p)) of a matrix of the shape and dtype of `like`, some rows at a time; None for
-    factors where p is 0.
+    """(rows, factors 0 or 1/(1 - p)) of a matrix of the shape of `like`, some rows at a time; None for factors where p
+    is 0. They are fp32 at least: 1/(1 - p) in bf16 would be up to 2⁻⁹ off, and all of what is kept with it.
 
     They are 1 - p rounded stochastically to whole numbers: casts do that compiled, with random bits counted by rows and
     columns, some twenty times faster than `random_bits`.
@@ -61,17 +61,18 @@ def masks(like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor | N
     device = like.device
     kept = torch.full((height, columns), 1 - p, device=device) if p else None
     unit = torch.ones(height, 1, device=device)
+    wide = torch.promote_types(like.dtype, torch.float32)
     for index, first in enumerate(range(0, count, ROWS)):
         size = min(ROWS, count - first)
         factors = None
         if kept is not None:
             drawn = encode(kept[:size], _WHOLE, rounding="stochastic", seed=seed + index, scale=unit[:size])
-            factors = (drawn.tensors["codes"] & 1).to(like.dtype).mul_(1 / (1 - p))
+            factors = (drawn.tensors["codes"] & 1).to(wide).mul_(1 / (1 - p))
         yield slice(first, first + size), factors
 
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """x [M, K] with each number 0 with probability `p` and divided by 1 - p otherwise."""
+    """x [M, K] with each number 0 with probability `p` and divided by 1 - p otherwise, rounded once."""
     found = torch.empty_like(x)
     for rows, factors in masks(x, p, seed):
         found[rows] = x[rows] if factors is None else x[rows] * factors
@@ -337,8 +338,10 @@ def _composed(
     if not any(tensor.requires_grad for tensor in tensors):
         return None
     rows = x.reshape(-1, x.shape[-1])
-    read = rows * dropped(torch.ones_like(rows), p, _number(seed)) if p else rows
-    added = (read.float() @ a.float().t()) @ b.float().t() * scale
+    read = rows.float()
+    if p:
+        read = read * dropped(torch.ones_like(read), p, _number(seed))
+    added = (read @ a.float().t()) @ b.float().t() * scale
     return chain.apart(rows, tensors, bias, plan, added).reshape(*x.shape[:-1], b.shape[0])
 
 
