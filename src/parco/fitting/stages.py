@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,12 @@ class Progress(Protocol):
     def advance(self, n: int = 1) -> None: ...
     def note(self, text: str) -> None: ...
     def show(self, text: str) -> None: ...
+
+
+def tell(progress: Progress, notes: Iterable[str]) -> None:
+    """Passes on the notes of a model that was loaded."""
+    for note in notes:
+        progress.note(note)
 
 
 class Silent:
