@@ -31,6 +31,11 @@ BACKWARD = "linear_lora_backward"
 ROWS = 512
 """Of x at a time, whose sums in fp32 stay in the cache. Others would be other masks."""
 
+_STEP = 0x9E3779B97F4A7C15
+"""Between the seeds of blocks of ROWS: 2⁶⁴ over the golden ratio, as Philox steps its keys. By steps of 1 the second
+block under one seed would be the first under the next.
+"""
+
 _WHOLE = parse_format("int8:row")
 """Whole numbers, where the scale is 1; codes are 128 above them."""
 
@@ -66,7 +71,8 @@ def masks(like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor | N
         size = min(ROWS, count - first)
         factors = None
         if kept is not None:
-            drawn = encode(kept[:size], _WHOLE, rounding="stochastic", seed=seed + index, scale=unit[:size])
+            own = (seed + index * _STEP) % (1 << 64)
+            drawn = encode(kept[:size], _WHOLE, rounding="stochastic", seed=own, scale=unit[:size])
             factors = (drawn.tensors["codes"] & 1).to(wide).mul_(1 / (1 - p))
         yield slice(first, first + size), factors
 
@@ -110,7 +116,8 @@ def check(
     chain.check(x, tensors, bias, plan)
     terms = chain.parse(plan)
     outputs, columns = terms[0][0].outputs, terms[0][-1].columns
-    for name, factor, shape in (("a", a, (a.shape[0], columns)), ("b", b, (outputs, a.shape[0]))):
+    rank = a.shape[0] if a.ndim == 2 else None
+    for name, factor, shape in (("a", a, (rank, columns)), ("b", b, (outputs, rank))):
         check_float(operation, name, factor)
         if tuple(factor.shape) != shape:
             raise ValueError(
