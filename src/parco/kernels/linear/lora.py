@@ -345,9 +345,7 @@ def _composed(
     if not any(tensor.requires_grad for tensor in tensors):
         return None
     rows = x.reshape(-1, x.shape[-1])
-    read = rows.float()
-    if p:
-        read = read * dropped(torch.ones_like(read), p, _number(seed))
+    read = _read(rows, dropped(torch.ones_like(rows, dtype=torch.float32), p, _number(seed)) if p else None)
     added = (read @ a.float().t()) @ b.float().t() * scale
     return chain.apart(rows, tensors, bias, plan, added).reshape(*x.shape[:-1], b.shape[0])
 
