@@ -20,6 +20,7 @@ from parco import hub
 from parco.bench import LlamaCpp, ModelsReport, Transformed, speeds
 from parco.bench.speeds import Absent, Entrant, check
 from parco.fitting.convert import convert_
+from parco.fitting.stages import tell
 from parco.formats import parse
 from parco.hub.gguf import save_gguf
 from parco.hub.vocabulary import UnknownTokenizerError
@@ -56,6 +57,8 @@ def run(
         parse(text)
     source = hub.embedded_path() if model is None else model
     loaded = hub.load(source)
+    if progress:
+        tell(progress, loaded.notes)
     fitted = any(isinstance(module, StoredWeight) for module in loaded.model.modules())
     if fitted and formats is not None:
         raise ValueError(f"formats={','.join(formats)}: {str(source)!r} is stored by parco already, and stays so")

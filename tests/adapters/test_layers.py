@@ -185,6 +185,20 @@ def test_adapted_layers_compile_whole(text):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("method", ["int8:row", "factor(0.5)"])
+def test_layers_over_stored_matrices_compile_whole_and_without_a_warning(method, recwarn):
+    torch.manual_seed(0)
+    made = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.GELU(), torch.nn.Linear(40, 24))
+    parco.convert_(made, method)
+    adapters.add_(made, "lora(4)")
+    moved(made)
+    x = torch.randn(7, 24)
+    recwarn.clear()
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)(x)
+    assert [str(each.message) for each in recwarn if "cache" in str(each.message)] == []
+    torch.testing.assert_close(compiled, made(x))
+
+
 def test_tied_weights_stay_tied_and_modules_are_copied():
     made = model("llama tied")
     plain = logits(made)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import parco
-from parco.fitting.stages import Silent, Stages, seeded, void, write_whole
+from parco.fitting.stages import LAYOUT, Silent, Stages, seeded, void, write_whole
 
 SCRIPT = """
 import json, os, signal, sys
@@ -110,6 +110,16 @@ def test_a_changed_setting_never_meets_a_stale_stage_and_fresh_starts_over(tmp_p
         assert stages.open("one", value=1).resumed
     with Stages(tmp_path, Silent(), fresh=True) as stages:
         assert not stages.open("one", value=1).whole
+
+
+def test_a_stage_written_otherwise_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Stages(tmp_path, Silent()) as earlier:
+        stage = earlier.open("one", value=1)
+        stage.finish()
+    monkeypatch.setattr("parco.fitting.stages.LAYOUT", LAYOUT + 1)
+    with Stages(tmp_path, Silent()) as later:
+        assert not later.open("one", value=1).whole
+        assert stage.whole
 
 
 def test_draws_depend_on_the_seed_and_the_purpose() -> None:

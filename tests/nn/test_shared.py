@@ -107,6 +107,21 @@ def test_changed_inputs_and_weights_are_multiplied_anew() -> None:
         assert torch.equal(q(x), q.bias.expand(1, 3, -1)), "a second pass sees new numbers"
 
 
+def test_nothing_outlives_the_last_layer_that_asks() -> None:
+    for model in (made(), copy.deepcopy(made()), pickle.loads(pickle.dumps(made()))):
+        q, k, v = layers(model)
+        shared = q.weight.right.narrow
+        with torch.no_grad():
+            x = torch.randn(1, 3, 64)
+            for layer in (k, q):
+                layer(x)
+            assert shared._kept is not None
+            v(x)
+        assert shared._kept is None, "x lives on"
+        share_([layer.weight for layer in (q, k, v)])
+        assert shared.takers == 3, "who holds it already is counted once"
+
+
 def test_nothing_outlives_the_input() -> None:
     model = made()
     with torch.no_grad():

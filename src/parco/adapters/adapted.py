@@ -188,7 +188,9 @@ def _frozen(self: Any) -> Frozen | None:
     """The layer's own matrix, where it does not train and no recipe says how it is multiplied."""
     weight, bias = self._modules.get("weight"), self._parameters.get("bias")
     if isinstance(weight, StoredWeight):
-        plan, tensors = _plan(weight.spec, weight.product), weight.tensors()
+        # A compiler looks through a cache, with a warning.
+        plan_of = weight.spec.plan if torch.compiler.is_compiling() else functools.partial(_plan, weight.spec)
+        plan, tensors = plan_of(weight.product), weight.tensors()
     elif kind_of(self) is nn.Linear and "_recipe" not in self.__dict__:
         tensors = (dense_rows(self),)
         dtype, (outputs, columns) = DTYPE_NAMES.get(tensors[0].dtype), tensors[0].shape

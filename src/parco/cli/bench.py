@@ -179,7 +179,9 @@ def _model_shapes(model: str | None) -> dict[Shape, int]:
     from parco import hub
     from parco.nn.blocks import linears
 
+    loaded = hub.load(hub.embedded_path() if model is None else model)
+    terminal.show_notes(loaded.notes)
     found: dict[Shape, int] = {}
-    for site in linears(hub.load(hub.embedded_path() if model is None else model).model).values():
+    for site in linears(loaded.model).values():
         found[site.shape] = found.get(site.shape, 0) + 1
     return dict(sorted(found.items(), key=lambda item: -item[0][0] * item[0][1] * item[1]))

@@ -47,6 +47,8 @@ def evaluate(
     loaded = hub.load(model)
     terminal.show_notes(loaded.notes)
     other = None if against is None else hub.load(against)
+    if other is not None:
+        terminal.show_notes(tuple(f"{against}: {note}" for note in other.notes))
     named = "the text that comes with parco" if data is None else f"--data {data}"
     with terminal.progress() as progress:
         measured, beside = judge(loaded, text, named, progress, other)

@@ -22,7 +22,7 @@ from parco.fitting import apply, calibrate, candidates, evaluate, measure, size,
 from parco.fitting import heal as healing
 from parco.fitting.plan import Fixed, Measured, Option, Plan, assemble
 from parco.fitting.result import HealRecord
-from parco.fitting.stages import Progress, Stage, Stages
+from parco.fitting.stages import Progress, Stage, Stages, tell
 from parco.nn.saved import describe
 
 SUBSET = 48
@@ -30,7 +30,9 @@ SUBSET = 48
 
 
 class Loaded(Protocol):
-    """What the hub loads: a model in eval mode in the checkpoint's dtype, its tokenizer, its folder and fingerprint."""
+    """What the hub loads: a model in eval mode in the checkpoint's dtype, its tokenizer, its folder, its fingerprint
+    and what is to be known of it.
+    """
 
     @property
     def model(self) -> Any: ...
@@ -40,6 +42,8 @@ class Loaded(Protocol):
     def path(self) -> Path: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Fit:
         progress.stage("load", 1)
         self.original = load()
         progress.advance()
+        tell(progress, self.original.notes)
         model: nn.Module = self.original.model
         if describe(model).weights:
             raise ValueError(

@@ -1,9 +1,10 @@
 """Stages of a long job on disk: each result is whole or absent, and a rerun goes on from the last whole one.
 
-A stage lives in a folder whose name holds a hash of everything its result depends on, so a changed setting never meets
-a stale result and stages that it does not touch are kept. Inside a stage every file is written to a temporary name,
-synced and renamed; the stage is whole once `whole.json` is there. That holds after SIGKILL at any moment: what is
-half-written has a temporary name and is removed by the next run. One process at a time works in a folder (flock).
+A stage lives in a folder whose name holds a hash of everything its result depends on, and of how it is written, so a
+changed setting never meets a stale result and stages that it does not touch are kept. Inside a stage every file is
+written to a temporary name, synced and renamed; the stage is whole once `whole.json` is there. That holds after SIGKILL
+at any moment: what is half-written has a temporary name and is removed by the next run. One process at a time works in
+a folder (flock).
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+LAYOUT = 2
+"""Of what stages write: another number wherever a file's name, tensors or note change, so that a job that was begun
+before begins anew and does not read what it would not understand.
+"""
 
 
 class Progress(Protocol):
@@ -33,6 +39,12 @@ class Progress(Protocol):
     def advance(self, n: int = 1) -> None: ...
     def note(self, text: str) -> None: ...
     def show(self, text: str) -> None: ...
+
+
+def tell(progress: Progress, notes: Iterable[str]) -> None:
+    """Passes on the notes of a model that was loaded."""
+    for note in notes:
+        progress.note(note)
 
 
 class Silent:
@@ -181,7 +193,7 @@ class Stages:
 
     def open(self, name: str, **key: object) -> Stage:
         """The stage `name` whose result depends on `key` (JSON values)."""
-        folder = self.folder / f"{name}-{digest(key)}"
+        folder = self.folder / f"{name}-{digest({'layout': LAYOUT, **key})}"
         for known in self.opened:
             if known.folder == folder:
                 return known

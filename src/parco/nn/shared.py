@@ -9,6 +9,10 @@ What one input makes of the factor is kept until every layer has asked for it, o
 where nothing else can tell: without gradients, outside of tracing and of inference mode (whose tensors do not count
 their changes), for the very tensor and the very numbers of the factor, unchanged, and once for each layer, so that a
 second pass computes anew.
+
+Unchanged is what PyTorch counts as such, by a tensor's version. It counts neither what is written through `x.data` nor
+what NumPy or other code writes into the memory of x. Whoever does that between the layers of one pass gives the later
+ones what x was before; a pass that is over leaves nothing, whatever is written after it.
 """
 
 from __future__ import annotations
@@ -28,26 +32,33 @@ if TYPE_CHECKING:
 
 
 class Narrow:
-    """What a shared factor made of the last input, and the left factors that have taken it. Copies begin empty."""
+    """What a shared factor made of the last input, and the left factors that have taken it, of so many `takers` that
+    hold it. Copies begin empty.
+    """
 
-    __slots__ = ("__weakref__", "_kept")
+    __slots__ = ("__weakref__", "_kept", "takers")
 
-    def __init__(self) -> None:
+    def __init__(self, takers: int = 1) -> None:
+        self.takers = takers
         self._kept: tuple[weakref.ref[Tensor], object, Tensor, set[int]] | None = None
 
-    def __reduce__(self) -> tuple[type[Narrow], tuple[()]]:
-        return Narrow, ()
+    def __reduce__(self) -> tuple[type[Narrow], tuple[int]]:
+        return Narrow, (self.takers,)
 
     def take(self, x: Tensor, state: object, taker: int) -> Tensor | None:
-        """What x became, where it is kept, under the same `state`, and `taker` has not had it."""
+        """What x became, where it is kept, under the same `state`, and `taker` has not had it. The last one that takes
+        it leaves nothing.
+        """
         kept = self._kept
         if kept is None or kept[0]() is not x or kept[1] != state or taker in kept[3]:
             return None
         kept[3].add(taker)
+        if len(kept[3]) == self.takers:
+            self._kept = None
         return kept[2]
 
     def keep(self, x: Tensor, state: object, taker: int, narrow: Tensor) -> None:
-        """Hold `narrow` as long as x lives."""
+        """Hold `narrow` as long as x lives and a taker has not had it."""
         own = weakref.ref(self)
 
         def drop(reference: weakref.ref[Tensor]) -> None:
@@ -90,6 +101,11 @@ def share_(weights: Sequence[StoredWeight]) -> None:
 
 
 def put_(module: nn.Module, path: str, part: nn.Module) -> None:
-    """Makes `part` the submodule `path` of `module`."""
+    """Makes `part`, that of another weight, the submodule `path` of `module`."""
+    if module.get_submodule(path) is part:
+        return
     parent, _, leaf = path.rpartition(".")
     module.get_submodule(parent).add_module(leaf, part)
+    narrow = getattr(part, "narrow", None)
+    if isinstance(narrow, Narrow):
+        narrow.takers += 1

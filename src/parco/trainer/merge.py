@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from parco import adapters, hub
 from parco.fitting import evaluate, texts
-from parco.fitting.stages import Progress
+from parco.fitting.stages import Progress, tell
 
 MOST = 64
 """Windows of the text that judges a model stored anew."""
@@ -48,6 +48,7 @@ def merge(
     """
     hub.refuse_foreign(Path(out))
     loaded = hub.load(model, low_memory=False)
+    tell(progress, loaded.notes)
     whole: Any = loaded.model
     stored = getattr(whole.config, "quantization_config", None) is not None
     if stored and not requantize:

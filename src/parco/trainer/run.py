@@ -16,7 +16,7 @@ import transformers
 from transformers.trainer_utils import get_last_checkpoint
 
 from parco import hub, machine
-from parco.fitting.stages import Progress, write_json, write_whole
+from parco.fitting.stages import Progress, tell, write_json, write_whole
 from parco.hub.save import flush, put_in_place
 from parco.nn import fuse_
 from parco.report import curves
@@ -88,7 +88,7 @@ def run(
         raise ValueError(f"--batch {settings.batch} is not the same for each of {ranks} ranks: give a multiple")
     transformers.set_seed(settings.seed)
     memory.before()
-    model, tokenizer = _model(settings)
+    model, tokenizer = _model(settings, progress)
     texts = split(settings.data, settings.held, tokenizer, settings.seq, progress)
     check_windows(texts, settings)
     made_of = {"text": texts.digest, "model": folder.digest_of(model.config)}
@@ -181,11 +181,12 @@ def _has_weights(model: str | None) -> bool:
     return not Path(model).exists() or any(any(Path(model).glob(kind)) for kind in ("*.safetensors", "*.bin"))
 
 
-def _model(settings: Settings) -> tuple[Any, Any]:
+def _model(settings: Settings, progress: Progress) -> tuple[Any, Any]:
     """The model and its tokenizer. Raises ValueError where they do not fit each other or the window."""
     given, dtype = settings.model, WEIGHTS[settings.weights]
     if given is not None and _has_weights(given):
         loaded = hub.load(given, dtype=dtype, low_memory=False)
+        tell(progress, loaded.notes)
         model, tokenizer, beside = loaded.model, loaded.tokenizer, given
         _refuse_stored(model.config, given)
     else:

@@ -20,7 +20,7 @@ from parco.adapters import Bottleneck, DoRA, LoRA, VeRA
 from parco.adapters.methods import KNOWN
 from parco.adapters.targets import ALL_LINEAR
 from parco.fitting.convert import convert_
-from parco.fitting.stages import Progress, write_json, write_whole
+from parco.fitting.stages import Progress, tell, write_json, write_whole
 from parco.nn import linears
 from parco.nn.linear import Linear
 from parco.nn.saved import numbers
@@ -158,7 +158,7 @@ def tune(settings: TuneSettings, out: Path, progress: Progress, *, resume: bool 
         progress.note(f"{out}: done before")
         return json.loads((out / "result.json").read_text())
     memory.before()
-    model, tokenizer, fingerprint = _model(settings)
+    model, tokenizer, fingerprint = _model(settings, progress)
     caches = getattr(model.config, "use_cache", None)
     texts = _texts(settings, model, tokenizer, progress)
     made_of = {"data": texts.digest, "model": fingerprint}
@@ -208,7 +208,7 @@ def tune(settings: TuneSettings, out: Path, progress: Progress, *, resume: bool 
     return found
 
 
-def _model(settings: TuneSettings) -> tuple[Any, Any, str]:
+def _model(settings: TuneSettings, progress: Progress) -> tuple[Any, Any, str]:
     """The model as it lies in its folder, in fp32 where all of it trains, its tokenizer with the chat template, and the
     folder's fingerprint: no checkpoint holds the frozen matrices.
     """
@@ -216,6 +216,7 @@ def _model(settings: TuneSettings) -> tuple[Any, Any, str]:
     template = None if settings.template is None else examples.template_of(settings.template)
     # What is stored anew is read once; all else is in memory, because initialisations change matrices in place.
     loaded = hub.load(settings.model, dtype=torch.float32 if full else None, low_memory=settings.base is not None)
+    tell(progress, loaded.notes)
     model: Any = loaded.model
     stored = getattr(model.config, "quantization_config", None) is not None
     if stored and full:

@@ -1,5 +1,6 @@
 """linear_lora: a frozen matrix with LoRA's factors beside it in one operation, against the numbers they stand for."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from tests.laws.kernel_laws import KernelLaws
 from torch import Tensor
 
 from parco.kernels.linear import linear_lora
-from parco.kernels.linear.lora import dropped
+from parco.kernels.linear.lora import ROWS, dropped
 
 PLANS = ["bf16 37x96", "fp32 37x96", "int4:32 37x96", "nf4:32 37x16 * bf16 16x96", "int8:row 37x96 + bf16 37x96"]
 SCALE = 0.7
@@ -94,6 +95,31 @@ def test_dropout_is_the_same_for_any_number_of_threads_and_of_the_factors_alone(
     assert torch.equal(linear_lora(*silent), linear_lora(*without))
 
 
+def test_blocks_of_rows_have_masks_of_their_own() -> None:
+    """Where half of two masks is 0, half of their numbers differ, unless one is the other."""
+    ones = torch.ones(3 * ROWS, 96)
+    blocks = [block for seed in (11, 12, 13) for block in dropped(ones, 0.5, seed).split(ROWS)]
+    for one, other in itertools.combinations(blocks, 2):
+        assert abs(float((one != other).double().mean()) - 0.5) < 0.015  # 49,152 draws: six standard deviations
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_what_is_kept_in_16_bits_is_divided_by_1_minus_p_in_fp32(trains: bool) -> None:
+    """1 / 0.7 in bf16 is greater by 8e-4, which would be in every number; what is rounded once is off on average by
+    0.
+    """
+    plan, p = "bf16 37x96", 0.3
+    x, (matrix,), _, _, a, b, scale, *_ = arguments(plan, 60, torch.bfloat16)
+    x, a, b = x.detach(), a.detach(), b.detach()
+    matrix = torch.zeros_like(matrix).requires_grad_(trains)
+    call = (x, [matrix], None, plan, a, b, scale, torch.tensor([11]), p)
+    mask = dropped(torch.ones(x.shape, dtype=torch.float64), p, 11)
+    assert mask.max() == pytest.approx(1 / (1 - p), rel=1e-12)
+    expected = scale * (x.double() * mask) @ a.double().T @ b.double().T
+    for found, exact in ((linear_lora(*call).detach(), expected), (dropped(x, p, 11), x * mask)):
+        assert float((found.double() * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=2e-4)
+
+
 @pytest.mark.parametrize("plan", ["bf16 37x96", "fp32 37x96"])
 def test_a_matrix_that_trains_has_its_gradient(plan: str) -> None:
     call = arguments(plan, 20, torch.float32, P)
@@ -116,6 +142,9 @@ def test_a_bias_has_its_gradient_and_frozen_factors_none() -> None:
     [
         (0, torch.zeros(3, 95), "last dimension must be 96"),
         (4, torch.zeros(5, 95), r"a has the shape \(5, 95\)"),
+        (4, torch.zeros(()), r"a has the shape \(\)"),
+        (4, torch.zeros(96), r"a has the shape \(96,\)"),
+        (5, torch.zeros(()), r"b has the shape \(\)"),
         (5, torch.zeros(37, 4), r"b has the shape \(37, 4\)"),
         (7, None, "seed must be one int64"),
         (8, 1.0, "p is 1"),

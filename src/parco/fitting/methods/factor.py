@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parco.fitting.factor import factorize, fisher_factors, rank_for, refit_left, scaled_factors
-from parco.fitting.methods.method import Made, Method, Shape, check, matrix_shape
+from parco.fitting.methods.method import Made, Method, Shape, check, matrix_shape, number
 from parco.fitting.methods.quantize import Quantize
 from parco.fitting.statistics import Statistics
 from parco.formats import Format
@@ -105,7 +105,7 @@ class Factor(Method):
         return True
 
     def __str__(self) -> str:
-        arguments = [f"{self.ratio:g}" if self.ratio is not None else f"rank={self.rank}"]
+        arguments = [number(self.ratio) if self.ratio is not None else f"rank={self.rank}"]
         arguments += [f"metric={self.metric}"] if self.metric != "auto" else []
         arguments += [f"format={self.format}"] if str(self.format) != "bf16" else []
         return f"factor({','.join(arguments)})"

@@ -113,6 +113,11 @@ def output_error(
     return row_error(statistics.target(target) - spec.dense(*tensors), statistics.gram, statistics.count)
 
 
+def number(value: float) -> str:
+    """A number in a method's text, from which `parse` reads the very same one."""
+    return repr(float(value)).removesuffix(".0")
+
+
 def matrix_shape(weight: Tensor) -> Shape:
     return weight.shape[0], weight.shape[1]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parco.fitting.methods.correct import Corrected
-from parco.fitting.methods.method import Made, Method, Shape, check, output_error
+from parco.fitting.methods.method import Made, Method, Shape, check, number, output_error
 from parco.fitting.methods.quantize import Keep
 from parco.fitting.statistics import Statistics
 from parco.formats import DTYPE_NAMES
@@ -169,7 +169,7 @@ class Scale(Transform):
         return self.rule == "awq" and self.exponent is not None
 
     def __str__(self) -> str:
-        arguments = [f"{self.exponent:g}"] if self.exponent is not None else []
+        arguments = [number(self.exponent)] if self.exponent is not None else []
         arguments += [f"rule={self.rule}"] if self.rule != "awq" else []
         return f"scale({','.join(arguments)})" if arguments else "scale"
 

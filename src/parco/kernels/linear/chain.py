@@ -264,15 +264,8 @@ def _settle(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, plan: str
         x, held = x.contiguous(), [tensor.contiguous() for tensor in tensors]
         bias = None if bias is None else bias.contiguous()
         y = x.new_empty(shape)
-        _C.run_chain(
-            chain,
-            addresses(places, held),
-            0 if bias is None else bias.data_ptr(),
-            x.data_ptr(),
-            y.data_ptr(),
-            rows,
-            torch.get_num_threads(),
-        )
+        others = (0 if bias is None else bias.data_ptr(), x.data_ptr(), y.data_ptr())
+        _C.run_chain(chain, addresses(places, held), *others, rows, torch.get_num_threads())
         return y
 
     return launch

@@ -31,6 +31,11 @@ BACKWARD = "linear_lora_backward"
 ROWS = 512
 """Of x at a time, whose sums in fp32 stay in the cache. Others would be other masks."""
 
+_STEP = 0x9E3779B97F4A7C15
+"""Between the seeds of blocks of ROWS: 2⁶⁴ over the golden ratio, as Philox steps its keys. By steps of 1 the second
+block under one seed would be the first under the next.
+"""
+
 _WHOLE = parse_format("int8:row")
 """Whole numbers, where the scale is 1; codes are 128 above them."""
 
@@ -50,8 +55,8 @@ class LoraCall(NamedTuple):
 
 
 def masks(like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor | None]]:
-    """(rows, factors 0 or 1/(1 - p)) of a matrix of the shape and dtype of `like`, some rows at a time; None for
-    factors where p is 0.
+    """(rows, factors 0 or 1/(1 - p)) of a matrix of the shape of `like`, some rows at a time; None for factors where p
+    is 0. They are fp32 at least: 1/(1 - p) in bf16 would be up to 2⁻⁹ off, and all of what is kept with it.
 
     They are 1 - p rounded stochastically to whole numbers: casts do that compiled, with random bits counted by rows and
     columns, some twenty times faster than `random_bits`.
@@ -61,17 +66,19 @@ def masks(like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor | N
     device = like.device
     kept = torch.full((height, columns), 1 - p, device=device) if p else None
     unit = torch.ones(height, 1, device=device)
+    wide = torch.promote_types(like.dtype, torch.float32)
     for index, first in enumerate(range(0, count, ROWS)):
         size = min(ROWS, count - first)
         factors = None
         if kept is not None:
-            drawn = encode(kept[:size], _WHOLE, rounding="stochastic", seed=seed + index, scale=unit[:size])
-            factors = (drawn.tensors["codes"] & 1).to(like.dtype).mul_(1 / (1 - p))
+            own = (seed + index * _STEP) % (1 << 64)
+            drawn = encode(kept[:size], _WHOLE, rounding="stochastic", seed=own, scale=unit[:size])
+            factors = (drawn.tensors["codes"] & 1).to(wide).mul_(1 / (1 - p))
         yield slice(first, first + size), factors
 
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """x [M, K] with each number 0 with probability `p` and divided by 1 - p otherwise."""
+    """x [M, K] with each number 0 with probability `p` and divided by 1 - p otherwise, rounded once."""
     found = torch.empty_like(x)
     for rows, factors in masks(x, p, seed):
         found[rows] = x[rows] if factors is None else x[rows] * factors
@@ -109,7 +116,8 @@ def check(
     chain.check(x, tensors, bias, plan)
     terms = chain.parse(plan)
     outputs, columns = terms[0][0].outputs, terms[0][-1].columns
-    for name, factor, shape in (("a", a, (a.shape[0], columns)), ("b", b, (outputs, a.shape[0]))):
+    rank = a.shape[0] if a.ndim == 2 else None
+    for name, factor, shape in (("a", a, (rank, columns)), ("b", b, (outputs, rank))):
         check_float(operation, name, factor)
         if tuple(factor.shape) != shape:
             raise ValueError(
@@ -337,8 +345,8 @@ def _composed(
     if not any(tensor.requires_grad for tensor in tensors):
         return None
     rows = x.reshape(-1, x.shape[-1])
-    read = rows * dropped(torch.ones_like(rows), p, _number(seed)) if p else rows
-    added = (read.float() @ a.float().t()) @ b.float().t() * scale
+    read = _read(rows, dropped(torch.ones_like(rows, dtype=torch.float32), p, _number(seed)) if p else None)
+    added = (read @ a.float().t()) @ b.float().t() * scale
     return chain.apart(rows, tensors, bias, plan, added).reshape(*x.shape[:-1], b.shape[0])
 
 
