@@ -1,7 +1,7 @@
 """What claims about compressed models have in common: two small models, their texts, their statistics and their losses.
 
 The models are the one that ships with parco, a Llama of 10 M parameters, and a GPT-2 of 3 M that is trained here for
-some minutes on the same text (the Python installation's own sources) and kept under --work. Both are calibrated on a
+half an hour on the same text (the Python installation's own sources) and kept under --work. Both are calibrated on a
 part of that text and judged on sources that neither has seen: the held-out part of the standard library, and
 PyTorch's functional.py, which others wrote in another style.
 """
@@ -39,7 +39,7 @@ EXTENT = Extent(statistics=32, energy=16, check=8)
 HELD = 16
 """Windows of each text on which a model is judged."""
 HEAL = heal.STEPS
-STEPS = 300
+STEPS = 600
 ROWS = 4
 """Windows at once."""
 GPT2 = {"n_embd": 192, "n_layer": 4, "n_head": 3, "n_positions": 512}
@@ -149,8 +149,8 @@ def gpt2(work: Path) -> Path:
     data, held = sources(work)
     out = work / "gpt2-trained"
     settings = Settings(
-        model=str(start), data=(str(data),), held=str(held), steps=STEPS, batch=4, seq=512, lr=4e-3, warmup=30,
-        eval_every=STEPS, save_every=STEPS // 3, watch_every=0,
+        model=str(start), data=(str(data),), held=str(held), steps=STEPS, batch=8, seq=512, lr=3e-3, warmup=60,
+        eval_every=STEPS, save_every=STEPS // 6, watch_every=0,
     )  # fmt: skip
     train(settings, out, Silent(), resume=out.exists())
     return out / "model"

@@ -11,7 +11,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "compression.md"
 FACTORS, PRUNING = "factors_keep_more_than_published_methods", "pruning_orders_as_published"
 MODELS = {
     "llama": "the Llama of 10 M parameters that comes with parco",
-    "gpt2": "a GPT-2 of 3 M parameters, trained for it on 0.6 M tokens of the same text",
+    "gpt2": "a GPT-2 of 3 M parameters, trained for it on 2.5 M tokens of the same text",
 }
 TEXTS = {"held_out": "held-out text", "other_text": "other text"}
 
