@@ -9,7 +9,6 @@ from typing import final
 
 import torch
 
-from parco.formats import TensorSpec
 from parco.kernels.linear import linear_chain
 from parco.products.how import NATIVE, Activations, Product
 from parco.weights.weight import Weight
@@ -55,9 +54,6 @@ class LowRank(Weight):
         if left is None or right is None or len(left) != 1 or len(right) != 1:
             return None
         return (left[0] + right[0],)
-
-    def tensors(self) -> dict[str, TensorSpec]:
-        return {f"{name}.{leaf}": spec for name, part in self.parts().items() for leaf, spec in part.tensors().items()}
 
     def apply(
         self,

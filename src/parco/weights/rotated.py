@@ -9,7 +9,6 @@ from typing import final
 
 import torch
 
-from parco.formats import TensorSpec
 from parco.kernels.cast import turned, turned_back
 from parco.kernels.cast.hadamard import blocks
 from parco.products.how import NATIVE, Product
@@ -48,9 +47,6 @@ class Rotated(Weight):
 
     def inside(self, name: str, matrix: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor | None:
         return turned(matrix.float(), self.seed)
-
-    def tensors(self) -> dict[str, TensorSpec]:
-        return {f"inner.{leaf}": spec for leaf, spec in self.inner.tensors().items()}
 
     def apply(
         self,

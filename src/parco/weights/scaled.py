@@ -9,7 +9,6 @@ from typing import final
 
 import torch
 
-from parco.formats import TensorSpec
 from parco.products.how import NATIVE, Product
 from parco.weights.dense import Dense
 from parco.weights.weight import Weight
@@ -50,9 +49,6 @@ class Scaled(Weight):
 
     def inside(self, name: str, matrix: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor | None:
         return matrix.float() / tensors[-1].float() if name == "inner" else None
-
-    def tensors(self) -> dict[str, TensorSpec]:
-        return {f"{name}.{leaf}": spec for name, part in self.parts().items() for leaf, spec in part.tensors().items()}
 
     def apply(
         self,

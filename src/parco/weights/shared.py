@@ -13,7 +13,6 @@ from typing import final
 
 import torch
 
-from parco.formats import TensorSpec
 from parco.products.how import NATIVE, Product
 from parco.weights.weight import Weight
 
@@ -42,9 +41,6 @@ class Shared(Weight):
 
     def products(self) -> tuple[tuple[Weight, ...], ...] | None:
         return self.basis.products()
-
-    def tensors(self) -> dict[str, TensorSpec]:
-        return {f"basis.{leaf}": spec for leaf, spec in self.basis.tensors().items()}
 
     def apply(
         self,

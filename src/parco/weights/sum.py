@@ -9,7 +9,6 @@ from typing import final
 
 import torch
 
-from parco.formats import TensorSpec
 from parco.kernels.linear import linear_chain
 from parco.products.how import NATIVE, Activations, Product
 from parco.weights.weight import Weight
@@ -57,9 +56,6 @@ class Sum(Weight):
                 return None
             found += own
         return found
-
-    def tensors(self) -> dict[str, TensorSpec]:
-        return {f"{name}.{leaf}": spec for name, part in self.parts().items() for leaf, spec in part.tensors().items()}
 
     def apply(
         self,

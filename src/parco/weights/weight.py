@@ -67,11 +67,11 @@ class Weight(abc.ABC):
         """
         raise TypeError(f"{self} is made of parts, and how a matrix is shared among them is a method's choice")
 
-    @abc.abstractmethod
     def tensors(self) -> dict[str, TensorSpec]:
-        """Name, shape and dtype of every stored tensor, in the order in which the other methods take them. Parts prefix
-        their names: `left.codes`.
+        """Name, shape and dtype of every stored tensor, in the order in which the other methods take them. Those of
+        parts are prefixed by the parts' names: `left.codes`. A Weight without parts says its own.
         """
+        return {f"{name}.{leaf}": spec for name, part in self.parts().items() for leaf, spec in part.tensors().items()}
 
     def pack(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tensors in the layout that the CPU's kernels read fastest: other shapes, the same bytes but for rows that

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from parco.fitting.methods.factor import Factor, QuantizedFactors
+from parco.fitting.methods.factor import Factored
 from parco.fitting.methods.method import Made, Method, Shape, check, matrix_shape
 from parco.fitting.methods.prune import Prune, QuantizedPrune
 from parco.fitting.methods.quantize import Quantize
@@ -29,7 +29,7 @@ class Corrected(Method):
     """
 
     base: Quantize | Prune | QuantizedPrune
-    correction: Factor | QuantizedFactors
+    correction: Factored
 
     def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
         check(weight, statistics, self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, final, get_args
@@ -19,9 +20,47 @@ from parco.weights import Dense, LowRank, Weight
 Metric = Literal["auto", "plain", "activation", "fisher", "scaled"]
 
 
+class Factored(Method):
+    """Low rank: a right factor and a left one, which may be that of several matrices above each other."""
+
+    @abc.abstractmethod
+    def rank_of(self, shape: Shape) -> int:
+        """The rank for a matrix of `shape`."""
+
+    @abc.abstractmethod
+    def part(self, shape: Shape) -> Weight:
+        """The Weight of a factor of `shape`."""
+
+    @abc.abstractmethod
+    def stored(self, weight: Tensor, statistics: Statistics | None, rows: Sequence[int]) -> list[Made]:
+        """The right factor, then the left one in parts of so many `rows`, each stored by itself."""
+
+    def parts(self, columns: int, rows: Sequence[int]) -> list[Weight]:
+        """The Weights of what `stored` gives for a matrix with these columns."""
+        rank = self.rank_of((sum(rows), columns))
+        return [self.part(shape) for shape in ((rank, columns), *((count, rank) for count in rows))]
+
+    def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
+        check(weight, statistics, self)
+        (right, right_tensors), (left, left_tensors) = self.stored(weight, statistics, [weight.shape[0]])
+        return LowRank(left, right), (*left_tensors, *right_tensors)
+
+    def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
+        right, left = self.parts(shape[1], [shape[0]])
+        return LowRank(left, right)
+
+    @property
+    def leaves_out(self) -> bool:
+        return True
+
+    @property
+    def has_factors(self) -> bool:
+        return True
+
+
 @final
 @dataclass(frozen=True)
-class Factor(Method):
+class Factor(Factored):
     """Low rank: left [N, r] times right [r, K], both dense in `format`.
 
     Give `ratio`, the share of parameters kept, r(N + K)/(NK), from which the rank follows to the nearest multiple of
@@ -60,7 +99,6 @@ class Factor(Method):
             object.__setattr__(self, name, value)
 
     def rank_of(self, shape: Shape) -> int:
-        """The rank for a matrix of `shape`."""
         return rank_for(self.ratio, shape) if self.ratio is not None else min(self.rank or 1, *shape)
 
     def factors(self, weight: Tensor, statistics: Statistics | None = None) -> tuple[Tensor, Tensor]:
@@ -74,35 +112,16 @@ class Factor(Method):
             return (fisher_factors if self.metric == "fisher" else scaled_factors)(weight, rank, statistics)
         return factorize(weight, rank, statistics)
 
-    def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
-        check(weight, statistics, self)
-        return _product(self.stored(weight, statistics, [weight.shape[0]]))
-
     def stored(self, weight: Tensor, statistics: Statistics | None, rows: Sequence[int]) -> list[Made]:
-        """The right factor, then the left one in parts of so many `rows`."""
         left, right = self.factors(weight, statistics)
         return [_dense(part, self.format) for part in (right, *left.split(list(rows)))]
 
-    def parts(self, columns: int, rows: Sequence[int]) -> list[Weight]:
-        """The Weights of what `stored` gives for a matrix with these columns."""
-        rank = self.rank_of((sum(rows), columns))
-        return [Dense(shape, self.format) for shape in ((rank, columns), *((count, rank) for count in rows))]
-
-    def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
-        right, left = self.parts(shape[1], [shape[0]])
-        return LowRank(left, right)
-
-    @property
-    def leaves_out(self) -> bool:
-        return True
+    def part(self, shape: Shape) -> Weight:
+        return Dense(shape, self.format)
 
     @property
     def needs_inputs(self) -> bool:
         return self.metric not in ("auto", "plain")
-
-    @property
-    def has_factors(self) -> bool:
-        return True
 
     def __str__(self) -> str:
         arguments = [number(self.ratio) if self.ratio is not None else f"rank={self.rank}"]
@@ -116,15 +135,9 @@ def _dense(matrix: Tensor, form: Format) -> Made:
     return spec, spec.encode(matrix)
 
 
-def _product(factors: list[Made]) -> Made:
-    """The matrix whose right and left factors these are."""
-    (right, right_tensors), (left, left_tensors) = factors
-    return LowRank(left, right), (*left_tensors, *right_tensors)
-
-
 @final
 @dataclass(frozen=True)
-class QuantizedFactors(Method):
+class QuantizedFactors(Factored):
     """`factor >> quantize`: low-rank factors, each stored by `quantize`.
 
     `right` is rounded first, under the gram of x (its errors reach the output unchanged where `left` is
@@ -135,12 +148,7 @@ class QuantizedFactors(Method):
     factor: Factor
     quantize: Quantize
 
-    def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
-        check(weight, statistics, self)
-        return _product(self.stored(weight, statistics, [weight.shape[0]]))
-
     def stored(self, weight: Tensor, statistics: Statistics | None, rows: Sequence[int]) -> list[Made]:
-        """As Factor's: the right factor, then the left one in parts of so many `rows`, each quantized by itself."""
         _, right = self.factor.factors(weight, statistics)
         seen = None if statistics is None or statistics.empty or self.factor.metric == "plain" else statistics
         target = weight.detach().float() if seen is None else seen.target(weight.detach().float())
@@ -148,26 +156,15 @@ class QuantizedFactors(Method):
         left, inner = refit_left(target, right_spec.dense(*right_tensors), seen)
         return [(right_spec, right_tensors), *(self.quantize(part, inner) for part in left.split(list(rows)))]
 
-    def parts(self, columns: int, rows: Sequence[int]) -> list[Weight]:
-        """As Factor's."""
-        rank = self.factor.rank_of((sum(rows), columns))
-        return [self.quantize.spec(shape) for shape in ((rank, columns), *((count, rank) for count in rows))]
+    def rank_of(self, shape: Shape) -> int:
+        return self.factor.rank_of(shape)
 
-    def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
-        right, left = self.parts(shape[1], [shape[0]])
-        return LowRank(left, right)
-
-    @property
-    def leaves_out(self) -> bool:
-        return True
+    def part(self, shape: Shape) -> Weight:
+        return self.quantize.spec(shape)
 
     @property
     def needs_inputs(self) -> bool:
         return self.factor.needs_inputs or self.quantize.needs_inputs
-
-    @property
-    def has_factors(self) -> bool:
-        return True
 
     def __str__(self) -> str:
         return f"{self.factor}>>{self.quantize}"

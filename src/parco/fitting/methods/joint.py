@@ -10,7 +10,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from parco.fitting.methods.factor import Factor, QuantizedFactors
+from parco.fitting.methods.factor import Factored
 from parco.fitting.methods.method import Made, Method, Shape, check, matrix_shape
 from parco.fitting.statistics import Statistics
 from parco.weights import LowRank, Shared, Weight
@@ -30,7 +30,7 @@ class Joint(Method):
     """
 
     together: ClassVar[bool] = True
-    factors: Factor | QuantizedFactors
+    factors: Factored
 
     def __call__(self, weight: Tensor, statistics: Statistics | None = None) -> Made:
         return self.factors(weight, statistics)
