@@ -36,7 +36,7 @@ def test_away_from_a_terminal_progress_is_lines(capsys: pytest.CaptureFixture[st
     lines = said.err.splitlines()
     assert lines[0] == "calibrate: 4 steps"
     assert lines[1].startswith("calibrate: 1 of 4, about ")
-    assert lines[1].endswith(" s left")
+    assert lines[1].endswith("s left")
     assert lines[2] == "window 512"
     assert [line.partition(":")[0] for line in lines[3:]] == ["calibrate", "solve", "solve"]
 
@@ -48,6 +48,33 @@ def test_progress_lines_are_rare(capsys: pytest.CaptureFixture[str]):
         lines.advance()
     lines.close()
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_the_time_left_forgets_pauses_and_what_was_done_before(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    now = 1000.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    lines = terminal.Lines()
+    lines.stage("train", total=1000, done=900)
+    now += 3600.0  # the machine slept
+    lines.advance()
+    for _ in range(20):
+        now += 20.0
+        lines.advance(2)
+    assert capsys.readouterr().err.splitlines()[-1] == "train: 941 of 1000, about 9 min 50 s left"
+
+
+def test_a_job_that_goes_on_judges_by_its_own_steps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    now = 1000.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    lines = terminal.Lines()
+    lines.stage("train", total=1000, done=900)
+    now += 20.0
+    lines.advance(2)
+    assert capsys.readouterr().err.splitlines()[-1] == "train: 902 of 1000, about 16 min 20 s left"
 
 
 def test_a_job_that_is_refused_early_leaves_the_error_alone(capsys: pytest.CaptureFixture[str]):

@@ -30,7 +30,7 @@ options = dict(data=text, size=0.5, methods=["int8:row", "int4:16"], heal=25, se
 class Killed(Silent):
     def __init__(self, name, steps):
         self.name, self.steps, self.now, self.seen = name, steps, "", []
-    def stage(self, name, total=None):
+    def stage(self, name, total=None, done=0):
         self.now = name
         self.seen.append(name)
         if (name, 0) == (self.name, self.steps):

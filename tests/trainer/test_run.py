@@ -37,7 +37,7 @@ class KilledAfter(Silent):
         self.left = steps
         self.trains = False
 
-    def stage(self, name: str, total: int | None = None) -> None:
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         self.trains = name.startswith(("train", "tune"))
 
     def advance(self, n: int = 1) -> None:

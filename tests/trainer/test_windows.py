@@ -14,7 +14,7 @@ class Told(Silent):
     def __init__(self) -> None:
         self.stages: list[str] = []
 
-    def stage(self, name: str, total: int | None = None) -> None:
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         self.stages.append(name)
 
 

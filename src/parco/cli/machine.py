@@ -22,7 +22,8 @@ def machine(
 ) -> None:
     """Show the instruction sets, caches and memory of this machine, and how fast it reads and multiplies.
 
-    The speeds are measured on the first call and kept in the user's cache folder.
+    The speeds are measured on the first call and kept in the user's cache folder; when other programs had the
+    processors, they are measured again on the next calls.
     """
     from parco import machine as here
 

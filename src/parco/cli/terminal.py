@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from parco.fitting.stages import Progress
 
 SECONDS_BETWEEN_LINES = 20.0
+LINES_OF_A_RATE = 6
+"""The time left is judged by so many last lines, so that a pause is forgotten."""
 SECONDS_HELD_BACK = 10.0
 """A job that is refused this early says so in one line, without a log of its first steps above it."""
 
@@ -114,9 +117,9 @@ class Drawn:
         self._bars = bars
         self._task: TaskID | None = None
 
-    def stage(self, name: str, total: int | None = None) -> None:
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         self.close()
-        self._task = self._bars.add_task(name, total=total, time="", shown="")
+        self._task = self._bars.add_task(name, total=total, completed=done, time="", shown="")
 
     def advance(self, n: int = 1) -> None:
         if self._task is None:
@@ -149,26 +152,29 @@ class Lines:
         self._name = self._shown = ""
         self._total: int | None = None
         self._done = 0
-        self._start = self._began = self._last = time.monotonic()
+        self._start = self._began = time.monotonic()
+        self._marks: deque[tuple[float, int]] = deque(maxlen=LINES_OF_A_RATE)
         self._held: list[str] = []
 
-    def stage(self, name: str, total: int | None = None) -> None:
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         self._finish()
-        self._name, self._total, self._done, self._shown = name, total, 0, ""
-        self._began = self._last = time.monotonic()
+        self._name, self._total, self._done, self._shown = name, total, done, ""
+        self._began = time.monotonic()
+        self._marks.clear()
+        self._marks.append((self._began, done))
         self._say(f"{name}: {total} steps" if total else name)
 
     def advance(self, n: int = 1) -> None:
         self._done += n
         now = time.monotonic()
-        if now - self._last < SECONDS_BETWEEN_LINES:
+        if not self._marks or now - self._marks[-1][0] < SECONDS_BETWEEN_LINES:
             return
-        self._last = now
+        then, before = self._marks[0]
+        self._marks.append((now, self._done))
         left = ""
-        if self._total and self._done:
-            left = (
-                f" of {self._total}, about {(now - self._began) / self._done * (self._total - self._done):.0f} s left"
-            )
+        if self._total and self._done > before:
+            seconds = (now - then) / (self._done - before) * (self._total - self._done)
+            left = f" of {self._total}, about {duration(seconds)} left"
         self._say(f"{self._name}: {self._done}{left}" + (f"; {self._shown}" if self._shown else ""))
 
     def note(self, text: str) -> None:

@@ -143,10 +143,9 @@ def run(
 def train(trainer: Trainer, stage: str, out: Path, progress: Progress) -> None:
     """All steps, or those after the last checkpoint, as the stage of that name."""
     checkpoint = get_last_checkpoint(str(out)) if out.exists() else None
-    progress.stage(stage, trainer.args.max_steps)
+    progress.stage(stage, trainer.args.max_steps, int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
     if checkpoint is not None:
         progress.note(f"from {checkpoint}")
-        progress.advance(int(checkpoint.rpartition("-")[2]))
         with disk.read(Path(checkpoint) / "trainer_state.json") as file:
             json.loads(file.read_text())
     trainer.train(resume_from_checkpoint=checkpoint)
