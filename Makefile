@@ -7,7 +7,7 @@ FIT ?=
 BENCH ?=
 # What takes an hour or more, a fit of a 1.1 B model and whole trainings, is run by its own name.
 LONG := fit_% recipes_train_to_% what_each_part_% factors_keep_% pruning_orders_% corrections_pay_% adapters_match_% \
-  lora_trains_to_% low_rank_training_% int4_lora_%
+  lora_trains_to_% low_rank_training_% int4_lora_% searched_scales_%
 CLAIMS ?= $(filter-out $(addprefix benchmarks/,$(LONG)),$(wildcard benchmarks/*.py))
 
 BIN := $(VENV)/bin

@@ -99,6 +99,11 @@ def test_a_fit_s_plan_and_report_go_along(tmp_path: Path, capsys: pytest.Capture
         "plan.json": b'{"a": 1}', "report.html": b"<p>", "result.json": b"{}",
     }  # fmt: skip
     assert "diary.txt" not in here
+    notes = [hub.export(fitted, tmp_path / f"for-{to}", to)["notes"] for to in ("gguf", "compressed-tensors", "parco")]
+    assert notes == [
+        *2 * [(f"plan.json, report.html, result.json of the fit stay in {fitted}: only parco reads them",)],
+        (),
+    ]
 
 
 @pytest.mark.parametrize(("to", "name"), [("gguf", "model.gguf"), ("parco", "ours"), ("compressed-tensors", "ours")])

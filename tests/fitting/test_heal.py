@@ -10,7 +10,7 @@ import torch
 from tests.fitting.conftest import EXTENT, Calibrated
 
 from parco.fitting import apply, evaluate, heal
-from parco.fitting.latent import IntegerLeaf, RoundThrough, Trained, gather, spread
+from parco.fitting.latent import CastThrough, IntegerLeaf, LevelLeaf, RoundedLeaf, RoundThrough, Trained, gather, spread
 from parco.fitting.methods import parse
 from parco.fitting.result import HealRecord
 from parco.fitting.size import stored_bytes
@@ -44,7 +44,8 @@ def healed(
         "factor(0.5)>>int8:row",
         "int4:32+factor(rank=16)",
         "factor(0.4)",
-        "nf4:48",
+        "mxfp4",
+        "ternary",
         "scale(0.5)>>int3:16",
     ],
 )
@@ -118,6 +119,68 @@ def test_a_leaf_written_back_stores_the_value_that_was_trained() -> None:
     assert not torch.equal(value, stored.dense())
     leaf.write_back()
     torch.testing.assert_close(stored.dense(), value)
+
+
+LEVELS = ["nf4:64", "ternary", "ternary:row", "nvfp4", "mxfp4", "mxfp6_e3m2", "fp8_e4m3:row", "fp8_e4m3:128x128"]
+
+
+def leaf_of(stored: StoredWeight, original: torch.Tensor | None) -> RoundedLeaf:
+    trained = Trained(torch.Generator().manual_seed(0))
+    trained.add(stored, original)
+    (leaf,) = trained.leaves.values()
+    assert isinstance(leaf, RoundedLeaf)
+    return leaf
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("text", [*LEVELS, "fp6_e2m3", "int4:32x32", "fp8_e4m3:128x128:pow2"])
+def test_a_leaf_of_other_formats_begins_and_ends_as_what_is_stored(text: str, known: bool) -> None:
+    matrix = torch.randn(24, 40)
+    stored = StoredWeight(spec := Quantized(text, (24, 40)), spec.encode(matrix))
+    # As after GPTQ: not every number is the nearest to the original.
+    moved = matrix + 0.3 * torch.randn_like(matrix) if known else None
+    leaf, before = leaf_of(stored, moved), [tensor.clone() for tensor in stored.tensors()]
+    assert isinstance(leaf, LevelLeaf)
+    assert torch.equal(leaf.value(), stored.dense())
+    if moved is not None:
+        assert float((leaf.latent() - moved).abs().mean()) < float((stored.dense() - moved).abs().mean())
+    leaf.write_back()
+    assert torch.equal(leaf.value(), stored.dense())
+    assert all(torch.equal(a, b) for a, b in zip(before[1:], stored.tensors()[1:], strict=True))
+    with torch.no_grad():
+        leaf.left.normal_()
+        if leaf.factor is not None:
+            leaf.factor.normal_(std=0.1)
+    value = leaf.value().detach()
+    assert not torch.equal(value, stored.dense())
+    leaf.write_back()
+    assert torch.equal(stored.dense(), value)
+
+
+def test_scales_of_other_formats_train_where_they_are_floats() -> None:
+    trains = {name: leaf_of(StoredWeight.encode(Quantized(name, (8, 64)), torch.randn(8, 64)), None) for name in LEVELS}
+    assert {name for name, leaf in trains.items() if leaf.factor is not None} == {
+        "nf4:64",
+        "ternary",
+        "ternary:row",
+        "fp8_e4m3:row",
+        "fp8_e4m3:128x128",
+    }
+
+
+def test_casts_pass_gradients_within_range_and_teach_their_scales() -> None:
+    stored = StoredWeight(
+        spec := Quantized("ternary:row", (2, 4)), spec.encode(torch.ones(2, 4), scale=torch.tensor([[0.5], [2.0]]))
+    )
+    leaf = leaf_of(stored, None)
+    latent = torch.tensor([[0.2, 0.6, -0.4, 9.0], [0.5, -1.5, 3.0, 0.0]], requires_grad=True)
+    scale = torch.tensor([[0.5], [2.0]], requires_grad=True)
+    value = CastThrough.apply(latent, scale, leaf.scales, leaf)
+    torch.testing.assert_close(value, torch.tensor([[0.0, 0.5, -0.5, 0.5], [0.0, -2.0, 2.0, 0.0]]))
+    value.sum().backward()
+    assert latent.grad is not None and scale.grad is not None
+    torch.testing.assert_close(latent.grad, torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 1.0]]))
+    torch.testing.assert_close(scale.grad, torch.tensor([[-0.4 + 1.0 - 0.2 + 1.0], [-0.25 - 0.25 + 1.0]]))
 
 
 def test_gradients_are_straight_through_within_range_and_zero_outside() -> None:

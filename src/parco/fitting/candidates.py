@@ -37,6 +37,8 @@ DEFAULT = (
     "int3:32",
     "int3:64",
     "int2:32",
+    "ternary:row",
+    "prune(50%)>>int4:row",
     "factor(0.5)",
     "factor(0.5)>>int8:row",
     "factor(0.75)>>int4:64",

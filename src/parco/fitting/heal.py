@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from parco.fitting import size
-from parco.fitting.latent import IntegerLeaf, Trained
+from parco.fitting.latent import Trained
 from parco.fitting.result import HealRecord
 from parco.fitting.stages import Progress, Stage, seeded
 from parco.fitting.stream import Stream, windows_in_batches
@@ -171,16 +171,11 @@ class _Patient:
                 self.patched.append(stored)
 
     def _groups(self) -> list[dict[str, Any]]:
-        low_rank: list[nn.Parameter] = []
-        scale: list[nn.Parameter] = []
-        dense = [parameter for parameter, _ in self.dense]
+        named: dict[str, list[nn.Parameter]] = {name: [] for name in RATES}
+        named["dense"] += [parameter for parameter, _ in self.dense]
         for leaf in self.trained.leaves.values():
-            if isinstance(leaf, IntegerLeaf):
-                low_rank += [leaf.left, leaf.right]
-                scale.append(leaf.factor)
-            else:
-                dense += list(leaf.parameters())
-        named = {"low_rank": low_rank, "scale": scale, "dense": dense}
+            for name, parameters in leaf.groups().items():
+                named[name] += parameters
         return [{"params": named[name], "lr": rate, "rate": rate} for name, rate in RATES.items() if named[name]]
 
     def state(self) -> list[Tensor]:

@@ -5,21 +5,28 @@ A quantized matrix is a latent one, rounded in every forward pass with a straigh
     latent = start + step · B A,     rank(B A) = 16,
 
 where `start` is the original matrix moved to within half a step of what is stored, so that before the first update
-rounding it gives the stored codes, and `step` is the mean scale, which makes the rate mean the same at every width of
-number. Scales train too, as a factor near one, and are rounded to their stored type in the forward pass. At the end
-codes and scales are written back: no byte is added. Dense leaves train as they are, rounded to their stored type in the
-forward pass too, and so do the kept numbers of sparse ones, whose zeros stay where they are.
+rounding it gives the stored codes, and `step` is the mean step, which makes the rate mean the same at every width of
+number. Scales train too, as a factor near one, and are rounded to their stored type in the forward pass; those of one
+byte (MX, NVFP4), too coarse for that, stay. At the end codes and scales are written back: no byte is added. Dense
+leaves train as they are, rounded to their stored type in the forward pass too, and so do the kept numbers of sparse
+ones, whose zeros stay where they are.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from parco.fitting.scales import levels_of, written
+from parco.kernels.cast import decode
+from parco.kernels.cast.codes import per_element
 from parco.kernels.cast.packing import pack, unpack
+from parco.kernels.cast.scaling import scale_numbers
+from parco.kernels.cast.tiles import block_sum
 from parco.nn import StoredWeight
 from parco.weights import Dense, Quantized, Sparse, Weight
 
@@ -33,6 +40,10 @@ class Leaf(nn.Module):
 
     def value(self) -> Tensor:
         raise AssertionError("abstract")
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """What trains, by the kind that decides its rate: low_rank, scale or dense."""
+        return {"dense": list(self.parameters())}
 
     def write_back(self) -> None:
         """Store what `value()` stands for in the StoredWeight that this leaf was made from."""
@@ -80,7 +91,7 @@ class SparseLeaf(Leaf):
 
 
 class FrozenLeaf(Leaf):
-    """A leaf whose format has no straight-through rounding here: it stays as it is."""
+    """A leaf whose rounding is not learned here, of zeros in few bits or with zero points across rows: it stays."""
 
     def __init__(self, stored: StoredWeight) -> None:
         super().__init__()
@@ -90,61 +101,150 @@ class FrozenLeaf(Leaf):
         return self.get_buffer("matrix")
 
 
-class IntegerLeaf(Leaf):
-    """An integer matrix, scaled along its rows."""
+class RoundedLeaf(Leaf):
+    """A matrix of few bits, as a latent one that is rounded."""
 
-    def __init__(self, stored: StoredWeight, original: Tensor | None, generator: torch.Generator) -> None:
+    def __init__(self, stored: StoredWeight) -> None:
         super().__init__()
         spec = stored.spec
         assert isinstance(spec, Quantized)
-        self.stored = [stored]
-        rows, columns = spec.shape
-        bits = spec.format.bits
-        named = dict(zip(spec.tensors(), stored.tensors(), strict=True))
-        scale = named["scale"].detach().float()
-        self.scale_dtype = named["scale"].dtype
-        self.group = min(spec.format.block.columns or columns, columns)
-        zero = named["zero"].detach().float() if "zero" in named else torch.tensor(float(1 << (bits - 1)))
-        lowest = 1.0 if bits == 8 and "zero" not in named else 0.0
-        codes = unpack(named["codes"].detach(), bits, columns).float()
-        self.bits, self.lowest, self.highest = bits, lowest, float((1 << bits) - 1)
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("zero", zero, persistent=False)
-        centre = spread(zero, self.group, columns) if zero.ndim else zero
-        wide = spread(scale, self.group, columns)
-        start = (codes - centre) * wide
-        if original is not None:
-            room = SNUG * wide.abs()
-            start = torch.minimum(torch.maximum(original.float(), start - room), start + room)
-        self.register_buffer("start", start, persistent=False)
-        self.step = float(scale.abs().mean()) or 1.0
+        self.stored, self.format = [stored], spec.format
+        tensors = {name: t.detach() for name, t in zip(spec.tensors(), stored.tensors(), strict=True)}
+        self.codes = tensors.pop("codes")
+        self.scales = {name: tensor.clone() for name, tensor in tensors.items()}
+        self.factor: nn.Parameter | None = None
+
+    def begin(self, start: Tensor, step: float, generator: torch.Generator) -> None:
+        """The latent `start` [N, K] and the mean step."""
+        rows, columns = start.shape
         rank = min(RANK, rows, columns)
+        self.step = step or 1.0
+        self.register_buffer("start", start, persistent=False)
         self.right = nn.Parameter(torch.randn(rank, columns, generator=generator) / rank**0.5)
         self.left = nn.Parameter(torch.zeros(rows, rank))
-        self.factor = nn.Parameter(torch.zeros_like(scale))
 
     def latent(self) -> Tensor:
         return torch.addmm(self.get_buffer("start"), self.left, self.right, alpha=self.step)
 
-    def scales(self) -> Tensor:
-        """Scales as stored, [N or 1, groups] float32, with a gradient to their factors."""
-        scale = self.get_buffer("scale") * (1.0 + self.factor)
-        return scale + (scale.detach().to(self.scale_dtype).float() - scale.detach())
+    def scale(self) -> Tensor:
+        """Scales as stored, float32 of the stored shape, with a gradient to their factors."""
+        stored = self.scales["scale"]
+        if self.factor is None:
+            return stored.float()
+        scale = stored.float() * (1.0 + self.factor)
+        return scale + (scale.detach().to(stored.dtype).float() - scale.detach())
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        scale = [] if self.factor is None else [self.factor]
+        return {"low_rank": [self.left, self.right], "scale": scale}
+
+    def replace(self, codes: Tensor, scales: Mapping[str, Tensor]) -> None:
+        """Put these into the StoredWeight."""
+        spec: Any = self.stored[0].spec
+        named = dict(zip(spec.tensors(), self.stored[0].tensors(), strict=True))
+        named["codes"].data = codes
+        for name, tensor in scales.items():
+            named[name].data = tensor
+
+
+class LevelLeaf(RoundedLeaf):
+    """A matrix of floats, of a table, or of integers that share scales across rows: cast under the scales it has."""
+
+    def __init__(self, stored: StoredWeight, original: Tensor | None, generator: torch.Generator) -> None:
+        super().__init__(stored)
+        levels = levels_of(self.format.element)
+        self.least, self.greatest = float(levels[0]), float(levels[-1])
+        numbers = scale_numbers(self.format, self.scales)
+        mean = 1.0 if numbers is None else float(numbers.abs().mean())
+        values = stored.dense().detach()
+        start = values if original is None else self._within(original.float(), values)
+        self.begin(start, mean * (self.greatest - self.least) / (len(levels) - 1), generator)
+        if self.format.has_free_scales:
+            self.factor = nn.Parameter(torch.zeros_like(self.scales["scale"], dtype=torch.float32))
+
+    def _within(self, original: Tensor, values: Tensor) -> Tensor:
+        """As far from the stored `values` towards the original as rounding still gives them."""
+        start = values.clone()
+        for share in (0.125, 0.25, 0.5, 0.7, 0.85, 1.0):
+            moved = torch.lerp(values, original, share)
+            start = torch.where(decode(written(moved, self.format, self.scales)) == values, moved, start)
+        return start
+
+    def _stored_scales(self) -> dict[str, Tensor]:
+        if self.factor is None:
+            return self.scales
+        return self.scales | {"scale": self.scale().detach().to(self.scales["scale"].dtype)}
+
+    def value(self) -> Tensor:
+        numbers = self.scale() if self.factor is not None else scale_numbers(self.format, self.scales)
+        return CastThrough.apply(self.latent(), numbers, self._stored_scales(), self)  # pyright: ignore
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        scales = self._stored_scales()
+        self.replace(written(self.latent(), self.format, scales).tensors["codes"], scales)
+
+
+class CastThrough(torch.autograd.Function):
+    """What a cast under given scales keeps of a latent, with the gradients of RoundThrough."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, latent: Tensor, numbers: Tensor | None, scales: Mapping[str, Tensor], leaf: LevelLeaf
+    ) -> Tensor:
+        value = decode(written(latent, leaf.format, scales))
+        ctx.save_for_backward(latent, value, numbers)
+        ctx.leaf = leaf
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        latent, value, numbers = ctx.saved_tensors
+        leaf: LevelLeaf = ctx.leaf
+        block = leaf.format.block
+        inverse = latent.new_ones(())
+        if numbers is not None:
+            inverse = per_element(torch.where(numbers == 0, 0.0, 1.0 / numbers), block, tuple(latent.shape))
+        exact = latent * inverse
+        inside = (exact >= leaf.least) & (exact <= leaf.greatest)
+        grad_numbers = None
+        if numbers is not None and ctx.needs_input_grad[1]:
+            grad_numbers = block_sum(grad * (value * inverse - inside * exact), block)
+        return grad * inside, grad_numbers, None, None
+
+
+class IntegerLeaf(RoundedLeaf):
+    """An integer matrix, scaled along its rows."""
+
+    def __init__(self, stored: StoredWeight, original: Tensor | None, generator: torch.Generator) -> None:
+        super().__init__(stored)
+        columns, bits = stored.spec.shape[1], self.format.bits
+        self.group = min(self.format.block.columns or columns, columns)
+        scale = self.scales["scale"].float()
+        zero = self.scales["zero"].float() if "zero" in self.scales else torch.tensor(float(1 << (bits - 1)))
+        self.lowest = 1.0 if bits == 8 and "zero" not in self.scales else 0.0
+        self.highest = float((1 << bits) - 1)
+        self.register_buffer("zero", zero, persistent=False)
+        centre = spread(zero, self.group, columns) if zero.ndim else zero
+        wide = spread(scale, self.group, columns)
+        start = (unpack(self.codes, bits, columns).float() - centre) * wide
+        if original is not None:
+            room = SNUG * wide.abs()
+            start = torch.minimum(torch.maximum(original.float(), start - room), start + room)
+        self.begin(start, float(scale.abs().mean()), generator)
+        self.factor = nn.Parameter(torch.zeros_like(scale))
 
     def value(self) -> Tensor:
         return RoundThrough.apply(  # pyright: ignore
-            self.latent(), self.scales(), self.get_buffer("zero"), self.group, self.lowest, self.highest
+            self.latent(), self.scale(), self.get_buffer("zero"), self.group, self.lowest, self.highest
         )
 
     @torch.no_grad()
     def write_back(self) -> None:
-        spec: Any = self.stored[0].spec
-        named = dict(zip(spec.tensors(), self.stored[0].tensors(), strict=True))
-        codes = unsigned_codes(
-            self.latent(), self.scales(), self.get_buffer("zero"), self.group, self.lowest, self.highest
-        )
-        named["codes"].data = pack(codes.to(torch.uint8), self.bits)
-        named["scale"].data = self.scales().to(self.scale_dtype)
+        scale = self.scale()
+        codes = unsigned_codes(self.latent(), scale, self.get_buffer("zero"), self.group, self.lowest, self.highest)
+        self.replace(pack(codes.to(torch.uint8), self.format.bits), {"scale": scale.to(self.scales["scale"].dtype)})
 
 
 def spread(per_group: Tensor, group: int, columns: int) -> Tensor:
@@ -230,8 +330,11 @@ class Trained:
         spec = stored.spec
         if isinstance(spec, Dense):
             return DenseLeaf(stored)
-        if isinstance(spec, Quantized) and spec.format.is_plain_integer and spec.format.block.rows == 1:
-            return IntegerLeaf(stored, original, self.generator)
+        if isinstance(spec, Quantized):
+            if spec.format.is_plain_integer and spec.format.block.rows == 1:
+                return IntegerLeaf(stored, original, self.generator)
+            if not spec.format.is_asymmetric:
+                return LevelLeaf(stored, original, self.generator)
         if isinstance(spec, Sparse) and spec.format.is_dense:
             return SparseLeaf(stored)
         return FrozenLeaf(stored)

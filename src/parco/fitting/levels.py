@@ -1,7 +1,7 @@
-"""GPTQ for formats whose numbers are floats or a table: fp8, MX, NVFP4, NF4, ternary.
+"""Rounding to formats whose numbers are floats or a table: fp8, MX, NVFP4, NF4, ternary; to nearest, and by GPTQ.
 
-The pass is that of feedback.py; a column's decision is the level of the format nearest to the compensated value, under
-scales that the format's own rule finds on the matrix beforehand.
+The pass of GPTQ is that of feedback.py; a column's decision is the level of the format nearest to the compensated
+value, under scales searched beforehand (scales.py), each column of a block weighing what its error costs in the pass.
 """
 
 from __future__ import annotations
@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 
 from parco.fitting.feedback import SPAN, over_rows, sweep
+from parco.fitting.scales import levels_of, searched, written
 from parco.fitting.statistics import Statistics
-from parco.formats import Format, Integer
-from parco.kernels.cast import encode
+from parco.formats import Format
 from parco.kernels.cast.codes import per_element
-from parco.kernels.cast.decoding import element_values
 from parco.kernels.cast.scaling import scale_numbers
+
+
+def rtn_levels(weight: Tensor, format: Format, importance_K: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The stored tensors of `weight` [N, K], to nearest under searched scales; `importance_K` are summed squares of the
+    inputs, None for ones.
+    """
+    return tuple(written(weight, format, searched(weight, format, importance_K)).tensors.values())
 
 
 def gptq_levels(weight: Tensor, statistics: Statistics, format: Format, *, ordered: bool = False) -> tuple[Tensor, ...]:
@@ -30,12 +36,10 @@ def gptq_levels(weight: Tensor, statistics: Statistics, format: Format, *, order
     order, (factor, _) = statistics.ordered_root if ordered else (torch.arange(columns), statistics.root)
     target = statistics.target(weight.detach().float()).clone()
     target[:, statistics.dead] = 0.0
-    scales = {name: tensor for name, tensor in encode(target, format).tensors.items() if name != "codes"}
+    pivots = torch.empty(columns, device=target.device).index_copy_(0, order, factor.diagonal())
+    scales = searched(target, format, pivots.square())
     numbers = scale_numbers(format, scales)
-    levels = element_values(format.element).to(weight.device)
-    levels = levels[levels.isfinite()].unique()
-    if isinstance(format.element, Integer) and format.bits == 8:
-        levels = levels[1:]  # −128, which casts leave out as the kernels' products do
+    levels = levels_of(format.element).to(weight.device)
     middles = (levels[1:] + levels[:-1]) / 2
     spans = [(start, min(start + SPAN, columns)) for start in range(0, columns, SPAN)]
     stored = torch.empty_like(target)
@@ -57,5 +61,4 @@ def gptq_levels(weight: Tensor, statistics: Statistics, format: Format, *, order
         stored[first:last, order] = decided.T
 
     over_rows(rows, run)
-    encoded = encode(stored, format, scale=scales.get("scale"), global_scale=scales.get("global_scale"))
-    return tuple(encoded.tensors[name] for name in format.tensors((rows, columns)))
+    return tuple(written(stored, format, scales).tensors.values())

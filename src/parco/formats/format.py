@@ -95,6 +95,17 @@ class Format:
         return isinstance(self.scale, ScaleRange)
 
     @property
+    def has_free_scales(self) -> bool:
+        """Whether a block's scale may be any float of its dtype: neither a byte nor held to powers of two."""
+        match self.scale:
+            case ScaleAbsmax():
+                return not self.scale.power_of_two
+            case ScaleAbsmean() | ScaleRange() | ScaleDelayed():
+                return True
+            case Unscaled() | ScaleE8M0() | ScaleE4M3():
+                return False
+
+    @property
     def is_plain_integer(self) -> bool:
         """Whether the numbers are (code - zero) · scale with a stored float scale: what integer kernels, GPTQ and
         healing work on. Ternary is not: its scale is a mean, and its codes are its own.

@@ -24,7 +24,8 @@ _PAGES = ("report.html", "result.json")
 
 class Exported(TypedDict):
     """What `export` did: the model that was read, what was written and where, its bytes on the disk, how many matrices
-    were stored in which format when it was read, and what the library that quantized it computes otherwise.
+    were stored in which format when it was read, what the library that quantized it computes otherwise, and what of a
+    fit did not go along.
     """
 
     model: str
@@ -79,14 +80,17 @@ def export(
     if target == source or target in source.parents:
         raise ValueError(f"out={str(out)!r} holds the model that is read, and would replace it: name another place")
     weights = saved.describe(loaded.model).weights
+    left, notes = _left_by_a_fit(source), loaded.notes
     if to == "gguf":
         save_gguf(loaded.model, loaded.tokenizer, target, type, ends=ends, round_scales=round_scales)
     elif to == "compressed-tensors":
         save_compressed(loaded.model, loaded.tokenizer, target, dense=dense)
     elif weights:
-        save(loaded.model, loaded.tokenizer, target, extra=_left_by_a_fit(source))
+        save(loaded.model, loaded.tokenizer, target, extra=left)
     else:
         save_dense(loaded.model, loaded.tokenizer, target)
+    if left and to != "parco":
+        notes += (f"{', '.join(left)} of the fit stay in {source}: only parco reads them",)
     files = [target] if target.is_file() else [path for path in target.iterdir() if path.is_file()]
     return Exported(
         model=str(model),
@@ -94,7 +98,7 @@ def export(
         out=str(target),
         nbytes=sum(path.stat().st_size for path in files),
         stored=dict(Counter(str(spec.format if isinstance(spec, Quantized) else spec) for spec in weights.values())),
-        notes=loaded.notes,
+        notes=notes,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parco.fitting.gptq import Integers, gptq, rtn
-from parco.fitting.levels import gptq_levels
+from parco.fitting.levels import gptq_levels, rtn_levels
 from parco.fitting.methods.method import Made, Method, Shape, check, matrix_shape
 from parco.fitting.search import IntegerGrid
 from parco.fitting.statistics import Statistics
@@ -44,11 +44,12 @@ class Keep(Method):
 class Quantize(Method):
     """Few bits: every number of the matrix in `format`, or its name. Dense formats are plain casts.
 
-    solver: "rtn" rounds to nearest (integers under searched scales, which the inputs' energies weight where they are
-    known; other formats by their own scale rule). "gptq" rounds column by column under the gram (`fitting/gptq.py`, and
-    `fitting/levels.py` for what are no integers), "actorder" those of the largest inputs first; both need statistics.
-    "auto" is gptq for integers when statistics are given, else rtn. An expert that no token reached has empty
-    statistics and is rounded to nearest. Text: `int4:32`, `int4:32@rtn`, `nvfp4@gptq`, `int4:32@actorder`.
+    solver: "rtn" rounds to nearest under searched scales, which the inputs' energies weight where they are known.
+    "gptq" rounds column by column under the gram (`fitting/gptq.py`, and `fitting/levels.py` for what are no integers),
+    "actorder" those of the largest inputs first; both need statistics. "auto" is gptq when statistics are given;
+    without them it is rtn for integers, and other formats are cast by their own scale rule. An expert that no token
+    reached has empty statistics and is rounded to nearest. Text: `int4:32`, `int4:32@rtn`, `nvfp4@gptq`,
+    `int4:32@actorder`.
     """
 
     format: Format
@@ -73,16 +74,16 @@ class Quantize(Method):
         seen = None if statistics is None or statistics.empty else statistics
         if self.needs_inputs and statistics is None:
             raise ValueError(f"{self} needs statistics of the layer's inputs; without them use {self.format}@rtn")
-        ordered = self.solver == "actorder"
-        if grid is None:
-            if seen is None or not self.needs_inputs:
-                return spec, spec.encode(weight)
-            return spec, gptq_levels(weight, seen, self.format, ordered=ordered)
+        ordered, importance = self.solver == "actorder", None if seen is None else seen.diagonal
+        if grid is not None:
+            if seen is None or self.solver == "rtn":
+                return spec, _stored(rtn(weight, grid, importance))
+            return spec, _stored(gptq(weight, seen, grid, ordered=ordered))
+        if self.solver == "auto" and seen is None:
+            return spec, spec.encode(weight)
         if seen is None or self.solver == "rtn":
-            solved = rtn(weight, grid, None if seen is None else seen.diagonal)
-        else:
-            solved = gptq(weight, seen, grid, ordered=ordered)
-        return spec, _stored(solved)
+            return spec, rtn_levels(weight, self.format, importance)
+        return spec, gptq_levels(weight, seen, self.format, ordered=ordered)
 
     def spec(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Weight:
         return Dense(shape, self.format) if self.format.is_dense else Quantized(self.format, shape)

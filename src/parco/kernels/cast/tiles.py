@@ -97,6 +97,11 @@ def block_range(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     return least.clamp(max=0), _reduce(x, block, _amax, torch.maximum).clamp(min=0)
 
 
+def block_sum(x: Tensor, block: Block) -> Tensor:
+    """Sum of each block, fp32 [R, C]."""
+    return _reduce(x, block, lambda tiles: tiles.sum((1, 3)), torch.add)
+
+
 def block_absmean(x: Tensor, block: Block) -> Tensor:
     """Mean magnitude of each block, fp32 [R, C], summed pairwise in fp64. Infinities count as the greatest fp32
     number.
