@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import compressed
-import torch
 from interleaved import save
 
-from parco.fitting.methods import Method, parse
+from parco.fitting.methods import Made, Method, parse
 from parco.fitting.statistics import Statistics
 from parco.nn.blocks import Group, matrix
 
@@ -81,12 +80,11 @@ def total(plan: Mapping[str, Method], shapes: Mapping[str, tuple[int, int]]) -> 
 
 
 def stored(methods: Mapping[str, Method]) -> compressed.Change:
-    def change(model: Any, group: Group, seen: dict[str, Statistics]) -> dict[str, torch.Tensor]:
-        made: dict[str, torch.Tensor] = {}
-        for member in group.members:
-            spec, tensors = methods[member](matrix(model, member).float().contiguous(), seen[member])
-            made[member] = spec.dense(*tensors)
-        return made
+    def change(model: Any, group: Group, seen: dict[str, Statistics]) -> dict[str, Made]:
+        return {
+            member: methods[member](matrix(model, member).float().contiguous(), seen[member])
+            for member in group.members
+        }
 
     return change
 

@@ -128,7 +128,6 @@ def allocated(table: Mapping[str, list[Option]], removed: float) -> dict[str, fl
 
 
 def run(judged: Judged, rows: compressed.Rows) -> None:
-    """All rows of a model; of the one with outliers, which is there for the order of what is published, those alone."""
     rows.add(judged, judged.load, removed=0.0, method="dense")
     tables = cache(lambda together: options_of(judged, together))
     joins = any(len(group.members) > 1 for group in judged.linear_groups)
@@ -149,11 +148,7 @@ def run(judged: Judged, rows: compressed.Rows) -> None:
             whole["ours with joint bases"] = lambda own=own: in_turn(judged, joint(own(True)))
         for name, make in whole.items():
             add(name, make)
-            if judged.name == compressed.OUTLIERS:
-                continue
             add(f"{name}, healed", lambda make=make: judged.healed(make()))
-        if judged.name == compressed.OUTLIERS:
-            continue
         add("ours without shifted inputs", lambda: at_once(judged, factored(own())))
         add("ours without allocation", lambda s=same: in_turn(judged, factored(s)))
         add("ours with refit", lambda: in_turn(judged, factored(own(), refit=True)))

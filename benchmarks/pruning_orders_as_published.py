@@ -1,9 +1,9 @@
 """Claim: at 50% zeros and at 2:4, SparseGPT keeps far more of a language model than magnitudes do, and more than Wanda.
 
 The papers, LLaMA-2-7B, perplexity on WikiText-2 (dense 5.12): 50% 6.51 SparseGPT, 6.42 Wanda; 2:4 10.17, 11.02; both
-far below magnitude. Here small models on their held-out text and on another. In models as small as these no input is
-far greater than the others, which is what Wanda lives on: it errs less than magnitudes on every layer by itself, and on
-the whole model it need not. So one of them is given outlier channels, without changing what it computes. Layers are pruned block by block on what the pruned blocks before them produce, each
+far below magnitude. Here two small models on their held-out text and on another. In models as small as these no input
+is far greater than the others, which is what Wanda lives on: it errs less than magnitudes on every layer by itself, and
+on the whole model it need not. Layers are pruned block by block on what the pruned blocks before them produce, each
 towards its own outputs, as published; "aimed" is SparseGPT towards the outputs of the original model, as `parco fit`
 does it. No healing; the embedding and the head are kept.
 

@@ -3,9 +3,9 @@ itself than cast by the format's own rule.
 
     cast    by the format's own rule, as `parco.encode` does
     rtn     to nearest under searched scales, columns weighed by their inputs
-    gptq    with compensation by later columns, under searched scales
+    gptq    with compensation by later columns, under searched scales, towards the original's outputs
 
-Block by block on what the changed blocks before it produce; all but the cast aim at the original's outputs. KL from
+Block by block on what the changed blocks before it produce. KL from
 the original, nats per token, of the shipped model on its held-out text and on another; then after a fit's healing. The
 embedding and the head are kept.
 

@@ -11,8 +11,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "compression.md"
 FACTORS, PRUNING = "factors_keep_more_than_published_methods", "pruning_orders_as_published"
 MODELS = {
     "llama": "the Llama of 10 M parameters that comes with parco",
-    "llama with outliers": "the same Llama with outlier channels as large models have: one in 64 of those that norms put "
-    "out is 32 times as large, and the columns that read it a 32nd, so that it computes the same",
     "gpt2": "a GPT-2 of 3 M parameters, trained for it on 12 M tokens of the same text",
 }
 TEXTS = {"held_out": "held-out text", "other_text": "other text"}
@@ -21,8 +19,8 @@ _HEAD = """# What factors and zeros keep
 
 <!-- Written by benchmarks/{factors}.py and benchmarks/{pruning}.py. -->
 
-Perplexity of small models whose matrices inside the blocks are replaced by factors, or half of whose numbers are
-zeros; embeddings and head stay. All are calibrated on a part of their own text, the sources of Python's standard
+Perplexity of two small models whose matrices inside the blocks are replaced by factors, or half of whose numbers are
+zeros; embeddings and head stay. Both are calibrated on a part of their own text, the sources of Python's standard
 library, and judged on two texts: sources of it that neither training nor calibration has seen, and PyTorch's
 `functional.py`, which others wrote in another style.
 """

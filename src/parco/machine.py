@@ -157,35 +157,42 @@ def peaks(refresh: bool = False) -> Peaks:
         "version": metadata.version("parco"),
     }
     path = cache_folder() / f"peaks-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-    known, tries = (None, 0) if refresh else _read(path, key)
-    if known is not None and tries in (0, _TRIES):
+    known, tries = _read(path, key)
+    if known is not None and not refresh and not 0 < tries < _TRIES:
         return known
     began, waited = time.perf_counter(), _waited()
     found = _measure(isa(), torch.get_num_threads())
-    busy = _waited() - waited > _WAITING * torch.get_num_threads() * (time.perf_counter() - began)
-    if known is not None:
-        found = _best(known, found)
+    waiting = sum(max(0.0, now - waited.get(thread, 0.0)) for thread, now in _waited().items())
+    busy = waiting > _WAITING * torch.get_num_threads() * (time.perf_counter() - began)
+    if known is not None and (busy or not refresh):
+        found = best(known, found)
+    # A measurement that was quiet stays one.
+    tries = tries + 1 if busy and (known is None or tries) else 0
     try:
-        _write(path, {"key": key, "peaks": asdict(found), "busy_tries": tries + 1 if busy else 0})
+        _write(path, {"key": key, "peaks": asdict(found), "busy_tries": tries})
     except OSError as error:
         warnings.warn(f"the measured peaks cannot be kept for the next run: {error}", stacklevel=2)
     return found
 
 
-def _waited() -> float:
-    """Seconds that this process's threads have waited for a processor so far; 0 where Linux does not count them."""
-    try:
-        return sum(int(file.read_text().split()[1]) for file in Path("/proc/self/task").glob("*/schedstat")) / 1e9
-    except (OSError, IndexError, ValueError):
-        return 0.0
-
-
-def _best(one: Peaks, other: Peaks) -> Peaks:
+def best(one: Peaks, other: Peaks) -> Peaks:
+    """The better of each: a probe too is slowed by other work."""
     return Peaks(
         max(one.read_bytes_per_second, other.read_bytes_per_second),
         max(one.copy_bytes_per_second, other.copy_bytes_per_second),
         {e: max(one.multiply_adds_per_second[e], other.multiply_adds_per_second[e]) for e in ELEMENTS},
     )
+
+
+def _waited() -> dict[str, float]:
+    """Seconds that each thread of this process has waited for a processor so far; none where Linux does not count."""
+    found: dict[str, float] = {}
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            found[task.parent.name] = int(task.read_text().split()[1]) / 1e9
+        except (OSError, IndexError, ValueError):  # a thread that has ended
+            continue
+    return found
 
 
 def _measure(level: str, threads: int) -> Peaks:

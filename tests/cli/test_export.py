@@ -101,7 +101,7 @@ def test_a_fit_s_plan_and_report_go_along(tmp_path: Path, capsys: pytest.Capture
     assert "diary.txt" not in here
     notes = [hub.export(fitted, tmp_path / f"for-{to}", to)["notes"] for to in ("gguf", "compressed-tensors", "parco")]
     assert notes == [
-        *2 * [(f"plan.json, report.html, result.json of the fit stay in {fitted}: only parco reads them",)],
+        *2 * [(f"plan.json, report.html, result.json of the fit stay in {fitted}",)],
         (),
     ]
 

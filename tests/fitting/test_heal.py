@@ -36,6 +36,11 @@ def healed(
     return model, record
 
 
+def coded(model: Any) -> dict[str, torch.Tensor]:
+    """The codes of the matrices inside the blocks."""
+    return {name: data.clone() for name, data in model.state_dict().items() if ".layers." in name and "codes" in name}
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -45,7 +50,9 @@ def healed(
         "int4:32+factor(rank=16)",
         "factor(0.4)",
         "mxfp4",
+        "nf4:48",
         "ternary",
+        "prune(50%)>>int4:row",
         "scale(0.5)>>int3:16",
     ],
 )
@@ -62,9 +69,15 @@ def test_the_divergence_falls_and_the_bytes_stay(
         apply.restore(unhealed, stages.open("apply"))
         assert stored_bytes(model) == stored_bytes(unhealed)
         assert {p.dtype for p in model.parameters()} == {p.dtype for p in unhealed.parameters()}
+        before = coded(unhealed)
         heal.restore(unhealed, stages.open("heal"))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, dict(unhealed.named_parameters())[name]), name
+    moved = {name for name, codes in coded(model).items() if not torch.equal(codes, before[name])}
+    if method in ("int3:16", "mxfp4", "nf4:48", "ternary"):
+        assert moved, "not only norms and kept matrices have learned"
+    elif "prune" in method:
+        assert not moved
     # What was written back is what was judged.
     check = calibrated.windows.check[: EXTENT.check]
     judged = evaluate.quality(model.float(), check, Silent(), calibrated.model().float())
@@ -173,14 +186,29 @@ def test_casts_pass_gradients_within_range_and_teach_their_scales() -> None:
         spec := Quantized("ternary:row", (2, 4)), spec.encode(torch.ones(2, 4), scale=torch.tensor([[0.5], [2.0]]))
     )
     leaf = leaf_of(stored, None)
-    latent = torch.tensor([[0.2, 0.6, -0.4, 9.0], [0.5, -1.5, 3.0, 0.0]], requires_grad=True)
+    latent = torch.tensor([[0.2, 0.6, -0.4, 9.0], [0.5, -1.5, 3.2, 0.0]], requires_grad=True)
     scale = torch.tensor([[0.5], [2.0]], requires_grad=True)
     value = CastThrough.apply(latent, scale, leaf.scales, leaf)
     torch.testing.assert_close(value, torch.tensor([[0.0, 0.5, -0.5, 0.5], [0.0, -2.0, 2.0, 0.0]]))
     value.sum().backward()
     assert latent.grad is not None and scale.grad is not None
-    torch.testing.assert_close(latent.grad, torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 1.0]]))
-    torch.testing.assert_close(scale.grad, torch.tensor([[-0.4 + 1.0 - 0.2 + 1.0], [-0.25 - 0.25 + 1.0]]))
+    # Up to half a step beyond the ends.
+    torch.testing.assert_close(latent.grad, torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 1.0]]))
+    torch.testing.assert_close(scale.grad, torch.tensor([[-0.4 + (1 - 1.2) + (-1 + 0.8) + 1.0], [-0.25 - 0.25 + 1.0]]))
+
+
+def test_casts_of_integers_learn_as_integers_do() -> None:
+    matrix = torch.randn(12, 40, generator=torch.Generator().manual_seed(3))
+    stored = StoredWeight.encode(Quantized("int4:row", (12, 40)), matrix)
+    grads: list[list[torch.Tensor]] = []
+    for kind in (IntegerLeaf, LevelLeaf):
+        leaf = kind(stored, 1.2 * matrix, torch.Generator().manual_seed(0))
+        assert leaf.factor is not None
+        (leaf.value() * torch.linspace(-1, 1, 40)).sum().backward()
+        assert leaf.left.grad is not None and leaf.factor.grad is not None
+        grads.append([leaf.latent().detach(), leaf.left.grad, leaf.factor.grad])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_gradients_are_straight_through_within_range_and_zero_outside() -> None:

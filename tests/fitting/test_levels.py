@@ -23,7 +23,7 @@ NAMES = [
     if IntegerGrid.of(formats.parse(name)) is None
     and not formats.parse(name).is_dense
     and not isinstance(formats.parse(name).scale, formats.ScaleDelayed)
-]
+] + ["int4:32x32:asym", "int8:16x16:asym"]
 
 
 @pytest.mark.parametrize("name", NAMES)

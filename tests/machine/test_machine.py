@@ -88,7 +88,7 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
 
 
 def test_peaks_are_measured_once_and_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_waited", lambda: 0.0)
+    monkeypatch.setattr(machine, "_waited", dict)
     first = machine.peaks()
     assert first.read_bytes_per_second > 0
     assert first.copy_bytes_per_second > 0
@@ -108,7 +108,7 @@ def test_peaks_are_measured_once_and_kept(cache: Path, monkeypatch: pytest.Monke
 
 def test_what_was_measured_on_a_busy_machine_is_measured_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waited = iter(range(0, 1000, 10))
-    monkeypatch.setattr(machine, "_waited", lambda: float(next(waited)))
+    monkeypatch.setattr(machine, "_waited", lambda: {"1": float(next(waited)), "2": 0.0})
     speeds = iter([3.0, 2.0, 7.0, 5.0, 9.0])
     monkeypatch.setattr(
         machine, "_measure", lambda *_: machine.Peaks(next(speeds), 1.0, dict.fromkeys(machine.ELEMENTS, 4.0))
@@ -118,9 +118,20 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again(cache: Path, monk
     assert machine.peaks(refresh=True).read_bytes_per_second == 9.0
 
 
+def test_a_busy_refresh_takes_nothing_from_a_quiet_measurement(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = iter([{"1": 0.0}, {"1": 0.0}, {"1": 0.0, "2": 0.0}, {"1": 10.0}, {}, {}])
+    monkeypatch.setattr(machine, "_waited", lambda: next(waited))
+    speeds = iter([3.0, 2.0, 1.0])
+    monkeypatch.setattr(
+        machine, "_measure", lambda *_: machine.Peaks(next(speeds), 1.0, dict.fromkeys(machine.ELEMENTS, 4.0))
+    )
+    found = [machine.peaks(refresh=refresh).read_bytes_per_second for refresh in (False, True, False, True, False)]
+    assert found == [3.0, 3.0, 3.0, 1.0, 1.0], "a thread has ended; a quiet refresh replaces what was known"
+
+
 def test_a_quiet_measurement_ends_the_tries(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waited = iter([0.0, 10.0, 10.0, 10.0])
-    monkeypatch.setattr(machine, "_waited", lambda: next(waited))
+    monkeypatch.setattr(machine, "_waited", lambda: {"1": next(waited)})
     speeds = iter([3.0, 2.0])
     monkeypatch.setattr(
         machine, "_measure", lambda *_: machine.Peaks(next(speeds), 1.0, dict.fromkeys(machine.ELEMENTS, 4.0))
@@ -142,7 +153,7 @@ one = os.fork()
 work(0.5)
 if one:
     os.waitpid(one, 0)
-    print(machine._waited())
+    print(sum(machine._waited().values()))
 """
     waited = float(in_fresh_process(code).stdout)
     assert waited > 0.1, "two processes on one processor wait for each other"

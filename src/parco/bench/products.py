@@ -18,7 +18,7 @@ from torch import Tensor
 
 from parco import machine
 from parco.bench.peers import BASELINE, Contender, check, installed, of
-from parco.bench.record import Record, best, record
+from parco.bench.record import Record, record
 from parco.formats import Format, ScaleDelayed, parse
 from parco.kernels.table import explain
 from parco.products import Activations, Native
@@ -143,7 +143,7 @@ def run(
                 shape, layers, height, weight, contenders(shape, height, formats, peers), rounds, passing, missing
             )
             advance()
-    peaks = best(before, machine.peaks(refresh=True))
+    peaks = machine.best(before, machine.peaks(refresh=True))
     for row in found:
         multiplied = row["G_multiply_adds_per_s"] * 1e9 / _multiply_adds(peaks, row["element"])
         row["of_peak"] = max(row["GB_per_s"] * 1e9 / peaks.read_bytes_per_second, multiplied)

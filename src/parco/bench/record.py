@@ -41,19 +41,6 @@ def record(peaks: machine.Peaks, libraries: Sequence[str]) -> Record:
     }
 
 
-def best(before: machine.Peaks, after: machine.Peaks) -> machine.Peaks:
-    """The better of each: the probe too is slowed by other work."""
-    rates = {
-        element: max(rate, after.multiply_adds_per_second[element])
-        for element, rate in before.multiply_adds_per_second.items()
-    }
-    return machine.Peaks(
-        max(before.read_bytes_per_second, after.read_bytes_per_second),
-        max(before.copy_bytes_per_second, after.copy_bytes_per_second),
-        rates,
-    )
-
-
 def _commit() -> str:
     """The commit of the clone that this file lies in; empty elsewhere."""
     here = Path(__file__)

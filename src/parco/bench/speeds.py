@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from parco import machine
-from parco.bench.record import Record, best, record
+from parco.bench.record import Record, record
 
 Kind = Literal["prefill", "decode", "generate"]
 KINDS: tuple[Kind, ...] = ("prefill", "decode", "generate")
@@ -191,7 +191,7 @@ def speeds(
                 _turn(entrant.runner, numbers[:prompt], numbers[: min(DECODE_PROMPT, prompt)], steps)
             )
             advance()
-    peaks = best(before, machine.peaks(refresh=True))
+    peaks = machine.best(before, machine.peaks(refresh=True))
     return {
         **record(peaks, libraries),
         "model": model,

@@ -63,7 +63,7 @@ def fit(
             metavar="METHODS",
             show_default=False,
             help="What may be chosen, separated by commas: int8:row,int4:64,factor(0.5)>>int8:row. "
-            "'keep' is always allowed. Default: all that run well.",
+            "'keep' is always allowed. Default: integers, ternary, zeros, factors, a correction.",
         ),
     ] = None,
     heal: Annotated[

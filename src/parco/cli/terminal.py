@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -71,7 +72,7 @@ def quiet_libraries() -> None:
 
 
 def show_notes(notes: tuple[str, ...]) -> None:
-    """What a loaded model's own library computes otherwise, on stderr."""
+    """What is to be known of a model that was loaded or written, on stderr."""
     for note in notes:
         print(f"parco: {note}", file=sys.stderr)
 
@@ -174,7 +175,7 @@ class Lines:
         left = ""
         if self._total and self._done > before:
             seconds = (now - then) / (self._done - before) * (self._total - self._done)
-            left = f" of {self._total}, about {duration(seconds)} left"
+            left = f" of {self._total}, about {duration(float(math.ceil(seconds)))} left"
         self._say(f"{self._name}: {self._done}{left}" + (f"; {self._shown}" if self._shown else ""))
 
     def note(self, text: str) -> None:

@@ -66,7 +66,10 @@ class Lookups:
 def calibrate(model: nn.Module, windows: Windows, extent: Extent, seed: int, stage: Stage, progress: Progress) -> None:
     """Fill `stage` with moments, energies and the original's log-probabilities on the check windows; resumes inside."""
     stream = Stream(model)
-    progress.stage("calibrate", 2 * len(stream.names) + 2)
+    done = int(stage.read_note("hidden")) if stage.has("hidden") else 0
+    if stage.has("grad"):
+        done += len(stream.names) - int(stage.read_note("grad")) + 1
+    progress.stage("calibrate", 2 * len(stream.names) + 2, done)
     with torch.no_grad():
         _forward(stream, windows, extent, stage, progress)
     _backward(stream, windows, extent, seed, stage, progress)
@@ -97,7 +100,6 @@ def _forward(stream: Stream, windows: Windows, extent: Extent, stage: Stage, pro
     else:
         with stream.outer():
             hidden = torch.cat([stream.enter(tokens[part]) for part in windows_in_batches(tokens, rows)])
-    progress.advance(start)
     for index in range(start, len(stream.names)):
         moments = Moments()
         chosen = block_groups(stream.model, index)
@@ -195,7 +197,7 @@ def _backward(stream: Stream, windows: Windows, extent: Extent, seed: int, stage
         grad = stage.read_tensors("grad")["grad"]
     else:
         grad = _backward_head(stream, seed, total, stage)
-    progress.advance(len(stream.names) - last + 1)
+        progress.advance()
     rows = rows_of(windows.length)
     for index in range(last - 1, -1, -1):
         hidden = stage.read_tensors(f"inputs-{index:03}")["hidden"]

@@ -94,11 +94,10 @@ def heal(
     best state in the model, in `stage` (read it back with `restore`), and returns what happened.
     """
     patient = _Patient(model, original, seed)
-    progress.stage("heal", steps)
     run = _Run(patient, teacher, check, targets, steps, stage)
+    progress.stage("heal", steps, run.begun)
     try:
         run.resume()
-        progress.advance(run.step)
         while run.step < steps:
             run.advance(seed)
             progress.advance()
@@ -231,6 +230,11 @@ class _Run:
         self.optimizer = torch.optim.AdamW(patient.groups, betas=(0.9, 0.98), weight_decay=0.0)
         self.curve: list[list[float]] = []
         self.best: list[Tensor] = []
+
+    @property
+    def begun(self) -> int:
+        """The step from which it goes on."""
+        return int(self.stage.read_note("checkpoint")["step"]) if self.stage.has("checkpoint") else 0
 
     def resume(self) -> None:
         """Go on from the checkpoint, or measure the state before the first step."""

@@ -6,10 +6,10 @@ A quantized matrix is a latent one, rounded in every forward pass with a straigh
 
 where `start` is the original matrix moved to within half a step of what is stored, so that before the first update
 rounding it gives the stored codes, and `step` is the mean step, which makes the rate mean the same at every width of
-number. Scales train too, as a factor near one, and are rounded to their stored type in the forward pass; those of one
-byte (MX, NVFP4), too coarse for that, stay. At the end codes and scales are written back: no byte is added. Dense
-leaves train as they are, rounded to their stored type in the forward pass too, and so do the kept numbers of sparse
-ones, whose zeros stay where they are.
+number. Scales train too, as a factor near one, and are rounded to their stored type in the forward pass; bytes and
+powers of two (MX, NVFP4), too coarse for that, stay. At the end codes and scales are written back: no byte is added.
+Dense leaves train as they are, rounded to their stored type in the forward pass too, and so do the kept numbers of
+sparse ones, whose zeros stay where they are.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from parco.weights import Dense, Quantized, Sparse, Weight
 
 RANK = 16
 SNUG = 0.49
-"""How close to the rounding boundary, in steps, a latent value may start."""
+"""How close to the rounding boundary, in steps, a latent value may start; beyond the ends of a format too."""
 
 
 class Leaf(nn.Module):
@@ -109,9 +109,8 @@ class RoundedLeaf(Leaf):
         spec = stored.spec
         assert isinstance(spec, Quantized)
         self.stored, self.format = [stored], spec.format
-        tensors = {name: t.detach() for name, t in zip(spec.tensors(), stored.tensors(), strict=True)}
-        self.codes = tensors.pop("codes")
-        self.scales = {name: tensor.clone() for name, tensor in tensors.items()}
+        tensors = dict(zip(spec.tensors(), stored.tensors(), strict=True))
+        self.scales = {name: tensor.detach().clone() for name, tensor in tensors.items() if name != "codes"}
         self.factor: nn.Parameter | None = None
 
     def begin(self, start: Tensor, step: float, generator: torch.Generator) -> None:
@@ -152,41 +151,47 @@ class LevelLeaf(RoundedLeaf):
 
     def __init__(self, stored: StoredWeight, original: Tensor | None, generator: torch.Generator) -> None:
         super().__init__(stored)
-        levels = levels_of(self.format.element)
-        self.least, self.greatest = float(levels[0]), float(levels[-1])
-        numbers = scale_numbers(self.format, self.scales)
-        mean = 1.0 if numbers is None else float(numbers.abs().mean())
         values = stored.dense().detach()
-        start = values if original is None else self._within(original.float(), values)
-        self.begin(start, mean * (self.greatest - self.least) / (len(levels) - 1), generator)
+        levels = levels_of(self.format.element).to(values.device)
+        gaps = levels.diff()
+        ends = torch.cat([levels[:1] - gaps[:1], levels, levels[-1:] + gaps[-1:]])
+        middles = (ends[1:] + ends[:-1]) / 2
+        self.least, self.greatest = float(middles[0]), float(middles[-1])
+        numbers = self._numbers()
+        wide = levels.new_ones(()) if numbers is None else per_element(numbers, self.format.block, stored.spec.shape)
+        start = values
+        if original is not None:
+            level = torch.bucketize(torch.where(wide == 0, 0.0, values / wide), middles[1:-1].contiguous())
+            room = [(SNUG / 0.5 * (bound - levels))[level] * wide for bound in (middles[:-1], middles[1:])]
+            start = original.float().clamp(values + room[0], values + room[1])
+        mean = 1.0 if numbers is None else float(numbers.abs().mean())
+        self.begin(start, mean * float(gaps.mean()), generator)
         if self.format.has_free_scales:
             self.factor = nn.Parameter(torch.zeros_like(self.scales["scale"], dtype=torch.float32))
 
-    def _within(self, original: Tensor, values: Tensor) -> Tensor:
-        """As far from the stored `values` towards the original as rounding still gives them."""
-        start = values.clone()
-        for share in (0.125, 0.25, 0.5, 0.7, 0.85, 1.0):
-            moved = torch.lerp(values, original, share)
-            start = torch.where(decode(written(moved, self.format, self.scales)) == values, moved, start)
-        return start
+    def _numbers(self) -> Tensor | None:
+        """What codes are multiplied with, with a gradient where that trains; None for formats without scales."""
+        return scale_numbers(self.format, self.scales) if self.factor is None else self.scale()
 
-    def _stored_scales(self) -> dict[str, Tensor]:
-        if self.factor is None:
+    def _stored(self, numbers: Tensor | None) -> dict[str, Tensor]:
+        """The scale tensors, where `numbers` are the scales as they are now."""
+        if self.factor is None or numbers is None:
             return self.scales
-        return self.scales | {"scale": self.scale().detach().to(self.scales["scale"].dtype)}
+        return self.scales | {"scale": numbers.detach().to(self.scales["scale"].dtype)}
 
     def value(self) -> Tensor:
-        numbers = self.scale() if self.factor is not None else scale_numbers(self.format, self.scales)
-        return CastThrough.apply(self.latent(), numbers, self._stored_scales(), self)  # pyright: ignore
+        numbers = self._numbers()
+        return CastThrough.apply(self.latent(), numbers, self._stored(numbers), self)  # pyright: ignore
 
     @torch.no_grad()
     def write_back(self) -> None:
-        scales = self._stored_scales()
+        scales = self._stored(self._numbers())
         self.replace(written(self.latent(), self.format, scales).tensors["codes"], scales)
 
 
 class CastThrough(torch.autograd.Function):
-    """What a cast under given scales keeps of a latent, with the gradients of RoundThrough."""
+    """What a cast under given scales keeps of a latent, with the gradients of RoundThrough: straight through up to half
+    a step beyond the ends."""
 
     @staticmethod
     def forward(
@@ -228,7 +233,8 @@ class IntegerLeaf(RoundedLeaf):
         self.register_buffer("zero", zero, persistent=False)
         centre = spread(zero, self.group, columns) if zero.ndim else zero
         wide = spread(scale, self.group, columns)
-        start = (unpack(self.codes, bits, columns).float() - centre) * wide
+        (codes, *_) = stored.tensors()
+        start = (unpack(codes.detach(), bits, columns).float() - centre) * wide
         if original is not None:
             room = SNUG * wide.abs()
             start = torch.minimum(torch.maximum(original.float(), start - room), start + room)

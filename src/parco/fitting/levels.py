@@ -15,6 +15,7 @@ from parco.fitting.statistics import Statistics
 from parco.formats import Format
 from parco.kernels.cast.codes import per_element
 from parco.kernels.cast.scaling import scale_numbers
+from parco.kernels.cast.tiles import scale_rows
 
 
 def rtn_levels(weight: Tensor, format: Format, importance_K: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -36,9 +37,8 @@ def gptq_levels(weight: Tensor, statistics: Statistics, format: Format, *, order
     order, (factor, _) = statistics.ordered_root if ordered else (torch.arange(columns), statistics.root)
     target = statistics.target(weight.detach().float()).clone()
     target[:, statistics.dead] = 0.0
-    pivots = torch.empty(columns, device=target.device).index_copy_(0, order, factor.diagonal())
-    scales = searched(target, format, pivots.square())
-    numbers = scale_numbers(format, scales)
+    scales = searched(target, format, factor.diagonal()[order.argsort()].square())
+    numbers, zeros = scale_numbers(format, scales), scales.get("zero")
     levels = levels_of(format.element).to(weight.device)
     middles = (levels[1:] + levels[:-1]) / 2
     spans = [(start, min(start + SPAN, columns)) for start in range(0, columns, SPAN)]
@@ -47,18 +47,26 @@ def gptq_levels(weight: Tensor, statistics: Statistics, format: Format, *, order
     def run(first: int, last: int) -> None:
         aim = target[first:last].T[order].contiguous()
         delta, decided = torch.zeros_like(aim), torch.empty_like(aim)
-        scale = torch.ones_like(aim)
-        if numbers is not None:
-            scale = per_element(numbers, format.block, (rows, columns))[first:last].T[order]
+
+        def spread(per_block: Tensor) -> Tensor:
+            own = per_block[scale_rows(range(first, last), format.block)]
+            return per_element(own, format.block, (last - first, columns)).T[order]
+
+        scale = torch.ones_like(aim) if numbers is None else spread(numbers)
         inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
+        least = None if zeros is None else -spread(zeros).float()
 
         def decide(column: int, value: Tensor) -> None:
-            level = levels[torch.bucketize(value.mul_(inverse[column]), middles)]
+            value.mul_(inverse[column])
+            if least is None:
+                level = levels[torch.bucketize(value, middles)]
+            else:
+                level = value.round_().clamp_(least[column], least[column] + (len(levels) - 1))
             torch.mul(level, scale[column], out=decided[column])
             torch.sub(aim[column], decided[column], out=delta[column])
 
         sweep(aim, delta, factor, spans, decide)
         stored[first:last, order] = decided.T
 
-    over_rows(rows, run)
+    over_rows(rows, run, format.block.rows or 1)
     return tuple(written(stored, format, scales).tensors.values())

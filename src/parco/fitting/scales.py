@@ -15,15 +15,29 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from parco.formats import E4M3, Element, Format, Integer, ScaleAbsmax, ScaleAbsmean, ScaleE4M3, ScaleE8M0, ScaleRange
+from parco.formats import (
+    E4M3,
+    Element,
+    Format,
+    Integer,
+    ScaleAbsmax,
+    ScaleAbsmean,
+    ScaleDelayed,
+    ScaleE4M3,
+    ScaleE8M0,
+    ScaleRange,
+    Unscaled,
+)
 from parco.kernels.cast import Encoded, decode, encode
 from parco.kernels.cast.decoding import element_values
-from parco.kernels.cast.tiles import block_sum
+from parco.kernels.cast.tiles import block_sum, scale_rows
 
 MULTIPLES = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.15, 1.3, 1.5, 1.75, 2.0)
 """Of the rule's scale. Clipping takes those below one; a ternary block wants up to twice the mean."""
 STEPS_E4M3 = (-4, -3, -2, -1, 1, 2, 3, 4, 5)
 """Of the code of an e4m3 scale: about 0.7 to 1.6 times the scale."""
+PASS_ELEMENTS = 1 << 20
+"""Elements searched at once, so that the few temporaries stay small beside the matrix."""
 
 
 def searched(x: Tensor, format: Format, importance_K: Tensor | None = None) -> dict[str, Tensor]:
@@ -36,17 +50,36 @@ def searched(x: Tensor, format: Format, importance_K: Tensor | None = None) -> d
     found = {name: tensor for name, tensor in encode(x, format).tensors.items() if name != "codes"}
     if "scale" not in found:
         return found
-    first, best = found["scale"], found["scale"]
-    error, ratio = _judged(x, format, found, importance_K)
-    for scale in _beside(first, format):
-        own, fit = _judged(x, format, found | {"scale": scale}, importance_K)
-        better = own < error
-        best, error, ratio = (torch.where(better, new, old) for new, old in ((scale, best), (own, error), (fit, ratio)))
-    if format.has_free_scales:
-        scale = (best.float() * ratio).to(best.dtype)
-        own, _ = _judged(x, format, found | {"scale": scale}, importance_K)
-        best = torch.where(own < error, scale, best)
+    best, height = torch.empty_like(found["scale"]), format.block.rows
+    step = len(x) if height is None else max(1, PASS_ELEMENTS // (x.shape[1] * height)) * height
+    for first in range(0, len(x), step):
+        blocks = scale_rows(range(first, min(first + step, len(x))), format.block)
+        own = {name: tensor if name == "global_scale" else tensor[blocks] for name, tensor in found.items()}
+        best[blocks] = _best(x[first : first + step], format, own, importance_K)
     return found | {"scale": best}
+
+
+def _best(x: Tensor, format: Format, found: Mapping[str, Tensor], importance_K: Tensor | None) -> Tensor:
+    """The best scale of each block, as stored; `found` are the scales of the format's own rule."""
+
+    def judged(scale: Tensor) -> tuple[Tensor, Tensor]:
+        stored = decode(written(x, format, {**found, "scale": scale}))
+        residual = (x - stored).square_()
+        return stored, block_sum(residual if importance_K is None else residual * importance_K, format.block)
+
+    best = found["scale"]
+    _, error = judged(best)
+    for scale in _beside(best, format):
+        _, own = judged(scale)
+        best, error = torch.where(own < error, scale, best), torch.where(own < error, own, error)
+    if format.has_free_scales:
+        stored, _ = judged(best)
+        weighed = stored if importance_K is None else stored * importance_K
+        above, below = block_sum(weighed * x, format.block), block_sum(weighed * stored, format.block)
+        scale = torch.where(below > 0, best.float() * above / below, best.float()).to(best.dtype)
+        _, own = judged(scale)
+        best = torch.where(own < error, scale, best)
+    return best
 
 
 def levels_of(element: Element) -> Tensor:
@@ -64,18 +97,6 @@ def written(x: Tensor, format: Format, scales: Mapping[str, Tensor]) -> Encoded:
     return encode(x, format, scale=scale, zero=zero, global_scale=global_scale)
 
 
-def _judged(
-    x: Tensor, format: Format, scales: Mapping[str, Tensor], importance_K: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """For each block its error under these scales, and the factor by which its scale would fit its codes best."""
-    stored = decode(written(x, format, scales))
-    weighed = stored if importance_K is None else stored * importance_K
-    above, below = block_sum(weighed * x, format.block), block_sum(weighed * stored, format.block)
-    residual = (x - stored).square_()
-    error = block_sum(residual if importance_K is None else residual * importance_K, format.block)
-    return error, torch.where(below > 0, above / below, 1.0)
-
-
 def _beside(scale: Tensor, format: Format) -> Iterator[Tensor]:
     """Other scales of the same shape and dtype, all valid."""
     match format.scale:
@@ -91,5 +112,5 @@ def _beside(scale: Tensor, format: Format) -> Iterator[Tensor]:
             limit = torch.finfo(scale.dtype).max
             for multiple in MULTIPLES if format.has_free_scales else (0.5, 2.0):
                 yield (scale.float() * multiple).clamp(max=limit).to(scale.dtype)
-        case _:
+        case Unscaled() | ScaleDelayed():
             return

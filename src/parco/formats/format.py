@@ -107,8 +107,8 @@ class Format:
 
     @property
     def is_plain_integer(self) -> bool:
-        """Whether the numbers are (code - zero) · scale with a stored float scale: what integer kernels, GPTQ and
-        healing work on. Ternary is not: its scale is a mean, and its codes are its own.
+        """Whether the numbers are (code - zero) · scale with a stored float scale: what integer kernels and solvers
+        work on. Ternary is not: its scale is a mean, and its codes are its own.
         """
         return isinstance(self.element, Integer) and isinstance(self.scale, ScaleAbsmax | ScaleRange)
 

@@ -47,7 +47,7 @@ def export(
     dense: bool = False,
 ) -> Exported:
     """Reads `model`, which is what `load` takes, and writes it for `to`: "parco" is a folder that Transformers loads
-    after `import parco` (a dense model's needs no import), to which a fit's plan and pages go along,
+    after `import parco` (a dense model's needs no import), to which a fit's plan and pages go along unless it is dense,
     "compressed-tensors" one for vLLM, "gguf" a file for llama.cpp.
 
     type, ends and round_scales are those of `save_gguf`, dense is that of `save_compressed`. Raises ValueError for an
@@ -89,8 +89,8 @@ def export(
         save(loaded.model, loaded.tokenizer, target, extra=left)
     else:
         save_dense(loaded.model, loaded.tokenizer, target)
-    if left and to != "parco":
-        notes += (f"{', '.join(left)} of the fit stay in {source}: only parco reads them",)
+    if left and (to != "parco" or not weights):
+        notes += (f"{', '.join(left)} of the fit stay in {source}",)
     files = [target] if target.is_file() else [path for path in target.iterdir() if path.is_file()]
     return Exported(
         model=str(model),

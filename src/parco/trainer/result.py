@@ -15,7 +15,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import parco
 from parco import machine
-from parco.bench.record import best
 from parco.trainer import disk, folder
 from parco.trainer.meter import Meter
 from parco.trainer.trainer import Trainer
@@ -92,7 +91,7 @@ def finished(
 ) -> RunResult:
     """The result of a run whose last log is that of all held-out windows, which gave `loss`."""
     if meter.spent > PROBED:
-        meter.peaks = best(meter.peaks, machine.peaks(refresh=True))  # a probe too is slowed by what else runs
+        meter.peaks = machine.best(meter.peaks, machine.peaks(refresh=True))  # a probe too is slowed by what else runs
     logs: list[dict[str, Any]] = trainer.state.log_history
     found: dict[str, Any] = logged(logs) | {
         "settings": settings,

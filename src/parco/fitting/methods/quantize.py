@@ -79,7 +79,7 @@ class Quantize(Method):
             if seen is None or self.solver == "rtn":
                 return spec, _stored(rtn(weight, grid, importance))
             return spec, _stored(gptq(weight, seen, grid, ordered=ordered))
-        if self.solver == "auto" and seen is None:
+        if self.solver == "auto" and statistics is None:
             return spec, spec.encode(weight)
         if seen is None or self.solver == "rtn":
             return spec, rtn_levels(weight, self.format, importance)
