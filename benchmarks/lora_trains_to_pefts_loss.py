@@ -5,7 +5,7 @@ noise of the seed.
 
 Rank 16 on all linear layers of the blocks of a Llama of 100 million parameters with new weights in bf16, AdamW. Model,
 factors and data are those of the seed, the same for both; the noise is the standard deviation of PEFT's loss over
-seeds. The loss of a run is the mean over its last five steps. Not run to its end yet.
+seeds. The loss of a run is the mean over its last five steps.
 """
 
 import argparse
