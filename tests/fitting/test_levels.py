@@ -35,11 +35,21 @@ def test_it_errs_less_than_rounding(name: str) -> None:
         return float(row_error(weight - spec.dense(*tensors), statistics.gram, statistics.count).sum())
 
     cast, nearest = spec.encode(weight), rtn_levels(weight, spec.format, statistics.diagonal)
-    plain, ordered = (gptq_levels(weight, statistics, spec.format, ordered=each) for each in (False, True))
+    plain, ordered = (gptq_levels(weight, statistics, spec.format, 0, ordered=each) for each in (False, True))
     assert error(plain) < 0.8 * min(error(cast), error(nearest))
     assert error(ordered) < 0.95 * error(plain)
     for found in (nearest, plain, ordered):
         assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in cast]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sweeps_only_lower_the_error(name: str) -> None:
+    weight, statistics, spec = weights(*SHAPE) * 40, Statistics.of(correlated(SHAPE[1])), Quantized(name, SHAPE)
+    errors = [
+        row_error(weight - spec.dense(*gptq_levels(weight, statistics, spec.format, sweeps)), statistics.gram, 1).sum()
+        for sweeps in (0, 1, 3)
+    ]
+    assert errors[1] < 0.9 * errors[0] and errors[2] < errors[1]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,7 +70,7 @@ def test_what_the_pass_decides_is_what_is_stored(name: str, monkeypatch: pytest.
 
 def test_it_is_the_pass_of_integers_where_the_numbers_are_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, statistics, form = weights(24, 96), Statistics.of(correlated(96)), formats.parse("int4:row")
-    codes, scale = gptq_levels(weight, statistics, form)
+    codes, scale = gptq_levels(weight, statistics, form, sweeps=0)
     found, grid = searched(weight, form, statistics.root[0].diagonal().square())["scale"], IntegerGrid.of(form)
     assert torch.equal(scale, found)
     assert grid is not None
