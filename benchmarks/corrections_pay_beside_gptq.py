@@ -6,7 +6,8 @@ go without: the codes have the most bits, and then the smallest groups, with whi
 some matrices the next smaller groups. Keys and values, of 64 rows, have rank 16 at most.
 
     rtn              rounded to nearest under searched scales
-    gptq             with coordinate descent; "act-order" with the columns of large inputs first
+    gptq             with coordinate descent; "act-order" with the columns of large inputs first; "mixed" with widths
+                     allocated over the matrices by a fit's solver
     awq              scaled columns (arXiv 2306.00978), rounded to nearest; or by GPTQ
     quarot           Hadamard-rotated (arXiv 2404.00456), rounded to nearest; or by GPTQ
     loftq            rounded to nearest and corrected by a plain SVD, in turn (arXiv 2310.08659)
@@ -28,9 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import compressed
+import torch
 from interleaved import save
 
-from parco.fitting.methods import Made, Method, parse
+from parco.fitting import solve
+from parco.fitting.methods import Made, Method, output_error, parse
+from parco.fitting.plan import Fixed, Option
 from parco.fitting.statistics import Statistics
 from parco.nn.blocks import Group, matrix
 
@@ -49,6 +53,7 @@ CORRECTED = {
     "loftq": "{base}@rtn+factor(rank={rank},metric=plain)>>int4:32@rtn",
     "svdquant": "scale>>{base}@rtn+factor(rank={rank},metric=plain)>>int4:32@rtn",
 }
+MIXED = [f"int{bits}:{group}@gptq" for bits in range(2, 7) for group in (32, 64, 128)]
 FORMATS = [f"int{bits}:{group}" for bits in range(8, 1, -1) for group in range(16, 129, 16)]
 """The most bits first, then the smallest groups."""
 
@@ -74,6 +79,25 @@ def _method(pattern: str, rank: int, shape: tuple[int, int], base: str) -> Metho
     return parse(pattern.format(base=base, rank=min(rank, min(shape) // 4)))
 
 
+@torch.no_grad()
+def mixed(judged: compressed.Judged, budget: float) -> dict[str, Method]:
+    """For every matrix one of MIXED, by the least predicted loss of all within `budget` bits for each number."""
+    model, options, numbers = judged.load(), dict[str, list[Option]](), 0
+    for group in judged.linear_groups:
+        for member, seen in judged.statistics(group).items():
+            weight = matrix(model, member).float().contiguous()
+            assert seen.row_energy is not None
+            options[member], numbers = [], numbers + weight.numel()
+            for text in MIXED:
+                spec, tensors = parse(text)(weight, seen)
+                loss = 0.5 * float((output_error(weight, spec, tensors, seen) * seen.row_energy).sum())
+                options[member].append(Option(text, spec.nbytes, loss, 0.0, 0.0))
+    limits = solve.Limits(bytes=budget * numbers / 8)
+    plan = solve.solve(options, Fixed(0, 0.0, 0.0), limits, {"loss": 1.0})
+    assert plan is not None
+    return {member: parse(text) for member, text in plan.choices}
+
+
 def total(plan: Mapping[str, Method], shapes: Mapping[str, tuple[int, int]]) -> int:
     """Bits of all matrices, everything that is stored counted."""
     return sum(8 * method.spec(shapes[name]).nbytes for name, method in plan.items())
@@ -90,7 +114,8 @@ def stored(methods: Mapping[str, Method]) -> compressed.Change:
 
 
 def methods() -> Iterator[tuple[str, str, int]]:
-    """Name, pattern and rank."""
+    """Name, pattern and rank; no pattern where widths are mixed."""
+    yield "gptq mixed", "", 0
     yield from ((name, pattern, 0) for name, pattern in ALONE.items())
     yield from ((name, pattern, rank) for name, pattern in CORRECTED.items() for rank in RANKS)
 
@@ -115,7 +140,7 @@ def main() -> None:
     for budget in map(float, options.bits.split(",")):
         rows = compressed.Rows(options.work / f"corrections-{budget:g}.json")
         for name, pattern, rank in methods():
-            plan = chosen(pattern, rank, shapes, budget)
+            plan = chosen(pattern, rank, shapes, budget) if pattern else mixed(judged, budget)
             if plan is not None:
                 rows.add(
                     judged,
