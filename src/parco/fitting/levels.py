@@ -41,9 +41,7 @@ def gptq_levels(
     if weight.shape[1] != statistics.columns:
         raise ValueError(f"weight has {weight.shape[1]} columns, the statistics have {statistics.columns}")
     rows, columns = weight.shape
-    (factor, ridge), order = statistics.root, torch.arange(columns)
-    if ordered:
-        order, (factor, ridge) = statistics.ordered_root
+    order, (factor, ridge) = statistics.ordered_root if ordered else (torch.arange(columns), statistics.root)
     target = statistics.target(weight.detach().float()).clone()
     target[:, statistics.dead] = 0.0
     scales = searched(target, format, factor.diagonal()[order.argsort()].square())
