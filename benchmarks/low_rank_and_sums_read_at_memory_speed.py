@@ -3,7 +3,8 @@ quantized matrix with its correction less time than its parts one after the othe
 
 Weights are cold: each call takes the next of enough copies to fill `--cold` MB. `times_apart` is the parts' time over
 the call's, the parts multiplied by their own operations and added in bf16; `of_plain_read` is the time of a plain read
-of all tensors of another copy over the call's. Medians over the rounds.
+of all tensors of another copy over the call's; `times_torch_bf16` and `times_dense_bf16` are the times of a dense bf16
+matrix of the same shape, by PyTorch and by parco. Medians over the rounds.
 
     python benchmarks/low_rank_and_sums_read_at_memory_speed.py [--threads N] [--rows 1,8,64,512] [--cold MB]
 """
@@ -63,6 +64,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     isa = machine.isa()
     rows: list[dict[str, object]] = []
+    whole = Dense((SIZE, SIZE), "bf16")
+    dense = stored_copies(whole, (options.cold << 20) // whole.nbytes + 1)
     for name, spec in WEIGHTS.items():
         stored = stored_copies(spec, (options.cold << 20) // spec.nbytes + 1)
         turn = count()
@@ -81,6 +84,8 @@ def main() -> None:
                     spec, x, stored[next(turn) % len(stored)]
                 ),
                 "read": read,
+                "torch": lambda x=x, turn=turn: torch.nn.functional.linear(x, dense[next(turn) % len(dense)][0]),
+                "dense": lambda x=x, turn=turn: whole.apply(x, *dense[next(turn) % len(dense)]),
             }
             with torch.inference_mode():
                 seconds = interleave(runs, options.rounds if height < 64 else options.rounds // 3)
@@ -89,6 +94,7 @@ def main() -> None:
                 {"weights": name, "rows": height, **spread(one)}
                 | {"apart_us": spread(seconds["apart"])["median_us"], "times_apart": ratio(seconds["apart"], one)}
                 | {"of_plain_read": ratio(seconds["read"], one)}
+                | {f"times_{peer}_bf16": ratio(seconds[peer], one) for peer in ("torch", "dense")}
             )
     save(__file__, rows)
 
