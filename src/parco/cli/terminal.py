@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 20.0
 LINES_OF_A_RATE = 6
 """The time left is judged by so many last lines, so that a pause is forgotten."""
+WIDE = 1000
+"""Columns of a console that is no terminal."""
 SECONDS_HELD_BACK = 10.0
 """A job that is refused this early says so in one line, without a log of its first steps above it."""
 
@@ -39,10 +41,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and
 
 
 def console() -> Console:
-    """Where results are printed. Nothing is read as markup: a layer's name may hold brackets."""
+    """Where results are printed. Nothing is read as markup: a layer's name may hold brackets. In a file or a pipe a
+    table is as wide as it needs, unless COLUMNS says otherwise.
+    """
     from rich.console import Console
 
-    return Console(markup=False, highlight=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+    drawn = sys.stdout.isatty()
+    width = None if drawn or "COLUMNS" in os.environ else WIDE
+    return Console(markup=False, highlight=False, emoji=False, soft_wrap=not drawn, width=width)
 
 
 def print_json(value: Any) -> None:
