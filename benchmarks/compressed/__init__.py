@@ -104,11 +104,31 @@ def shipped(work: Path) -> Judged:
 
 
 def with_outliers(work: Path) -> Judged:
-    """The shipped model with what large ones have: one in 64 of the channels that its norms put out is 32 times as
-    large, and the columns that read it a 32nd. What it computes is the same but for roundings, since 32 is a power of
-    two.
+    """The shipped model with outliers: one in 64 of the channels that its norms put out is 32 times as large."""
+
+    def octaves(channels: int, seed: int) -> torch.Tensor:
+        order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed))
+        return torch.zeros(channels).index_fill_(0, order[: channels // 64], 5.0)
+
+    return _rescaled("llama with outliers", octaves, work)
+
+
+def with_uneven_channels(work: Path) -> Judged:
+    """The shipped model with the channels that its norms put out as uneven as large models have them: their sizes are
+    spread log-normally, by a factor of four for a standard deviation.
     """
-    folder = work / "llama-outliers-new"
+
+    def octaves(channels: int, seed: int) -> torch.Tensor:
+        return (2 * torch.randn(channels, generator=torch.Generator().manual_seed(seed))).round().clamp(-5, 5)
+
+    return _rescaled("llama with uneven channels", octaves, work)
+
+
+def _rescaled(name: str, octaves: Callable[[int, int], torch.Tensor], work: Path) -> Judged:
+    """The shipped model with what its norms put out times 2^octaves, of so many channels under a seed, and the columns
+    that read it divided by as much: what it computes is the same but for roundings.
+    """
+    folder = work / f"{name.replace(' ', '-')}-new"
     if not folder.exists():
         loaded = hub.load(hub.embedded_path(), low_memory=False)
         model: Any = loaded.model
@@ -120,14 +140,13 @@ def with_outliers(work: Path) -> Judged:
                     layer.post_attention_layernorm: (feed.gate_proj, feed.up_proj),
                 }
                 for norm, linears in readers.items():
-                    channels = torch.randperm(len(norm.weight), generator=torch.Generator().manual_seed(index))
-                    channels = channels[: len(channels) // 64]
-                    norm.weight[channels] *= 32
+                    factors = torch.exp2(octaves(len(norm.weight), index))
+                    norm.weight *= factors
                     for linear in linears:
-                        linear.weight[:, channels] /= 32
+                        linear.weight /= factors
         model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-    return _judged("llama with outliers", folder, work)
+    return _judged(name, folder, work)
 
 
 def _judged(name: str, folder: Path, work: Path) -> Judged:

@@ -32,7 +32,10 @@ from parco.weights import Dense, Quantized, Sparse, Weight
 
 RANK = 16
 SNUG = 0.49
-"""How close to the rounding boundary, in steps, a latent value may start; beyond the ends of a format too."""
+"""How close to the rounding boundary, in steps, a latent value may start."""
+FAR = 1e6
+"""How far beyond the ends of a format it may start, in its numbers: where the original is. Held near the end, or with a
+gradient there, what is clipped drags the low-rank update along (ternary: the KL after healing is a fifth higher)."""
 
 
 class Leaf(nn.Module):
@@ -153,19 +156,18 @@ class LevelLeaf(RoundedLeaf):
         super().__init__(stored)
         values = stored.dense().detach()
         levels = levels_of(self.format.element).to(values.device)
-        gaps = levels.diff()
-        ends = torch.cat([levels[:1] - gaps[:1], levels, levels[-1:] + gaps[-1:]])
-        middles = (ends[1:] + ends[:-1]) / 2
-        self.least, self.greatest = float(middles[0]), float(middles[-1])
+        self.least, self.greatest = float(levels[0]), float(levels[-1])
+        middles = (levels[1:] + levels[:-1]) / 2
+        bounds = torch.cat([levels[:1] - FAR, middles, levels[-1:] + FAR])
         numbers = self._numbers()
         wide = levels.new_ones(()) if numbers is None else per_element(numbers, self.format.block, stored.spec.shape)
         start = values
         if original is not None:
-            level = torch.bucketize(torch.where(wide == 0, 0.0, values / wide), middles[1:-1].contiguous())
-            room = [(SNUG / 0.5 * (bound - levels))[level] * wide for bound in (middles[:-1], middles[1:])]
+            level = torch.bucketize(torch.where(wide == 0, 0.0, values / wide), middles)
+            room = [(SNUG / 0.5 * (bound - levels))[level] * wide for bound in (bounds[:-1], bounds[1:])]
             start = original.float().clamp(values + room[0], values + room[1])
         mean = 1.0 if numbers is None else float(numbers.abs().mean())
-        self.begin(start, mean * float(gaps.mean()), generator)
+        self.begin(start, mean * float(levels.diff().mean()), generator)
         if self.format.has_free_scales:
             self.factor = nn.Parameter(torch.zeros_like(self.scales["scale"], dtype=torch.float32))
 
@@ -190,8 +192,8 @@ class LevelLeaf(RoundedLeaf):
 
 
 class CastThrough(torch.autograd.Function):
-    """What a cast under given scales keeps of a latent, with the gradients of RoundThrough: straight through up to half
-    a step beyond the ends."""
+    """What a cast under given scales keeps of a latent, with a straight-through gradient: to the latent between the
+    format's ends, and to the scale as if rounding were the identity (LSQ, arXiv 1902.08153)."""
 
     @staticmethod
     def forward(
