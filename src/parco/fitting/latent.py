@@ -34,8 +34,8 @@ RANK = 16
 SNUG = 0.49
 """How close to the rounding boundary, in steps, a latent value may start."""
 FAR = 1e6
-"""How far beyond the ends of a format it may start, in its numbers: where the original is. Held near the end, or with a
-gradient there, what is clipped drags the low-rank update along (ternary: the KL after healing is a fifth higher)."""
+"""How far beyond the ends of a format it may start, in its numbers: where the original is. With a gradient there, what
+is clipped drags the low-rank update along (ternary to nearest: the KL after healing is 5% higher)."""
 
 
 class Leaf(nn.Module):
