@@ -3,10 +3,10 @@
 The papers, LLaMA-2-7B, perplexity on WikiText-2 (dense 5.12): 50% 6.51 SparseGPT, 6.42 Wanda; 2:4 10.17, 11.02; both
 far below magnitude. Here two small models on their held-out text and on another. In models as small as these no input
 is far greater than the others, which is what Wanda lives on: it errs less than magnitudes on every layer by itself, and
-on the whole model it need not. So there is a third: the first, computing the same, with its channels as uneven as those
-of large models. Layers are pruned block by block on what the pruned blocks before them produce, each towards its own
-outputs, as published; "aimed" is SparseGPT towards the outputs of the original model, as `parco fit` does it. No
-healing; the embedding and the head are kept.
+on the whole model it need not. So there is a third: the first, computing the same, with uneven channels. Layers are
+pruned block by block on what the pruned blocks before them produce, each towards its own outputs, as published; "aimed"
+is SparseGPT towards the outputs of the original model, as `parco fit` does it. No healing; the embedding and the head
+are kept.
 
     python benchmarks/pruning_orders_as_published.py [--work DIR]
 """

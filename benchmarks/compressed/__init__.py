@@ -114,8 +114,8 @@ def with_outliers(work: Path) -> Judged:
 
 
 def with_uneven_channels(work: Path) -> Judged:
-    """The shipped model with the channels that its norms put out as uneven as large models have them: their sizes are
-    spread log-normally, by a factor of four for a standard deviation.
+    """The shipped model with the channels that its norms put out uneven, as large models' are: their sizes are spread
+    log-normally, by a factor of four for a standard deviation.
     """
 
     def octaves(channels: int, seed: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ FACTORS, PRUNING = "factors_keep_more_than_published_methods", "pruning_orders_a
 MODELS = {
     "llama": "the Llama of 10 M parameters that comes with parco",
     "llama with uneven channels": "the same Llama, computing the same, with what its norms put out spread log-normally "
-    "by a factor of four, and the columns that read it divided by as much: as uneven as large models are",
+    "by a factor of four, and the columns that read it divided by as much",
     "gpt2": "a GPT-2 of 3 M parameters, trained for it on 12 M tokens of the same text",
 }
 TEXTS = {"held_out": "held-out text", "other_text": "other text"}

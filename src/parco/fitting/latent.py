@@ -32,7 +32,7 @@ from parco.weights import Dense, Quantized, Sparse, Weight
 
 RANK = 16
 SNUG = 0.49
-"""How close to the rounding boundary, in steps, a latent value may start."""
+"""How close to the rounding boundary, in steps, a latent value may start that is not the nearest to the original."""
 FAR = 1e6
 """How far beyond the ends of a format it may start, in its numbers: where the original is. With a gradient there, what
 is clipped drags the low-rank update along (ternary to nearest: the KL after healing is 5% higher)."""
@@ -164,8 +164,10 @@ class LevelLeaf(RoundedLeaf):
         start = values
         if original is not None:
             level = torch.bucketize(torch.where(wide == 0, 0.0, values / wide), middles)
-            room = [(SNUG / 0.5 * (bound - levels))[level] * wide for bound in (bounds[:-1], bounds[1:])]
-            start = original.float().clamp(values + room[0], values + room[1])
+            below, above = ((bound - levels)[level] * wide for bound in (bounds[:-1], bounds[1:]))
+            offset = original.float() - values
+            nearest = (offset > 0.9999 * below) & (offset < 0.9999 * above)
+            start = values + torch.where(nearest, offset, offset.clamp(SNUG / 0.5 * below, SNUG / 0.5 * above))
         mean = 1.0 if numbers is None else float(numbers.abs().mean())
         self.begin(start, mean * float(levels.diff().mean()), generator)
         if self.format.has_free_scales:
