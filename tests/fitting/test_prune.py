@@ -203,5 +203,11 @@ def test_gptq_that_cannot_be_had_is_refused(text: str) -> None:
     assert str(parse(text.replace("gptq", "rtn"))) == text.replace("gptq", "rtn")
 
 
+@pytest.mark.parametrize("text", ["prune(2:4)>>int8:row@actorder", "prune(2:4)>>mxfp4@actorder"])
+def test_activation_order_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="without @actorder"):
+        parse(text)
+
+
 def test_a_share_is_printed_whole() -> None:
     assert Pattern.parse(str(Pattern.parse("33.3333333%"))) == Pattern.parse("33.3333333%")

@@ -99,13 +99,19 @@ class QuantizedPrune(Method):
 
     Under sparsegpt, integers with one scale for a row are rounded in the pass that chooses the zeros, so that later
     columns make up for both. Other formats round what stays to nearest: their scales belong to numbers that stand apart
-    in the matrix. Raises ValueError where gptq is asked for and cannot be had in that pass.
+    in the matrix. Raises ValueError where gptq is asked for and cannot be had in that pass, and for activation order,
+    which that pass does not have.
     """
 
     prune: Prune
     quantize: Quantize
 
     def __post_init__(self) -> None:
+        if self.quantize.solver == "actorder":
+            raise ValueError(
+                f"{self.prune}>>{self.quantize}: sparsegpt takes the columns as they follow one another; "
+                f"{self.quantize.format} without @actorder is rounded in its pass where that can be"
+            )
         if self.quantize.solver == "gptq" and not self._joint:
             raise ValueError(
                 f"{self.prune}>>{self.quantize}: gptq rounds kept numbers in sparsegpt's pass, integers with one scale "
