@@ -26,17 +26,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import compressed
 import torch
 from interleaved import save
 
-from parco.fitting import solve
-from parco.fitting.methods import Made, Method, output_error, parse
-from parco.fitting.plan import Fixed, Option
-from parco.fitting.statistics import Statistics
-from parco.nn.blocks import Group, matrix
+from parco.fitting.methods import Method, output_error, parse
+from parco.fitting.plan import Option
+from parco.nn.blocks import matrix
 
 RANKS = (8, 16, 32, 64)
 ALONE = {
@@ -92,25 +89,12 @@ def mixed(judged: compressed.Judged, budget: float) -> dict[str, Method]:
                 spec, tensors = parse(text)(weight, seen)
                 loss = 0.5 * float((output_error(weight, spec, tensors, seen) * seen.row_energy).sum())
                 options[member].append(Option(text, spec.nbytes, loss, 0.0, 0.0))
-    limits = solve.Limits(bytes=budget * numbers / 8)
-    plan = solve.solve(options, Fixed(0, 0.0, 0.0), limits, {"loss": 1.0})
-    assert plan is not None
-    return {member: parse(text) for member, text in plan.choices}
+    return {member: parse(text) for member, text in compressed.allocated(options, budget * numbers / 8).items()}
 
 
 def total(plan: Mapping[str, Method], shapes: Mapping[str, tuple[int, int]]) -> int:
     """Bits of all matrices, everything that is stored counted."""
     return sum(8 * method.spec(shapes[name]).nbytes for name, method in plan.items())
-
-
-def stored(methods: Mapping[str, Method]) -> compressed.Change:
-    def change(model: Any, group: Group, seen: dict[str, Statistics]) -> dict[str, Made]:
-        return {
-            member: methods[member](matrix(model, member).float().contiguous(), seen[member])
-            for member in group.members
-        }
-
-    return change
 
 
 def methods() -> Iterator[tuple[str, str, int]]:
@@ -144,7 +128,7 @@ def main() -> None:
             if plan is not None:
                 rows.add(
                     judged,
-                    lambda p=plan: compressed.in_turn(judged, stored(p)),
+                    lambda p=plan: compressed.in_turn(judged, compressed.stored(p.__getitem__)),
                     compressed.Judged.divergences,
                     budget=budget,
                     method=name,

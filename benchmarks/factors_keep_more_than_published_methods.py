@@ -32,9 +32,8 @@ import torch
 from compressed import Change, Judged, at_once, in_turn, page
 from interleaved import save
 
-from parco.fitting import solve
 from parco.fitting.methods import Factor, Joint, Made, Metric
-from parco.fitting.plan import Fixed, Option
+from parco.fitting.plan import Option
 from parco.fitting.statistics import Statistics
 from parco.nn.blocks import Group, matrix
 
@@ -122,9 +121,7 @@ def _error(delta: torch.Tensor, seen: Statistics) -> torch.Tensor:
 def allocated(table: Mapping[str, list[Option]], removed: float) -> dict[str, float]:
     """The share of every group that the knapsack gives it within the parameters that are to stay."""
     whole = sum(options[0].bytes for options in table.values())
-    plan = solve.solve(table, Fixed(0, 0.0, 0.0), solve.Limits(bytes=(1 - removed) * whole), {"loss": 1.0})
-    assert plan is not None
-    return {group: float(share) for group, share in plan.choices}
+    return {group: float(share) for group, share in compressed.allocated(table, (1 - removed) * whole).items()}
 
 
 def run(judged: Judged, rows: compressed.Rows) -> None:

@@ -22,9 +22,6 @@ import compressed
 from interleaved import save
 
 from parco.fitting.methods import parse
-from parco.fitting.methods.method import Made
-from parco.fitting.statistics import Statistics
-from parco.nn.blocks import Group, matrix
 
 FORMATS = ("nvfp4", "mxfp4", "nf4:64", "ternary:row")
 
@@ -32,12 +29,7 @@ FORMATS = ("nvfp4", "mxfp4", "nf4:64", "ternary:row")
 def changed(judged: compressed.Judged, form: str, how: str) -> Any:
     """The model with every matrix inside the blocks in the format `form`."""
     method = parse(form if how == "cast" else f"{form}@{how}")
-
-    def change(model: Any, group: Group, statistics: dict[str, Statistics]) -> dict[str, Made]:
-        seen = dict.fromkeys(group.members) if how == "cast" else statistics
-        return {member: method(matrix(model, member), seen[member]) for member in group.members}
-
-    return compressed.in_turn(judged, change)
+    return compressed.in_turn(judged, compressed.stored(lambda _: method, seeing=how != "cast"))
 
 
 def judge(judged: compressed.Judged, model: Any) -> dict[str, float]:

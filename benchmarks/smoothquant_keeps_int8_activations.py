@@ -19,7 +19,6 @@ from interleaved import save
 
 from parco.fitting.methods import parse
 from parco.nn import set_product_
-from parco.nn.blocks import matrix
 
 METHODS = (
     "int8:row@rtn",
@@ -33,10 +32,7 @@ METHODS = (
 
 def stored(judged: compressed.Judged, text: str) -> Any:
     method = parse(text)
-    return compressed.at_once(
-        judged,
-        lambda model, group, seen: {member: method(matrix(model, member), seen[member]) for member in group.members},
-    )
+    return compressed.at_once(judged, compressed.stored(lambda _: method))
 
 
 def judge(judged: compressed.Judged, model: Any) -> dict[str, float]:

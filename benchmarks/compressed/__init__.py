@@ -22,15 +22,16 @@ from accumulated import texts as sources
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from parco import hub
-from parco.fitting import calibrate, evaluate, heal, texts
+from parco.fitting import calibrate, evaluate, heal, solve, texts
 from parco.fitting.calibrate import Extent, block_groups, statistics_of
-from parco.fitting.methods import Made
+from parco.fitting.methods import Made, Method
 from parco.fitting.observe import Moments, observed
+from parco.fitting.plan import Fixed, Option
 from parco.fitting.stages import Silent, Stage, Stages
 from parco.fitting.statistics import Statistics
 from parco.fitting.stream import Stream, windows_in_batches
 from parco.nn import StoredWeight, share_
-from parco.nn.blocks import Group, groups, replace_
+from parco.nn.blocks import Group, groups, matrix, replace_
 from parco.trainer import Settings
 from parco.trainer import run as train
 from parco.weights import Dense, shared_tensors
@@ -219,6 +220,25 @@ def at_once(judged: Judged, change: Change) -> Any:
     for group in judged.linear_groups:
         _put(model, change(model, group, judged.statistics(group)))
     return model
+
+
+def stored(method_of: Callable[[str], Method], seeing: bool = True) -> Change:
+    """Every member by the method of its name, which is shown what was seen of its inputs unless it is not `seeing`."""
+
+    def change(model: Any, group: Group, seen: dict[str, Statistics]) -> dict[str, Made]:
+        return {
+            member: method_of(member)(matrix(model, member).float().contiguous(), seen[member] if seeing else None)
+            for member in group.members
+        }
+
+    return change
+
+
+def allocated(options: Mapping[str, list[Option]], nbytes: float) -> dict[str, str]:
+    """The option of each that the knapsack of a fit takes for the least loss within so many bytes."""
+    plan = solve.solve(options, Fixed(0, 0.0, 0.0), solve.Limits(bytes=nbytes), {"loss": 1.0})
+    assert plan is not None
+    return dict(plan.choices)
 
 
 def _put(model: Any, made: Mapping[str, Made]) -> None:

@@ -106,13 +106,18 @@ def test_peaks_are_measured_once_and_kept(cache: Path, monkeypatch: pytest.Monke
     assert machine.peaks() == other, "what was measured anew is kept"
 
 
+def reads_in_turn(monkeypatch: pytest.MonkeyPatch, speeds: list[float]) -> None:
+    """Every measurement finds the next of these speeds of reading."""
+    left = iter(speeds)
+    monkeypatch.setattr(
+        machine, "_measure", lambda *_: machine.Peaks(next(left), 1.0, dict.fromkeys(machine.ELEMENTS, 4.0))
+    )
+
+
 def test_what_was_measured_on_a_busy_machine_is_measured_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waited = iter(range(0, 1000, 10))
     monkeypatch.setattr(machine, "_waited", lambda: {"1": float(next(waited)), "2": 0.0})
-    speeds = iter([3.0, 2.0, 7.0, 5.0, 9.0])
-    monkeypatch.setattr(
-        machine, "_measure", lambda *_: machine.Peaks(next(speeds), 1.0, dict.fromkeys(machine.ELEMENTS, 4.0))
-    )
+    reads_in_turn(monkeypatch, [3.0, 2.0, 7.0, 5.0, 9.0])
     found = [machine.peaks().read_bytes_per_second for _ in range(5)]
     assert found == [3.0, 3.0, 7.0, 7.0, 7.0], "the best so far, and four times are enough"
     assert machine.peaks(refresh=True).read_bytes_per_second == 9.0
@@ -121,10 +126,7 @@ def test_what_was_measured_on_a_busy_machine_is_measured_again(cache: Path, monk
 def test_a_busy_refresh_takes_nothing_from_a_quiet_measurement(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waited = iter([{"1": 0.0}, {"1": 0.0}, {"1": 0.0, "2": 0.0}, {"1": 10.0}, {}, {}])
     monkeypatch.setattr(machine, "_waited", lambda: next(waited))
-    speeds = iter([3.0, 2.0, 1.0])
-    monkeypatch.setattr(
-        machine, "_measure", lambda *_: machine.Peaks(next(speeds), 1.0, dict.fromkeys(machine.ELEMENTS, 4.0))
-    )
+    reads_in_turn(monkeypatch, [3.0, 2.0, 1.0])
     found = [machine.peaks(refresh=refresh).read_bytes_per_second for refresh in (False, True, False, True, False)]
     assert found == [3.0, 3.0, 3.0, 1.0, 1.0], "a thread has ended; a quiet refresh replaces what was known"
 
@@ -132,17 +134,14 @@ def test_a_busy_refresh_takes_nothing_from_a_quiet_measurement(cache: Path, monk
 def test_a_quiet_measurement_ends_the_tries(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waited = iter([0.0, 10.0, 10.0, 10.0])
     monkeypatch.setattr(machine, "_waited", lambda: {"1": next(waited)})
-    speeds = iter([3.0, 2.0])
-    monkeypatch.setattr(
-        machine, "_measure", lambda *_: machine.Peaks(next(speeds), 1.0, dict.fromkeys(machine.ELEMENTS, 4.0))
-    )
+    reads_in_turn(monkeypatch, [3.0, 2.0])
     assert [machine.peaks().read_bytes_per_second for _ in range(4)] == [3.0] * 4
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this kernel does not count waiting")
 def test_waiting_for_a_processor_is_counted() -> None:
     code = """
-import os, threading, time
+import os, time
 from parco import machine
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 def work(seconds):
