@@ -26,6 +26,7 @@ struct Arithmetic {
   static F power_of_two(F whole) { return float_of(static_cast<std::uint32_t>(static_cast<int>(whole) + 127) << 23); }
   static float total(F a) { return a; }
   static F load(const float* from) { return *from; }
+  static void store(float* to, F value) { *to = value; }
   static F load_floats(const void* from, Type type, std::int64_t index, int) { return load_float(from, type, index); }
   static void store_floats(void* to, Type type, std::int64_t index, int, F value) {
     store_float(to, type, index, value);

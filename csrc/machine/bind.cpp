@@ -1,6 +1,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "machine/features.h"
 #include "machine/probe.h"
 
@@ -73,6 +77,14 @@ double copy_bytes(std::size_t bytes, int threads, int repeats) {
   return parco::copy_bytes_per_second((bytes + 4095) / 4096 * 4096, threads, repeats);
 }
 
+// glibc keeps what is freed between blocks in use until it is asked.
+void release_memory() {
+#ifdef __GLIBC__
+  nb::gil_scoped_release release;
+  malloc_trim(0);
+#endif
+}
+
 }  // namespace
 
 void bind_machine(nb::module_& module) {
@@ -94,6 +106,7 @@ void bind_machine(nb::module_& module) {
       .def_ro("l3", &Features::l3);
   module.def("machine_features", &parco::features, nb::rv_policy::reference,
              "The features of this machine, detected once.");
+  module.def("machine_release_memory", &release_memory, "Gives memory that was freed back to the system.");
   module.def("machine_multiply_adds_per_second", &multiply_adds, "isa"_a, "element"_a, "threads"_a, "seconds"_a,
              "repeats"_a,
              "Multiply-adds per second on operands in L1: the median of `repeats` runs of `seconds` each.");

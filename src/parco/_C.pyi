@@ -1,6 +1,30 @@
 from collections.abc import Sequence
 
 
+def attention_generic(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int) -> None:
+    """
+    Attention in tiles; sizes are batch, heads, key heads, queries, keys, width; csrc/attention/attention.h.
+    """
+
+def attention_avx2(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int) -> None:
+    """
+    Attention in tiles; sizes are batch, heads, key heads, queries, keys, width; csrc/attention/attention.h.
+    """
+
+def attention_avx512(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int) -> None:
+    """
+    Attention in tiles; sizes are batch, heads, key heads, queries, keys, width; csrc/attention/attention.h.
+    """
+
+def attention_grad_generic(grad: int, grad_stride: Sequence[int], q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, grad_q: int, grad_keys: int, grad_values: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int) -> None:
+    """The gradients of attention in tiles; csrc/attention/attention.h."""
+
+def attention_grad_avx2(grad: int, grad_stride: Sequence[int], q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, grad_q: int, grad_keys: int, grad_values: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int) -> None:
+    """The gradients of attention in tiles; csrc/attention/attention.h."""
+
+def attention_grad_avx512(grad: int, grad_stride: Sequence[int], q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, grad_q: int, grad_keys: int, grad_values: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int) -> None:
+    """The gradients of attention in tiles; csrc/attention/attention.h."""
+
 class CastCall:
     """One cast; csrc/cast/cast.h."""
 
@@ -225,6 +249,9 @@ class Features:
 
 def machine_features() -> Features:
     """The features of this machine, detected once."""
+
+def machine_release_memory() -> None:
+    """Gives memory that was freed back to the system."""
 
 def machine_multiply_adds_per_second(isa: str, element: str, threads: int, seconds: float, repeats: int) -> float:
     """

@@ -133,6 +133,13 @@ def isa() -> str:
     return forced
 
 
+def release_memory() -> None:
+    """Give memory that was freed back to the system: for after much of it was used for a while, such as for matrices
+    that have been stored in fewer bits. The C library keeps it otherwise, between blocks in use.
+    """
+    _C.machine_release_memory()
+
+
 def cache_folder() -> Path:
     """Where measurements are kept: $PARCO_CACHE, or parco in $XDG_CACHE_HOME or in ~/.cache. Not created here."""
     if chosen := os.environ.get("PARCO_CACHE"):

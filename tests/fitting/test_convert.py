@@ -1,5 +1,8 @@
 """convert_: one method for every matrix of a model, in place."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tests.nn.models import logits, model
@@ -151,3 +154,24 @@ def test_wrong_use_is_refused() -> None:
         convert_("gpt2", "int8:row")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="needs statistics"):
         convert_(plain(), "int4:32@gptq")
+
+
+KEEPS_NOTHING = """
+import torch
+from pathlib import Path
+from parco import machine
+from parco.fitting.convert import convert_
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+torch.set_num_threads(1)
+model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, dtype=torch.bfloat16) for _ in range(24)))
+convert_(model, "int4:32")
+before = resident()
+machine.release_memory()
+print(before - resident())
+"""
+
+
+def test_memory_of_what_was_stored_goes_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", KEEPS_NOTHING], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < 4e6  # of 50 MB; 20 to 60 where convert_ keeps it

@@ -18,7 +18,7 @@ FUSED = {
     "mistral": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
     "qwen2 tied": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
     "qwen3": {"norm": 9, "gate": 2, "rotation": 2, "layer": 2},
-    "gpt2": {"dense": 8, "activation": 2, "layer": 2},
+    "gpt2": {"attention": 2, "dense": 8, "activation": 2, "layer": 2},
     "gpt-neox": {"rotation": 2, "layer": 2},
     "gemma": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
     "gemma2": {"norm": 9, "gate": 2, "rotation": 2, "layer": 2},
@@ -27,7 +27,7 @@ FUSED = {
     "phi3": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
     "mixtral": {"norm": 5, "rotation": 2},
     "qwen2-moe": {"norm": 5, "gate": 2, "rotation": 2, "layer": 1},
-    "opt": {},
+    "opt": {"attention": 2},
 }
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from parco import machine
 from parco.fitting.methods import Method, parse
 from parco.nn import (
     StoredWeight,
@@ -142,6 +143,7 @@ def convert_(
         which = "the default filter accepts none" if filter_fn is None else "filter_fn accepted none"
         raise ValueError(f"nothing to convert in {type(model).__name__}: {which} of its {len(sites)} matrices")
     pack_(model)
+    machine.release_memory()
     return Conversion(chosen, tuple(rows))
 
 

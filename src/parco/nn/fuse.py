@@ -9,6 +9,7 @@ copies and the rest of the model see no difference, and what is not recognised g
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections.abc import Callable
@@ -22,13 +23,14 @@ from parco.kernels.library import TYPES, transformed
 from parco.kernels.linear import linear_dense
 from parco.kernels.rowwise import ACTIVATIONS, rms_norm
 from parco.nn import decode, joined, proofs
+from parco.nn.attention import INTERFACES, Interfaces
 from parco.nn.linear import under_its_name
 from parco.nn.parts import PROJECTIONS, gated_names, is_conv1d, is_rms_norm, rows
 from parco.nn.prepared import groups
 from parco.nn.proofs import ROTARY, Rms, Unlike
 from parco.nn.together import keeps_its_input, standing_in
 
-Kind = Literal["norm", "gate", "rotation", "activation", "dense", "layer"]
+Kind = Literal["norm", "gate", "rotation", "attention", "activation", "dense", "layer"]
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,11 @@ def _is_fused(module: Any) -> bool:
 
 @torch.no_grad()
 def fuse_(model: nn.Module) -> Fusion:
-    """Fuse RMS norms, gated feed-forward blocks, rotary embeddings and GELUs written out in Python, in place; and
-    decoder layers made of these and of layer norms, which then decode in one call. Linear layers that stayed PyTorch's
-    own, in bf16 or fp16 on a CPU, are multiplied by `linear_dense` where no gradients are asked for; the matrices of
-    Transformers' Conv1D are put into memory by rows for it.
+    """Fuse RMS norms, gated feed-forward blocks, rotary embeddings, attention (PyTorch's on a CPU, which then computes
+    in tiles, forward and backward) and GELUs written out in Python, in place; and decoder layers made of these and of
+    layer norms, which then decode in one call. Linear layers that stayed PyTorch's own, in bf16 or fp16 on a CPU, are
+    multiplied by `linear_dense` where no gradients are asked for; the matrices of Transformers' Conv1D are put into
+    memory by rows for it.
 
     Fused results differ from unfused ones by roundings: what was rounded after every step is computed in fp32 and
     rounded once. Gradients flow as before. Stored matrices that read the same input (q, k and v; gate and up) are put
@@ -109,8 +112,8 @@ def _join_parts(module: Any) -> None:
 @functools.cache
 def _class_of(original: type[nn.Module], kind: Kind) -> type[nn.Module]:
     """The subclass of `original` that computes in one pass."""
-    if kind == "rotation":
-        forward = _rotated(original)
+    if kind in ("rotation", "attention"):
+        forward = _attending(original)
     elif kind == "layer":
         forward = decode.layer_forward(original)
     else:
@@ -164,6 +167,8 @@ def _looks_like(module: nn.Module) -> Kind | None:
         return "gate"
     if ROTARY in proofs.named_by(type(module)):
         return "rotation"
+    if INTERFACES in proofs.named_by(type(module)):
+        return "attention"
     if type(module).__name__ in ("NewGELUActivation", "FastGELUActivation"):
         return "activation"
     return "layer" if decode.looks_like_layer(module) else None
@@ -185,24 +190,37 @@ def _gate_forward(module: Any, x: Tensor) -> Tensor:
     return proofs.gated_block(module, x, module._fusion)
 
 
-def _rotated(original: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of `original`, the same code, with `rotate` under the name of its rotary embedding, and where it is
-    plain enough with one product for q, k and v.
+def _attending(original: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of `original`, the same code, with `rotate` under the name of its rotary embedding and `attention`
+    under that of PyTorch's, and where it is plain enough with one product for q, k and v.
+
+    A graph has PyTorch's attention: torch.compile watches the globals of the module that the code came from.
     """
-    forward: Any = original.forward
-    known = {**forward.__globals__, ROTARY: proofs.rotary(forward.__globals__[ROTARY])}
-    made = types.FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__)
-    made.__kwdefaults__ = forward.__kwdefaults__
     named = proofs.named_by(original)
-    if not set(PROJECTIONS) <= named <= decode.ATTENTION_NAMES or not keeps_its_input(made):
-        return made
+    own: Any = original.forward
+    known: dict[str, Any] = {ROTARY: proofs.rotary(own.__globals__[ROTARY])} if ROTARY in named else {}
+    traced = _with_globals(own, known)
+    if INTERFACES in named:
+        with contextlib.suppress(Unlike):  # of a module that is fused for its rotary embedding
+            known[INTERFACES] = Interfaces(own.__globals__[INTERFACES])
+    made = _with_globals(own, known)
+    together = set(PROJECTIONS) <= named <= decode.ATTENTION_NAMES and keeps_its_input(own)
 
-    def together(self: Any, *inputs: Any, **named: Any) -> Any:
+    def forward(self: Any, *inputs: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling():
-            return made(self, *inputs, **named)
-        return made(standing_in(self, inputs[0] if inputs else named.get("hidden_states")), *inputs, **named)
+            return traced(self, *inputs, **named)
+        attending = standing_in(self, inputs[0] if inputs else named.get("hidden_states")) if together else self
+        return made(attending, *inputs, **named)
 
-    return together
+    return forward
+
+
+def _with_globals(function: Any, known: dict[str, Any]) -> Any:
+    """The same code with other globals of the names in `known`."""
+    every = {**function.__globals__, **known}
+    made = types.FunctionType(function.__code__, every, function.__name__, function.__defaults__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 def _dense_forward(module: Any, x: Tensor) -> Tensor:
@@ -212,6 +230,11 @@ def _dense_forward(module: Any, x: Tensor) -> Tensor:
     if not plain or trains or torch.is_autocast_enabled("cpu") or not rows(module).is_contiguous():
         return module._original.forward(module, x)
     return linear_dense(x, rows(module), module.bias)
+
+
+def _attention(module: nn.Module) -> None:
+    """Attention whose forward takes its function from Transformers' table."""
+    Interfaces(proofs.own_forward(module).__globals__[INTERFACES])
 
 
 def _dense(module: Any) -> None:
@@ -231,6 +254,7 @@ _CHECKS: dict[str, Callable[[nn.Module], Any]] = {
     "norm": proofs.norm,
     "gate": proofs.gate,
     "rotation": proofs.rotation,
+    "attention": _attention,
     "activation": proofs.activation,
     "dense": _dense,
 }

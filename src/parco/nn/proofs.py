@@ -231,10 +231,15 @@ def activation(module: nn.Module) -> str:
 
 def rotation(module: nn.Module) -> None:
     """Attention whose forward calls `apply_rotary_pos_emb`, which is one that `rotate` computes."""
+    rotary(own_forward(module).__globals__[ROTARY])
+
+
+def own_forward(module: nn.Module) -> Any:
+    """The forward of a module's class. Raises Unlike where its code does not stand for itself."""
     forward: Any = type(module).forward
     if "forward" in module.__dict__ or hasattr(forward, "__wrapped__") or forward.__code__.co_freevars:
         raise Unlike(f"the forward of this {type(module).__name__} has been replaced or wrapped")
-    rotary(forward.__globals__[ROTARY])
+    return forward
 
 
 @functools.cache

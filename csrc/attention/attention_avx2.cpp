@@ -1,0 +1,9 @@
+#include "attention/attention_engine.h"
+#include "rowwise/vector_avx2.h"
+
+namespace parco::attention {
+
+void attention_avx2(const Forward& call) { attention<rowwise::V256>(call); }
+void attention_grad_avx2(const Backward& call) { attention_grad<rowwise::V256>(call); }
+
+}  // namespace parco::attention

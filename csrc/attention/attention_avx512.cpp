@@ -1,0 +1,9 @@
+#include "attention/attention_engine.h"
+#include "rowwise/vector_avx512.h"
+
+namespace parco::attention {
+
+void attention_avx512(const Forward& call) { attention<rowwise::V512>(call); }
+void attention_grad_avx512(const Backward& call) { attention_grad<rowwise::V512>(call); }
+
+}  // namespace parco::attention

@@ -1,0 +1,374 @@
+// attention.h for vector instruction sets, in tiles of 64 queries by 64 keys (FlashAttention-2, arXiv 2307.08691).
+// Included by one translation unit per instruction set; V is its vector type. Everything is unnamed (see
+// linear/floats.h).
+//
+// Operands are widened to fp32 once for each head. Products are tiles of sums in registers: one operand's numbers are
+// broadcast, the other's rows are vectors, so keys and values also lie turned, a tile of 64 keys at a time. Sums run in
+// an order that depends on nothing but the sizes.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "attention/attention.h"
+#include "rowwise/rowwise_engine.h"
+
+namespace parco::attention {
+namespace {
+
+constexpr std::int64_t tile = 64;  // of queries, and of keys
+
+inline std::int64_t tiles_of(std::int64_t count) { return (count + tile - 1) / tile; }
+
+// C [rows, vectors] = A B, or more by that: A(r, i) = a[r * a_row + i * a_step], B(i, ·) = b + i * b_step.
+struct Product {
+  const float* a;
+  std::int64_t a_row, a_step;
+  const float* b;
+  std::int64_t b_step;
+  float* c;
+  std::int64_t c_row, steps;
+  bool adds;
+};
+
+// A function of its own, or GCC keeps the sums in memory.
+template <class V, int rows, int vectors>
+[[gnu::noinline]] void multiply_tile(const Product& p) {
+  using F = typename V::F;
+  F sum[rows][vectors];
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) sum[r][v] = p.adds ? V::load(p.c + r * p.c_row + v * V::lanes) : V::set(0.0f);
+  const float *a = p.a, *b = p.b;
+  for (std::int64_t i = 0; i < p.steps; i++, a += p.a_step, b += p.b_step) {
+    F of_b[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) of_b[v] = V::load(b + v * V::lanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+      const F of_a = V::set(a[r * p.a_row]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; v++) sum[r][v] = V::fma(of_a, of_b[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; v++) V::store(p.c + r * p.c_row + v * V::lanes, sum[r][v]);
+}
+
+constexpr int rows_at_once = 6;
+
+template <class V, int vectors>
+void multiply_columns(Product p, std::int64_t rows) {
+  for (; rows >= rows_at_once; rows -= rows_at_once, p.a += rows_at_once * p.a_row, p.c += rows_at_once * p.c_row)
+    multiply_tile<V, rows_at_once, vectors>(p);
+  if (rows == 5) multiply_tile<V, 5, vectors>(p);
+  if (rows == 4) multiply_tile<V, 4, vectors>(p);
+  if (rows == 3) multiply_tile<V, 3, vectors>(p);
+  if (rows == 2) multiply_tile<V, 2, vectors>(p);
+  if (rows == 1) multiply_tile<V, 1, vectors>(p);
+}
+
+// `rows` by `columns`, whole vectors.
+template <class V>
+void multiply(Product p, std::int64_t rows, std::int64_t columns) {
+  constexpr int wide = V::lanes == 8 ? 2 : 4;  // AVX2 has half of the registers
+  for (; columns >= wide * V::lanes; columns -= wide * V::lanes, p.b += wide * V::lanes, p.c += wide * V::lanes)
+    multiply_columns<V, wide>(p, rows);
+  if constexpr (wide > 2) {
+    if (columns == 3 * V::lanes) multiply_columns<V, 3>(p, rows);
+    if (columns == 2 * V::lanes) multiply_columns<V, 2>(p, rows);
+  }
+  if (columns == V::lanes) multiply_columns<V, 1>(p, rows);
+}
+
+// What a thread computes with, all of it fp32: rows of `width` numbers, rounded up to whole vectors.
+struct Space {
+  std::int64_t width, keys;  // keys rounded up to whole tiles
+  float* next;
+
+  static constexpr std::size_t alignment = 16;
+
+  template <class V>
+  static Space of(const Forward& call, void* memory) {
+    return {(call.width + V::lanes - 1) / V::lanes * V::lanes, tiles_of(call.count) * tile,
+            static_cast<float*>(memory)};
+  }
+  float* take(std::int64_t numbers) {
+    float* found = next;
+    next += (numbers + 15) / 16 * 16;
+    return found;
+  }
+  float* of_keys() { return take(keys * width); }
+  float* of_tile() { return take(tile * width); }
+  float* scores() { return take(tile * tile); }
+};
+
+// `tokens` rows of a head from `token` on, times `factor`; zeros behind their width.
+template <class V, Type type>
+void widen(const Heads& heads, std::int64_t first, std::int64_t tokens, std::int64_t width, std::int64_t padded,
+           float factor, float* to) {
+  for (std::int64_t t = 0; t < tokens; t++)
+    for (std::int64_t k = 0; k < padded; k += V::lanes) {
+      const int some = static_cast<int>(std::min<std::int64_t>(V::lanes, width - k));
+      const typename V::F value = V::template load<type>(heads.at, first + t * heads.stride[2] + k, some);
+      V::store(to + t * padded + k, V::multiply(value, V::set(factor)));
+    }
+}
+
+// `tokens` rows of `width` numbers as tiles [token / 64][number][token % 64], zeros behind the last token.
+inline void turn(const float* rows, std::int64_t tokens, std::int64_t width, float* to) {
+  for (std::int64_t first = 0; first < tokens; first += tile, to += tile * width) {
+    const std::int64_t some = std::min(tile, tokens - first);
+    if (some < tile) std::fill_n(to, tile * width, 0.0f);
+    for (std::int64_t t = 0; t < some; t++)
+      for (std::int64_t k = 0; k < width; k++) to[k * tile + t] = rows[(first + t) * width + k];
+  }
+}
+
+// A row of scores as exp(score - greatest), those from `seen` on as 0; f(k, each vector of them).
+template <class V, class F>
+void soften(float* scores, float greatest, std::int64_t seen, const F& f) {
+  for (std::int64_t k = 0; k < tile; k += V::lanes) {
+    typename V::F power = V::set(0.0f);
+    if (k < seen) power = linear::exponential<V>(V::subtract(V::load(scores + k), V::set(greatest)));
+    V::store(scores + k, power);
+    if (k < seen && seen < k + V::lanes) {
+      std::fill(scores + seen, scores + k + V::lanes, 0.0f);
+      power = V::load(scores + k);
+    }
+    f(k, power);
+  }
+}
+
+// The greatest of `greatest` and a row's first `seen` scores.
+template <class V>
+float greatest_of(const float* scores, std::int64_t seen, float greatest) {
+  std::int64_t k = 0;
+  typename V::F found = V::set(greatest);
+  for (; k + V::lanes <= std::min(seen, tile); k += V::lanes) found = V::max(found, V::load(scores + k));
+  alignas(64) float lanes[V::lanes];
+  V::store(lanes, found);
+  for (const float one : lanes) greatest = std::max(greatest, one);
+  for (; k < std::min(seen, tile); k++) greatest = std::max(greatest, scores[k]);
+  return greatest;
+}
+
+// Queries of a tile from `t` on, against all keys that they see.
+template <class V, Type type>
+void attend_tile(const Forward& call, Space space, std::int64_t b, std::int64_t head, std::int64_t t,
+                 const float* turned_keys, const float* values) {
+  using F = typename V::F;
+  const std::int64_t rows = std::min(tile, call.queries - t), width = space.width;
+  float *queries = space.of_tile(), *sums = space.of_tile(), *scores = space.scores();
+  widen<V, type>(call.q, call.q.index(b, head, t), rows, call.width, width, call.scale, queries);
+  std::fill_n(sums, rows * width, 0.0f);
+  float greatest[tile], total[tile] = {};
+  std::fill_n(greatest, tile, -std::numeric_limits<float>::infinity());
+  const std::int64_t last = call.seen(t + rows - 1);
+  for (std::int64_t key = 0; key < last; key += tile) {
+    multiply<V>({queries, width, 1, turned_keys + key * width, tile, scores, tile, width, false}, rows, tile);
+    for (std::int64_t r = 0; r < rows; r++) {
+      float* row = scores + r * tile;
+      const std::int64_t seen = call.seen(t + r) - key;
+      const float before = greatest[r];
+      greatest[r] = greatest_of<V>(row, seen, before);
+      F powers = V::set(0.0f);
+      soften<V>(row, greatest[r], seen, [&](std::int64_t, F power) { powers = V::add(powers, power); });
+      const float sum = V::total(powers);
+      if (before == greatest[r]) {
+        total[r] += sum;
+        continue;
+      }
+      const float less = key ? std::exp(before - greatest[r]) : 0.0f;
+      total[r] = total[r] * less + sum;
+      for (std::int64_t k = 0; k < width; k += V::lanes)
+        V::store(sums + r * width + k, V::multiply(V::load(sums + r * width + k), V::set(less)));
+    }
+    const std::int64_t some = std::min(tile, last - key);
+    multiply<V>({scores, tile, 1, values + key * width, width, sums, width, some, true}, rows, width);
+  }
+  for (std::int64_t r = 0; r < rows; r++) {
+    const F share = V::set(1.0f / total[r]);
+    const std::int64_t y = ((b * call.queries + t + r) * call.heads + head) * call.width;
+    rowwise::each_vector<V>(call.width, [&](std::int64_t k, int some) {
+      V::template store<type>(call.y, y + k, some, V::multiply(V::load(sums + r * width + k), share));
+    });
+    call.logs[(b * call.heads + head) * call.queries + t + r] = greatest[r] + std::log(total[r]);
+  }
+}
+
+template <class V, Type type>
+void run_forward(const Forward& call) {
+  const std::int64_t group = call.heads / call.key_heads, of_queries = tiles_of(call.queries);
+  const std::int64_t heads = call.batch * call.key_heads;
+  const int threads = rowwise::useful_threads(call.batch * call.heads * call.queries * call.count, call.threads);
+  // A head's tiles are dealt out in turn, since later queries see more.
+  const std::int64_t parts = std::clamp<std::int64_t>(4 * threads / heads, 1, of_queries), tasks = heads * parts;
+  const Space sizes = Space::of<V>(call, nullptr);
+  const std::size_t size =
+      static_cast<std::size_t>(2 * (sizes.keys + tile) * sizes.width + tile * tile) * sizeof(float);
+  char* memory = static_cast<char*>(linear::scratch(size * static_cast<std::size_t>(threads)));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int thread = 0; thread < threads; thread++)
+    for (std::int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; task++) {
+      Space space = Space::of<V>(call, memory + size * static_cast<std::size_t>(thread));
+      const std::int64_t b = task / parts / call.key_heads, shared = task / parts % call.key_heads;
+      float *keys = space.of_keys(), *values = space.of_keys();
+      widen<V, type>(call.keys, call.keys.index(b, shared, 0), call.count, call.width, space.width, 1.0f, values);
+      turn(values, call.count, space.width, keys);
+      widen<V, type>(call.values, call.values.index(b, shared, 0), call.count, call.width, space.width, 1.0f, values);
+      for (std::int64_t head = shared * group; head < (shared + 1) * group; head++)
+        for (std::int64_t t = task % parts; t < of_queries; t += parts)
+          attend_tile<V, type>(call, space, b, head, t * tile, keys, values);
+    }
+}
+
+// What the derivative of one head holds of its keys and values.
+struct Keys {
+  const float *rows, *turned, *turned_values;  // [keys, width], and in tiles of 64 keys twice
+  float *grad, *grad_values;                   // [keys, width]
+};
+
+// Queries of a tile from `t` on: their gradients, and their parts of those of keys and values.
+template <class V, Type type>
+void differentiate_tile(const Backward& call, Space space, std::int64_t b, std::int64_t head, std::int64_t t,
+                        const Keys& keys) {
+  using F = typename V::F;
+  const Forward& forward = call.forward;
+  const std::int64_t rows = std::min(tile, forward.queries - t), width = space.width;
+  float *queries = space.of_tile(), *grad = space.of_tile(), *grad_queries = space.of_tile();
+  float *scores = space.scores(), *grad_scores = space.scores();
+  widen<V, type>(forward.q, forward.q.index(b, head, t), rows, forward.width, width, forward.scale, queries);
+  widen<V, type>(call.grad, call.grad.index(b, head, t), rows, forward.width, width, 1.0f, grad);
+  std::fill_n(grad_queries, rows * width, 0.0f);
+  const std::int64_t first_y = ((b * forward.queries + t) * forward.heads + head) * forward.width;
+  const std::int64_t of_token = forward.heads * forward.width;
+  float common[tile];  // what the gradients of a softmax's scores have in common: grad . y
+  for (std::int64_t r = 0; r < rows; r++) {
+    F sum = V::set(0.0f);
+    rowwise::each_vector<V>(forward.width, [&](std::int64_t k, int some) {
+      sum = V::fma(V::load(grad + r * width + k), V::template load<type>(forward.y, first_y + r * of_token + k, some),
+                   sum);
+    });
+    common[r] = V::total(sum);
+  }
+  const float* logs = forward.logs + (b * forward.heads + head) * forward.queries + t;
+  const std::int64_t last = forward.seen(t + rows - 1);
+  for (std::int64_t key = 0; key < last; key += tile) {
+    const std::int64_t some = std::min(tile, last - key), at = key * width;
+    multiply<V>({queries, width, 1, keys.turned + at, tile, scores, tile, width, false}, rows, tile);
+    multiply<V>({grad, width, 1, keys.turned_values + at, tile, grad_scores, tile, width, false}, rows, tile);
+    for (std::int64_t r = 0; r < rows; r++) {
+      float *row = scores + r * tile, *of_row = grad_scores + r * tile;
+      const F same = V::set(common[r]);
+      soften<V>(row, logs[r], forward.seen(t + r) - key, [&](std::int64_t k, F share) {
+        V::store(of_row + k, V::multiply(share, V::subtract(V::load(of_row + k), same)));
+      });
+    }
+    multiply<V>({scores, 1, tile, grad, width, keys.grad_values + at, width, rows, true}, some, width);
+    multiply<V>({grad_scores, 1, tile, queries, width, keys.grad + at, width, rows, true}, some, width);
+    multiply<V>({grad_scores, tile, 1, keys.rows + at, width, grad_queries, width, some, true}, rows, width);
+  }
+  for (std::int64_t r = 0; r < rows; r++)
+    rowwise::each_vector<V>(forward.width, [&](std::int64_t k, int some) {
+      const F value = V::multiply(V::load(grad_queries + r * width + k), V::set(forward.scale));
+      V::template store<type>(call.grad_q, first_y + r * of_token + k, some, value);
+    });
+}
+
+constexpr std::int64_t enough_tasks = 64;
+
+// Row `token` of `columns` numbers as the gradient of a head of keys or values.
+template <class V, Type type>
+void narrow(const Forward& call, std::int64_t b, std::int64_t head, std::int64_t token, const float* row, void* to) {
+  const std::int64_t y = ((b * call.count + token) * call.key_heads + head) * call.width;
+  rowwise::each_vector<V>(
+      call.width, [&](std::int64_t k, int some) { V::template store<type>(to, y + k, some, V::load(row + k)); });
+}
+
+// One head's tiles of queries from tile `first` on, every `step`-th, with the parts of the gradients of its keys and
+// values in `grad_keys` and `grad_values`.
+template <class V, Type type>
+void differentiate_head(const Backward& call, Space space, std::int64_t b, std::int64_t head, std::int64_t first,
+                        std::int64_t step, float* grad_keys, float* grad_values) {
+  const Forward& forward = call.forward;
+  const std::int64_t shared = head / (forward.heads / forward.key_heads);
+  float *rows = space.of_keys(), *turned = space.of_keys(), *turned_values = space.of_keys();
+  const auto widened = [&](const Heads& from) {
+    widen<V, type>(from, from.index(b, shared, 0), forward.count, forward.width, space.width, 1.0f, rows);
+  };
+  widened(forward.values);
+  turn(rows, forward.count, space.width, turned_values);
+  widened(forward.keys);
+  turn(rows, forward.count, space.width, turned);
+  std::fill_n(grad_keys, forward.count * space.width, 0.0f);
+  std::fill_n(grad_values, forward.count * space.width, 0.0f);
+  const Keys keys{rows, turned, turned_values, grad_keys, grad_values};
+  for (std::int64_t t = first; t < tiles_of(forward.queries); t += step)
+    differentiate_tile<V, type>(call, space, b, head, t * tile, keys);
+}
+
+// A head's tiles of queries are dealt out to `parts` tasks, as many as give enough of them, whatever the threads. Where
+// several tasks share a head of keys, each has sums of its own, which are added up in their order afterwards.
+template <class V, Type type>
+void run_backward(const Backward& call) {
+  const Forward& forward = call.forward;
+  const std::int64_t heads = forward.batch * forward.heads, key_heads = forward.batch * forward.key_heads;
+  const std::int64_t parts = std::clamp<std::int64_t>(enough_tasks / heads, 1, tiles_of(forward.queries));
+  const std::int64_t tasks = heads * parts, sharing = tasks / key_heads;
+  const int threads =
+      rowwise::useful_threads(2 * forward.batch * forward.heads * forward.queries * forward.count, forward.threads);
+  const Space sizes = Space::of<V>(forward, nullptr);
+  const std::int64_t of_keys = sizes.keys * sizes.width;
+  const std::size_t size =
+      static_cast<std::size_t>(5 * of_keys + 3 * tile * sizes.width + 2 * tile * tile) * sizeof(float);
+  const std::size_t sums = sharing > 1 ? static_cast<std::size_t>(2 * of_keys * tasks) * sizeof(float) : 0;
+  char* memory = static_cast<char*>(linear::scratch(sums + size * static_cast<std::size_t>(threads)));
+  float* shared_sums = reinterpret_cast<float*>(memory);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int thread = 0; thread < threads; thread++)
+      for (std::int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; task++) {
+        Space space = Space::of<V>(forward, memory + sums + size * static_cast<std::size_t>(thread));
+        const std::int64_t b = task / parts / forward.heads, head = task / parts % forward.heads;
+        float* grad_keys = sharing > 1 ? shared_sums + 2 * task * of_keys : space.of_keys();
+        float* grad_values = sharing > 1 ? grad_keys + of_keys : space.of_keys();
+        differentiate_head<V, type>(call, space, b, head, task % parts, parts, grad_keys, grad_values);
+        for (std::int64_t t = 0; t < forward.count && sharing == 1; t++) {
+          narrow<V, type>(forward, b, head, t, grad_keys + t * sizes.width, call.grad_keys);
+          narrow<V, type>(forward, b, head, t, grad_values + t * sizes.width, call.grad_values);
+        }
+      }
+    if (sharing > 1) {
+#pragma omp for schedule(static)
+      for (std::int64_t row = 0; row < key_heads * forward.count; row++) {
+        const std::int64_t owner = row / forward.count, token = row % forward.count;
+        float* first = shared_sums + 2 * owner * sharing * of_keys + token * sizes.width;
+        for (void* to : {call.grad_keys, call.grad_values}) {
+          for (std::int64_t i = 1; i < sharing; i++)
+            for (std::int64_t k = 0; k < sizes.width; k += V::lanes)
+              V::store(first + k, V::add(V::load(first + k), V::load(first + 2 * i * of_keys + k)));
+          narrow<V, type>(forward, owner / forward.key_heads, owner % forward.key_heads, token, first, to);
+          first += of_keys;
+        }
+      }
+    }
+  }
+}
+
+template <class V>
+void attention(const Forward& call) {
+  rowwise::with_type(call.type, [&](auto type) { run_forward<V, type()>(call); });
+}
+
+template <class V>
+void attention_grad(const Backward& call) {
+  rowwise::with_type(call.forward.type, [&](auto type) { run_backward<V, type()>(call); });
+}
+
+}  // namespace
+}  // namespace parco::attention

@@ -1,0 +1,128 @@
+"""Puts `attention` under the name by which a fused module's forward finds PyTorch's own in Transformers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parco import machine
+from parco.kernels.attention import attention
+from parco.kernels.library import TYPES, transformed
+from parco.nn import proofs
+from parco.nn.proofs import Unlike
+
+INTERFACES = "ALL_ATTENTION_FUNCTIONS"
+"""Transformers' table of attention functions, as modules' forwards name it."""
+SDPA = "sdpa"
+"""The name in it of PyTorch's scaled_dot_product_attention."""
+
+_PASSED_ON = {"position_bias", "cache", "softcap", "output_attentions"}
+"""Arguments of that function that change what it computes, or that it complains of."""
+
+
+class Interfaces:
+    """A table of attention functions in which `known`, PyTorch's, computes in tiles what `attention` takes. Everything
+    else is the original's. Raises Unlike where its function computes something else.
+    """
+
+    def __init__(self, original: Any) -> None:
+        try:
+            known: Any = original.get_interface(SDPA, None)
+        except Exception as error:  # whatever it is, it is no such table
+            raise Unlike(f"its {INTERFACES} has no {SDPA}") from error
+        if not _attends_alike(known):
+            raise Unlike(f"its {SDPA} computes something else than attention")
+        self._original, self._known, self._tiled = original, known, _tiled(known)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._original[name]
+
+    def get_interface(self, name: str, default: Any) -> Any:
+        """The function of that name."""
+        found = self._original.get_interface(name, default)
+        return self._tiled if found is self._known else found
+
+
+def _tiled(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, Transformers' function around PyTorch's attention, by `attention` where that takes the arguments and
+    PyTorch's is not better at it: it multiplies bf16 and fp16 in tiles where the processor has them.
+    """
+    dtypes = (torch.float32,) if machine.isa() == "amx" else tuple(TYPES)
+
+    def attend(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        changed = any(others.get(name) for name in _PASSED_ON & others.keys())
+        if (
+            attention_mask is None
+            and not dropout
+            and not changed
+            and query.dtype in dtypes
+            and _takes(query, key, value, causal)
+        ):
+            return attention(query, key, value, scaling, causal).transpose(1, 2), None
+        options = {} if is_causal is None else {"is_causal": is_causal}
+        return original(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options, **others
+        )
+
+    return attend
+
+
+def _takes(q: Tensor, keys: Tensor, values: Tensor, causal: object) -> bool:
+    """Whether `attention` computes this. A query by itself is left to PyTorch's, which reads keys where they lie."""
+    if not (q.is_cpu and keys.is_cpu and values.is_cpu) or not isinstance(causal, bool) or transformed():
+        return False
+    if not q.dtype == keys.dtype == values.dtype or not q.ndim == keys.ndim == values.ndim == 4:
+        return False
+    alike = keys.shape == values.shape and q.shape[0] == keys.shape[0] and q.shape[3] == keys.shape[3]
+    whole = alike and keys.shape[1] > 0 and q.shape[1] % keys.shape[1] == 0 and q.numel() > 0
+    return bool(whole and q.shape[2] > 1 and (keys.shape[2] == q.shape[2] if causal else keys.shape[2] > 0))
+
+
+class _Plain(torch.nn.Module):
+    """What Transformers' function asks of a module that attends."""
+
+    num_key_value_groups = 3
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.is_causal = causal
+
+
+@functools.cache
+@torch.no_grad()
+def _attends_alike(function: Any) -> bool:
+    """Whether `attention` is this function, of plain arguments."""
+    if list(inspect.signature(function).parameters)[:5] != ["module", "query", "key", "value", "attention_mask"]:
+        return False
+    like = torch.empty(0)
+    q, keys, values = (proofs.random(2, heads, 5, 16, like=like, seed=heads) for heads in (3, 1, 1))
+    try:
+        for causal in (True, False):
+            (expected, _), ours = (
+                function(_Plain(causal), q, keys, values, None),
+                attention(q, keys, values, None, causal),
+            )
+            if not proofs.apart(ours.transpose(1, 2), expected) < proofs.ROUNDINGS:
+                return False
+    except Exception:  # of other arguments, or no function of tensors
+        return False
+    return True
