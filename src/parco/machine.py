@@ -71,6 +71,13 @@ class Peaks:
     copy_bytes_per_second: float
     multiply_adds_per_second: Mapping[str, float]
 
+    def multiply_adds(self, element: str) -> float:
+        """Multiply-adds per second on `element`, or on fp32 where the processor does more of those: so a library would
+        do them, as it does bf16's on AVX-512.
+        """
+        rates = self.multiply_adds_per_second
+        return max(rates[element], rates["fp32"])
+
 
 @functools.cache
 def detect() -> Machine:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from parco import bench, cli, machine
+from parco.bench.record import quartiles
 from parco.report import throughput
 
 SHAPE = (64, 96)
@@ -152,3 +153,9 @@ def test_without_a_model_the_embedded_one_is_taken(tmp_path: Path) -> None:
     assert cli.main(words) == 0
     saved = json.loads((tmp_path / "bench.json").read_text())
     assert sum({tuple(row["shape"]): row["layers"] for row in saved["rows"]}.values()) == 36
+
+
+def test_quartiles_lie_between_the_extremes() -> None:
+    assert quartiles([2.0]) == (2.0, 2.0, 2.0)
+    assert quartiles([1.0, 9.0]) == (3.0, 5.0, 7.0)
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 100.0]) == (2.0, 3.0, 4.0)

@@ -213,3 +213,8 @@ def test_kernels_do_not_wait_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     machine.isa.cache_clear()
     assert machine.isa() in machine.ISAS
     assert machine.detect.__wrapped__().gpus == ()
+
+
+def test_multiply_adds_of_an_element_are_those_of_fp32_where_these_are_more() -> None:
+    found = machine.Peaks(1.0, 1.0, {"fp32": 3.0, "bf16": 2.0, "int16": 4.0, "int8": 8.0})
+    assert [found.multiply_adds(element) for element in machine.ELEMENTS] == [3.0, 3.0, 4.0, 8.0]

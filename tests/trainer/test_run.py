@@ -46,6 +46,16 @@ class KilledAfter(Silent):
             raise Killed
 
 
+class Shown(Silent):
+    """Keeps what is shown of the run."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def show(self, text: str) -> None:
+        self.texts.append(text)
+
+
 def settings(folder: Path, text: Path, **changes: Any) -> Settings:
     given = {"steps": 8, "batch": 4, "seq": 32, "lr": 1e-2, "save_every": 2, "eval_every": 3} | changes
     return Settings(str(folder), (str(text),), **given)
@@ -77,7 +87,9 @@ def test_killed_and_resumed_is_never_interrupted(folder: Path, text: Path, tmp_p
 
 def test_a_run_learns_and_leaves_a_model(folder: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = run(settings(folder, text, steps=20), out, Silent())
+    shown = Shown()
+    done = run(settings(folder, text, steps=20), out, shown)
+    assert "loss" not in shown.texts[0] and "tok/s" in shown.texts[0] and shown.texts[-1].startswith("loss ")
     assert done["train"][0][0] == 1 and done["train"][-1][0] == 20
     assert done["loss"] < done["train"][0][1] - 1
     assert done["tokens"] == 20 * 4 * 32 and done["skipped"] == 0

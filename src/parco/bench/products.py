@@ -18,7 +18,7 @@ from torch import Tensor
 
 from parco import machine
 from parco.bench.peers import BASELINE, Contender, check, installed, of
-from parco.bench.record import Record, record
+from parco.bench.record import Record, quartiles, record
 from parco.formats import Format, ScaleDelayed, parse
 from parco.kernels.table import explain
 from parco.products import Activations, Native
@@ -145,7 +145,7 @@ def run(
             advance()
     peaks = machine.best(before, machine.peaks(refresh=True))
     for row in found:
-        multiplied = row["G_multiply_adds_per_s"] * 1e9 / _multiply_adds(peaks, row["element"])
+        multiplied = row["G_multiply_adds_per_s"] * 1e9 / peaks.multiply_adds(row["element"])
         row["of_peak"] = max(row["GB_per_s"] * 1e9 / peaks.read_bytes_per_second, multiplied)
     return {
         **record(peaks, peers),
@@ -153,12 +153,6 @@ def run(
         "rows": found,
         "missing": missing,
     }
-
-
-def _multiply_adds(peaks: machine.Peaks, element: str) -> float:
-    """What the machine does on `element`, or on a wider one where that is faster: then a library would use it."""
-    rates = peaks.multiply_adds_per_second
-    return max(rates[element], rates["fp32"])
 
 
 def _time(
@@ -205,7 +199,7 @@ def _time(
         if entrant.name not in held:
             continue
         mine = seconds[entrant.name]
-        low, middle, high = statistics.quantiles(mine, n=4) if len(mine) > 1 else (mine[0],) * 3
+        low, middle, high = quartiles(mine)
         found.append(
             {
                 "shape": shape,

@@ -1,8 +1,9 @@
-"""What a figure is worth nothing without: the machine, its peaks, the threads, the versions and the commit."""
+"""What a figure is worth nothing without: its spread, the machine, its peaks, the threads, the versions, the commit."""
 
 from __future__ import annotations
 
 import platform
+import statistics
 import subprocess
 from collections.abc import Sequence
 from importlib import metadata
@@ -39,6 +40,12 @@ def record(peaks: machine.Peaks, libraries: Sequence[str]) -> Record:
         },
         "commit": _commit(),
     }
+
+
+def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """The quartiles, the second of which is the median, of at least one time; none of them beyond the extremes."""
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [*seconds] * 3
+    return low, middle, high
 
 
 def _commit() -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from parco import machine
-from parco.bench.record import Record, record
+from parco.bench.record import Record, quartiles, record
 
 Kind = Literal["prefill", "decode", "generate"]
 KINDS: tuple[Kind, ...] = ("prefill", "decode", "generate")
@@ -230,7 +230,7 @@ def _row(
         return []
     count = prompt if kind == "prefill" else 1
     seconds = [second / count for turn in mine for second in turn]
-    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0],) * 3
+    low, middle, high = quartiles(seconds)
     products = entrant.step_products
     if kind == "prefill":  # the head sees one position of a prompt
         products = entrant.prompt_products + (entrant.step_products - entrant.prompt_products) / prompt

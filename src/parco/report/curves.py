@@ -25,7 +25,7 @@ def run_table(run: RunResult) -> Table:
             ("recipe", run["recipe"]),
             ("held-out loss", f"{units.nats(run['loss'])} nats per token, {run['held_out_windows']} windows"),
             ("tokens", f"{run['tokens']:,}"),
-            ("speed", f"{units.speed(run['tokens_per_second'])}, {units.percent(run['mfu'])} of the bf16 peak"),
+            ("speed", f"{units.speed(run['tokens_per_second'])}, {units.percent(run['mfu'])} of the machine's peak"),
             ("peak memory", units.size(run["peak_memory"])),
             ("skipped steps", str(run["skipped"])),
             ("ran on", run["runs_on"]),
@@ -43,7 +43,7 @@ def tune_table(run: TuneResult) -> Table:
         ("held-out loss", f"{units.nats(run['before'])} → {units.nats(run['loss'])} nats per token, least {kept}"),
         ("trained", f"{run['trained']:,} of {run['parameters']:,} parameters, {units.percent(share)}"),
         ("tokens", f"{run['tokens']:,}, {units.percent(run['filled'])} of the windows filled"),
-        ("speed", f"{units.speed(run['tokens_per_second'])}, {units.percent(run['mfu'])} of the bf16 peak"),
+        ("speed", f"{units.speed(run['tokens_per_second'])}, {units.percent(run['mfu'])} of the machine's peak"),
         ("peak memory", units.size(run["peak_memory"])),
         ("ran on", run["runs_on"]),
     ]
@@ -74,7 +74,7 @@ def going_table(going: SoFar) -> Table:
 def gap_table(gaps: Sequence[Gap]) -> Table:
     """Recipes side by side, the first is what the others are beside."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    names = ("recipe", "held-out loss", f"beside {gaps[0]['recipe']}", "speed", "", "of bf16 peak", "peak memory")
+    names = ("recipe", "held-out loss", f"beside {gaps[0]['recipe']}", "speed", "", "of peak", "peak memory")
     for name in (*names, "skipped"):
         table.add_column(name, justify="left" if name == "recipe" else "right", overflow="fold")
     for gap in gaps:

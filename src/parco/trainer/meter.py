@@ -34,7 +34,7 @@ class Meter(transformers.TrainerCallback):
     def rate(self, seconds: float) -> tuple[float, float]:
         """Tokens per second of a step of `seconds`, and their share of the peak."""
         speed = self.tokens / seconds
-        return speed, speed * self.flops / (2 * self.peaks.multiply_adds_per_second["bf16"])
+        return speed, speed * self.flops / (2 * self.peaks.multiply_adds("bf16"))
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.began = _now()
@@ -48,7 +48,8 @@ class Meter(transformers.TrainerCallback):
             self.progress.note(f"step {state.global_step}: skipped, loss scale now {scale:g}")
         self.progress.advance()
         speed, share = self.rate(statistics.median(self.seconds[-20:]))
-        self.progress.show(f"loss {self.loss:.4f}, {units.speed(speed)}, {units.percent(share)} of the bf16 peak")
+        loss = "" if math.isnan(self.loss) else f"loss {self.loss:.4f}, "
+        self.progress.show(f"{loss}{units.speed(speed)}, {units.percent(share)} of the machine's peak")
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.judging:

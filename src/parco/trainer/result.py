@@ -28,7 +28,7 @@ PROBED = 60.0
 class RunResult(TypedDict):
     """What one run found, as result.json holds it. Losses are in nats per token: `train` and `held_out`, the latter of
     the first 64 windows, are [step, loss] pairs, `loss` is that of all held-out windows at the end. Memory is in bytes
-    above what the process held before its first run; `mfu` is the share of the machine's measured bf16 peak. `watched`
+    above what the process held before its first run; `mfu` is the share of the machine's measured peak. `watched`
     and `said` are what watching found.
     """
 
