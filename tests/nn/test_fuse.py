@@ -1,6 +1,7 @@
 """fuse_: what is fused computes the same within rounding, is closer to the truth in bf16, and what differs is left."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -97,6 +98,15 @@ def test_copies_dtypes_and_the_compiler() -> None:
     compiled = torch.compile(copied.float(), backend="eager", fullgraph=True)
     with torch.no_grad():
         assert apart(compiled(models.tokens()).logits, expected) < 0.05  # it has been through bf16
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_fused_while_it_trains_can_be_copied(name: str) -> None:
+    made = models.model(name).train()
+    assert fuse_(made).left  # its layers decode by their modules
+    tokens = models.tokens()
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(made)))
+    assert torch.equal(copied.eval()(tokens).logits, made.eval()(tokens).logits)
 
 
 class PlainRMSNorm(torch.nn.Module):
@@ -310,3 +320,58 @@ def test_a_fused_dense_layer_is_still_a_site() -> None:
     assert before == set(nn.linears(models.model("llama", torch.bfloat16)))
     parco.convert_(made, "int4:32")
     assert not any(type(each) is torch.nn.Linear for each in made.model.layers.modules())
+
+
+OTHERS = {
+    "bert": lambda: t.BertModel(
+        t.BertConfig(vocab_size=99, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    ),
+    "t5": lambda: t.T5Model(t.T5Config(vocab_size=99, d_model=48, d_kv=12, d_ff=64, num_layers=2, num_heads=4)),
+    "bart": lambda: t.BartModel(
+        t.BartConfig(
+            vocab_size=99, d_model=48, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_encoders_attend_as_before(name: str, padded: bool) -> None:
+    torch.manual_seed(0)
+    made = OTHERS[name]().eval()
+    tokens = torch.randint(3, 99, (2, 20))
+    mask = torch.ones_like(tokens)
+    mask[0, 15:] = 0
+    given = {"input_ids": tokens} | ({"attention_mask": mask} if padded else {})
+    given |= {} if name == "bert" else {"decoder_input_ids": tokens[:, :7]}
+    expected = made(**given).last_hidden_state
+    assert fuse_(made).fused["attention"]
+    assert apart(made(**given).last_hidden_state, expected) < 2e-6
+
+
+def attentions(model: torch.nn.Module, **given: object) -> list[str]:
+    """The operations of attention that a forward and its backward run."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(**given).logits.sum().backward()
+    return sorted(
+        {
+            event.name
+            for event in profile.events()
+            if "attention" in event.name and event.name.startswith(("aten::", "parco::"))
+        }
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_attention_in_tiles_is_what_trains(name: str) -> None:
+    made = models.model(name, torch.float32)
+    fuse_(made)
+    tokens = models.tokens()
+    assert attentions(made, input_ids=tokens) == ["parco::attention", "parco::attention_backward"]
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    assert not any("parco" in each for each in attentions(made, input_ids=tokens, attention_mask=mask))
+    made.config._attn_implementation = "eager"
+    assert not attentions(made, input_ids=tokens)

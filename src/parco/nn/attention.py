@@ -69,7 +69,7 @@ def _tiled(original: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> Any:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        changed = any(others.get(name) for name in _PASSED_ON & others.keys())
+        changed = any(others.get(name) is not None and others[name] is not False for name in _PASSED_ON)
         if (
             attention_mask is None
             and not dropout

@@ -119,6 +119,14 @@ def layer(module: nn.Module, proven: Mapping[nn.Module, Any]) -> Settings:
     """The settings of a layer that computes what the compiled one does, from those `proven` of its parts. Raises
     Unlike.
     """
+    try:
+        return _proved(module, proven)
+    except BaseException:
+        module.__dict__.pop(proofs.STATE, None)  # which cannot be copied with a module that is not fused
+        raise
+
+
+def _proved(module: nn.Module, proven: Mapping[nn.Module, Any]) -> Settings:
     found = parts(module)
     assert found is not None
     weight = found.norms[0].weight
