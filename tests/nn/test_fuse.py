@@ -375,3 +375,19 @@ def test_attention_in_tiles_is_what_trains(name: str) -> None:
     assert not any("parco" in each for each in attentions(made, input_ids=tokens, attention_mask=mask))
     made.config._attn_implementation = "eager"
     assert not attentions(made, input_ids=tokens)
+
+
+def test_an_attention_function_of_the_users_own_is_left() -> None:
+    known = t.AttentionInterface._global_mapping["sdpa"]
+    made = models.model("gpt2")
+
+    def colder(module, query, key, value, mask, temperature=1.0, **others):
+        return known(module, query / temperature, key, value, mask, **others)
+
+    t.AttentionInterface.register("sdpa", colder)
+    try:
+        expected = made(models.tokens(), temperature=3.0).logits
+        assert "attention" not in fuse_(made).fused
+        assert apart(made(models.tokens(), temperature=3.0).logits, expected) < 2e-6
+    finally:
+        t.AttentionInterface.register("sdpa", known)

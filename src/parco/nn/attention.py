@@ -21,8 +21,8 @@ INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 SDPA = "sdpa"
 """The name in it of PyTorch's scaled_dot_product_attention."""
 
-_PASSED_ON = {"position_bias", "cache", "softcap", "output_attentions"}
-"""Arguments of that function that change what it computes, or that it complains of."""
+_IDLE = {"position_ids", "use_cache", "cache_position", "num_items_in_batch", "sliding_window"}
+"""Arguments that models hand to that function and that it does not read where there is no mask."""
 
 
 class Interfaces:
@@ -31,12 +31,14 @@ class Interfaces:
     """
 
     def __init__(self, original: Any) -> None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         try:
             known: Any = original.get_interface(SDPA, None)
         except Exception as error:  # whatever it is, it is no such table
             raise Unlike(f"its {INTERFACES} has no {SDPA}") from error
-        if not _attends_alike(known):
-            raise Unlike(f"its {SDPA} computes something else than attention")
+        if known is not sdpa_attention_forward or not _attends_alike(known):
+            raise Unlike(f"its {SDPA} is another function than Transformers'")
         self._original, self._known, self._tiled = original, known, _tiled(known)
 
     def __getattr__(self, name: str) -> Any:
@@ -55,7 +57,7 @@ def _tiled(original: Callable[..., Any]) -> Callable[..., Any]:
     """`original`, Transformers' function around PyTorch's attention, by `attention` where that takes the arguments and
     PyTorch's is not better at it: it multiplies bf16 and fp16 in tiles where the processor has them.
     """
-    dtypes = (torch.float32,) if machine.isa() == "amx" else tuple(TYPES)
+    dtypes = {"amx": (torch.float32,), "generic": ()}.get(machine.isa(), tuple(TYPES))
 
     def attend(
         module: Any,
@@ -69,7 +71,7 @@ def _tiled(original: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> Any:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        changed = any(others.get(name) is not None and others[name] is not False for name in _PASSED_ON)
+        changed = any(other is not None and other is not False for name, other in others.items() if name not in _IDLE)
         if (
             attention_mask is None
             and not dropout
@@ -113,7 +115,7 @@ def _attends_alike(function: Any) -> bool:
     """Whether `attention` is this function, of plain arguments."""
     if list(inspect.signature(function).parameters)[:5] != ["module", "query", "key", "value", "attention_mask"]:
         return False
-    like = torch.empty(0)
+    like = torch.empty(0, dtype=torch.float32, device="cpu")
     q, keys, values = (proofs.random(2, heads, 5, 16, like=like, seed=heads) for heads in (3, 1, 1))
     try:
         for causal in (True, False):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from typing import Any
@@ -27,7 +26,7 @@ class Meter(transformers.TrainerCallback):
         self.peaks = machine.peaks()
         self.seconds: list[float] = []
         self.spent = 0.0
-        self.loss = math.nan
+        self.loss: float | None = None
         self.judging = False
         """Whether the held-out windows are the stage that progress counts."""
 
@@ -48,7 +47,7 @@ class Meter(transformers.TrainerCallback):
             self.progress.note(f"step {state.global_step}: skipped, loss scale now {scale:g}")
         self.progress.advance()
         speed, share = self.rate(statistics.median(self.seconds[-20:]))
-        loss = "" if math.isnan(self.loss) else f"loss {self.loss:.4f}, "
+        loss = "" if self.loss is None else f"loss {self.loss:.4f}, "
         self.progress.show(f"{loss}{units.speed(speed)}, {units.percent(share)} of the machine's peak")
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
