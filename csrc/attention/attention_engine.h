@@ -2,7 +2,7 @@
 // Included by one translation unit per instruction set; V is its vector type. Everything is unnamed (see
 // linear/floats.h).
 //
-// Operands are widened to fp32 once for each head. Products are tiles of sums in registers: one operand's numbers are
+// Each task widens its operands to fp32 once. Products are tiles of sums in registers: one operand's numbers are
 // broadcast, the other's rows are vectors, so keys and values also lie turned, a tile of 64 keys at a time. Sums run in
 // an order that depends on nothing but the sizes.
 #pragma once
@@ -84,21 +84,25 @@ void multiply(Product p, std::int64_t rows, std::int64_t columns) {
   if (columns == V::lanes) multiply_columns<V, 1>(p, rows);
 }
 
-// What a thread computes with, all of it fp32: rows of `width` numbers, rounded up to whole vectors.
+// What a thread computes with, all of it fp32: rows of `width` numbers, rounded up to whole vectors. Pieces are rows of
+// all keys, rows of a tile of queries, and scores of a tile; each is a multiple of 64 numbers.
 struct Space {
   std::int64_t width, keys;  // keys rounded up to whole tiles
   float* next;
-
-  static constexpr std::size_t alignment = 16;
 
   template <class V>
   static Space of(const Forward& call, void* memory) {
     return {(call.width + V::lanes - 1) / V::lanes * V::lanes, tiles_of(call.count) * tile,
             static_cast<float*>(memory)};
   }
+  // Bytes of so many pieces.
+  std::size_t bytes(std::int64_t of_keys, std::int64_t of_tiles, std::int64_t of_scores) const {
+    return static_cast<std::size_t>((of_keys * keys + of_tiles * tile) * width + of_scores * tile * tile) *
+           sizeof(float);
+  }
   float* take(std::int64_t numbers) {
     float* found = next;
-    next += (numbers + 15) / 16 * 16;
+    next += numbers;
     return found;
   }
   float* of_keys() { return take(keys * width); }
@@ -106,7 +110,7 @@ struct Space {
   float* scores() { return take(tile * tile); }
 };
 
-// `tokens` rows of a head from `token` on, times `factor`; zeros behind their width.
+// `tokens` rows of a head from number `first` on, times `factor`; zeros behind their width.
 template <class V, Type type>
 void widen(const Heads& heads, std::int64_t first, std::int64_t tokens, std::int64_t width, std::int64_t padded,
            float factor, float* to) {
@@ -208,8 +212,7 @@ void run_forward(const Forward& call) {
   // A head's tiles are dealt out in turn, since later queries see more.
   const std::int64_t parts = std::clamp<std::int64_t>(4 * threads / heads, 1, of_queries), tasks = heads * parts;
   const Space sizes = Space::of<V>(call, nullptr);
-  const std::size_t size =
-      static_cast<std::size_t>(2 * (sizes.keys + tile) * sizes.width + tile * tile) * sizeof(float);
+  const std::size_t size = sizes.bytes(2, 2, 1);  // what this loop and attend_tile take
   char* memory = static_cast<char*>(linear::scratch(size * static_cast<std::size_t>(threads)));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int thread = 0; thread < threads; thread++)
@@ -281,7 +284,7 @@ void differentiate_tile(const Backward& call, Space space, std::int64_t b, std::
 
 constexpr std::int64_t enough_tasks = 64;
 
-// Row `token` of `columns` numbers as the gradient of a head of keys or values.
+// `row` as that of `token` in the gradient of a head of keys or values.
 template <class V, Type type>
 void narrow(const Forward& call, std::int64_t b, std::int64_t head, std::int64_t token, const float* row, void* to) {
   const std::int64_t y = ((b * call.count + token) * call.key_heads + head) * call.width;
@@ -323,9 +326,8 @@ void run_backward(const Backward& call) {
       rowwise::useful_threads(2 * forward.batch * forward.heads * forward.queries * forward.count, forward.threads);
   const Space sizes = Space::of<V>(forward, nullptr);
   const std::int64_t of_keys = sizes.keys * sizes.width;
-  const std::size_t size =
-      static_cast<std::size_t>(5 * of_keys + 3 * tile * sizes.width + 2 * tile * tile) * sizeof(float);
-  const std::size_t sums = sharing > 1 ? static_cast<std::size_t>(2 * of_keys * tasks) * sizeof(float) : 0;
+  const std::size_t size = sizes.bytes(5, 3, 2);  // what differentiate_head, _tile and sums of a task's own take
+  const std::size_t sums = sharing > 1 ? sizes.bytes(2 * tasks, 0, 0) : 0;
   char* memory = static_cast<char*>(linear::scratch(sums + size * static_cast<std::size_t>(threads)));
   float* shared_sums = reinterpret_cast<float*>(memory);
 #pragma omp parallel num_threads(threads) if (threads > 1)

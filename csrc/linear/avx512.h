@@ -96,6 +96,14 @@ struct Arithmetic {
   static float total(F a) { return _mm512_reduce_add_ps(a); }
   static F load(const float* from) { return _mm512_load_ps(from); }
   static void store(float* to, F value) { _mm512_store_ps(to, value); }
+  template <Type type>
+  static F load(const void* from, std::int64_t index, int count) {
+    return avx512::load_floats(from, type, index, count);
+  }
+  template <Type type>
+  static void store(void* to, std::int64_t index, int count, F value) {
+    avx512::store_floats(to, type, index, count, value);
+  }
   static F load_floats(const void* from, Type type, std::int64_t index, int count) {
     return avx512::load_floats(from, type, index, count);
   }

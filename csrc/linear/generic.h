@@ -27,6 +27,14 @@ struct Arithmetic {
   static float total(F a) { return a; }
   static F load(const float* from) { return *from; }
   static void store(float* to, F value) { *to = value; }
+  template <Type type>
+  static F load(const void* from, std::int64_t index, int) {
+    return load_float(from, type, index);
+  }
+  template <Type type>
+  static void store(void* to, std::int64_t index, int, F value) {
+    store_float(to, type, index, value);
+  }
   static F load_floats(const void* from, Type type, std::int64_t index, int) { return load_float(from, type, index); }
   static void store_floats(void* to, Type type, std::int64_t index, int, F value) {
     store_float(to, type, index, value);

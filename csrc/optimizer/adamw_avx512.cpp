@@ -15,14 +15,6 @@ struct V512 : linear::avx512::Arithmetic {
   using I = __m512i;
   using Random = Random512;
 
-  template <Type type>
-  static F load(const void* from, std::int64_t index, int count) {
-    return linear::avx512::load_floats(from, type, index, count);
-  }
-  template <Type type>
-  static void store(void* to, std::int64_t index, int count, F value) {
-    linear::avx512::store_floats(to, type, index, count, value);
-  }
   static void store_drawn(void* to, std::int64_t index, int count, F value, const std::uint32_t* random) {
     const I pattern = bits(value);
     const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);

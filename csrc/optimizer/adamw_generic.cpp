@@ -9,14 +9,6 @@ struct V1 : linear::generic::Arithmetic {
   using I = std::uint32_t;
   using Random = optimizer::Random;
 
-  template <Type type>
-  static F load(const void* from, std::int64_t index, int) {
-    return linear::load_float(from, type, index);
-  }
-  template <Type type>
-  static void store(void* to, std::int64_t index, int, F value) {
-    linear::store_float(to, type, index, value);
-  }
   static void store_drawn(void* to, std::int64_t index, int, F value, const std::uint32_t* random) {
     const I pattern = bits(value);
     const bool finite = (pattern & infinity) != infinity, nan = (pattern & 0x7fffffffu) > infinity;

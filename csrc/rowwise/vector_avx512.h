@@ -8,15 +8,6 @@ namespace {
 using linear::Type;
 
 struct V512 : linear::avx512::Arithmetic {
-  using Arithmetic::load, Arithmetic::store;
-  template <Type type>
-  static F load(const void* from, std::int64_t index, int count) {
-    return linear::avx512::load_floats(from, type, index, count);
-  }
-  template <Type type>
-  static void store(void* to, std::int64_t index, int count, F value) {
-    linear::avx512::store_floats(to, type, index, count, value);
-  }
   template <Type type>
   static F rounded(F value) {
     if constexpr (type == Type::bf16) return linear::avx512::widen_bf16(linear::avx512::narrow_bf16(value));

@@ -8,15 +8,6 @@ namespace {
 using linear::Type;
 
 struct V1 : linear::generic::Arithmetic {
-  using Arithmetic::load, Arithmetic::store;
-  template <Type type>
-  static F load(const void* from, std::int64_t index, int) {
-    return linear::load_float(from, type, index);
-  }
-  template <Type type>
-  static void store(void* to, std::int64_t index, int, F value) {
-    linear::store_float(to, type, index, value);
-  }
   template <Type type>
   static F rounded(F value) {
     char held[4];

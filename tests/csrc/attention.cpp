@@ -4,43 +4,16 @@
 
 #include <cmath>
 #include <cstdio>
-#include <cstring>
-#include <random>
 #include <vector>
 
 #include "machine/features.h"
+#include "values.h"
 
 using namespace parco::attention;
 
 namespace {
 
-int failures = 0, checks = 0;
-std::mt19937 random_bits(31);
-
-// fp32 or bf16 numbers of 8 bits, which both hold exactly.
-struct Values {
-  Values(std::int64_t count, Type type) : size(type == Type::fp32 ? 4 : 2), block(count * size + 1), exact(count) {
-    for (std::int64_t i = 0; i < count; i++) {
-      const float value = static_cast<float>(static_cast<int>(random_bits() % 255) - 127) / 64;
-      exact[i] = static_cast<double>(value);
-      std::uint32_t bits;
-      std::memcpy(&bits, &value, 4);
-      const std::uint16_t half = static_cast<std::uint16_t>(bits >> 16);
-      std::memcpy(data() + size * i, size == 4 ? static_cast<const void*>(&bits) : &half, size);
-    }
-  }
-  char* data() { return block.data() + 1; }
-  double get(std::int64_t i) {
-    std::uint32_t bits = 0;
-    std::memcpy(reinterpret_cast<char*>(&bits) + 4 - size, data() + size * i, size);
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return static_cast<double>(value);
-  }
-  std::size_t size;
-  std::vector<char> block;
-  std::vector<double> exact;
-};
+constexpr float unit = 0x1p-6f;
 
 void expect(const char* name, const char* what, Values& y, const std::vector<double>& wanted, Type type, double slack) {
   checks++;
@@ -62,9 +35,11 @@ struct Sizes {
 void attentions(const char* name, void (*forward)(const Forward&), void (*backward)(const Backward&), Type type,
                 const Sizes& s) {
   const std::int64_t heads = s.key_heads * s.group, of_y = heads * s.width, of_keys = s.key_heads * s.width;
-  Values q(s.batch * s.queries * of_y, type), grad(s.batch * s.queries * of_y, type), y(q.exact.size(), type);
-  Values keys(s.batch * s.count * of_keys, type), values(s.batch * s.count * of_keys, type);
-  Values grad_q(q.exact.size(), type), grad_keys(keys.exact.size(), type), grad_values(keys.exact.size(), type);
+  Values q(s.batch * s.queries * of_y, type, unit), grad(s.batch * s.queries * of_y, type, unit),
+      y(q.exact.size(), type, unit);
+  Values keys(s.batch * s.count * of_keys, type, unit), values(s.batch * s.count * of_keys, type, unit);
+  Values grad_q(q.exact.size(), type, unit), grad_keys(keys.exact.size(), type, unit),
+      grad_values(keys.exact.size(), type, unit);
   std::vector<float> logs(s.batch * heads * s.queries);
   // Everything lies as [batch, token, head, width].
   const auto strided = [&](Values& x, std::int64_t tokens, std::int64_t of_token) {

@@ -25,21 +25,29 @@ _IDLE = {"position_ids", "use_cache", "cache_position", "num_items_in_batch", "s
 """Arguments that models hand to that function and that it does not read where there is no mask."""
 
 
+def known_in(table: Any) -> Callable[..., Any]:
+    """Transformers' own function around PyTorch's attention in its table, which `attention` computes. Raises Unlike
+    where the table has another, or none.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    try:
+        known = table.get_interface(SDPA, None)
+    except (AttributeError, KeyError) as error:  # it is no such table
+        raise Unlike(f"its {INTERFACES} has no {SDPA}") from error
+    if known is not sdpa_attention_forward or not _attends_alike(known):
+        raise Unlike(f"its {SDPA} is another function than Transformers'")
+    return known
+
+
 class Interfaces:
-    """A table of attention functions in which `known`, PyTorch's, computes in tiles what `attention` takes. Everything
-    else is the original's. Raises Unlike where its function computes something else.
+    """A table of attention functions in which PyTorch's computes in tiles what `attention` takes. Everything else is
+    the original's. Raises Unlike as `known_in`.
     """
 
     def __init__(self, original: Any) -> None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        try:
-            known: Any = original.get_interface(SDPA, None)
-        except Exception as error:  # whatever it is, it is no such table
-            raise Unlike(f"its {INTERFACES} has no {SDPA}") from error
-        if known is not sdpa_attention_forward or not _attends_alike(known):
-            raise Unlike(f"its {SDPA} is another function than Transformers'")
-        self._original, self._known, self._tiled = original, known, _tiled(known)
+        self._original, self._known = original, known_in(original)
+        self._tiled = _tiled(self._known)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)

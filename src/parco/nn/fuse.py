@@ -23,7 +23,7 @@ from parco.kernels.library import TYPES, transformed
 from parco.kernels.linear import linear_dense
 from parco.kernels.rowwise import ACTIVATIONS, rms_norm
 from parco.nn import decode, joined, proofs
-from parco.nn.attention import INTERFACES, Interfaces
+from parco.nn.attention import INTERFACES, Interfaces, known_in
 from parco.nn.linear import under_its_name
 from parco.nn.parts import PROJECTIONS, gated_names, is_conv1d, is_rms_norm, rows
 from parco.nn.prepared import groups
@@ -234,7 +234,7 @@ def _dense_forward(module: Any, x: Tensor) -> Tensor:
 
 def _attention(module: nn.Module) -> None:
     """Attention whose forward takes its function from Transformers' table."""
-    Interfaces(proofs.own_forward(module).__globals__[INTERFACES])
+    known_in(proofs.own_forward(module).__globals__[INTERFACES])
 
 
 def _dense(module: Any) -> None:

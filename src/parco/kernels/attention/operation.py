@@ -97,24 +97,22 @@ def _by_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
-def _sizes(q: Tensor, keys: Tensor) -> tuple[int, ...]:
-    return q.shape[0], q.shape[1], keys.shape[1], q.shape[2], keys.shape[2], q.shape[3]
+def _places(*tensors: Tensor) -> tuple[Any, ...]:
+    """Address and strides of each."""
+    return tuple(each for x in tensors for each in (x.data_ptr(), x.stride()))
+
+
+def _how(q: Tensor, keys: Tensor, scale: float, causal: bool) -> tuple[Any, ...]:
+    """What C++ takes besides tensors."""
+    sizes = (*q.shape[:2], keys.shape[1], q.shape[2], *keys.shape[2:])
+    return sizes, scale, causal, TYPES[q.dtype], torch.get_num_threads()
 
 
 def _compiled(function: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
     def run(q: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
         q, keys, values = _by_rows(q, keys, values)
         y, logs = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-        function(
-            *(each for x in (q, keys, values) for each in (x.data_ptr(), x.stride())),
-            y.data_ptr(),
-            logs.data_ptr(),
-            _sizes(q, keys),
-            scale,
-            causal,
-            TYPES[q.dtype],
-            torch.get_num_threads(),
-        )
+        function(*_places(q, keys, values), y.data_ptr(), logs.data_ptr(), *_how(q, keys, scale, causal))
         return y, logs
 
     return run
@@ -191,17 +189,8 @@ def _compiled_backward(function: Callable[..., None]) -> Callable[..., Gradients
         grad, q, keys, values = _by_rows(grad, q, keys, values)
         y, logs = y.transpose(1, 2).contiguous(), logs.contiguous()
         grads = _like(q), _like(keys), _like(values)
-        function(
-            *(each for x in (grad, q, keys, values) for each in (x.data_ptr(), x.stride())),
-            y.data_ptr(),
-            logs.data_ptr(),
-            *(x.data_ptr() for x in grads),
-            _sizes(q, keys),
-            scale,
-            causal,
-            TYPES[q.dtype],
-            torch.get_num_threads(),
-        )
+        addresses = (x.data_ptr() for x in (y, logs, *grads))
+        function(*_places(grad, q, keys, values), *addresses, *_how(q, keys, scale, causal))
         return grads
 
     return run
