@@ -1,5 +1,5 @@
 """Claim: causal attention of bf16 operands, forward and backward, takes at most a third of the time of PyTorch's where
-the processor has no tiles that multiply bf16 (a little over half of it over 2,048 tokens of heads of 128), and less
+the processor has no tiles that multiply bf16 (half of it over 2,048 tokens of heads of 128), and less
 than PyTorch's takes on the same operands widened to fp32.
 
     python benchmarks/attention_trains_in_a_third_of_the_time.py [--threads N] [--rounds R]

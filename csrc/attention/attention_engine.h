@@ -6,9 +6,13 @@
 // broadcast, the other's rows are vectors, so keys and values also lie turned, a tile of 64 keys at a time. Sums run in
 // an order that depends on nothing but the sizes.
 #pragma once
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
+#include <new>
 
 #include "attention/attention.h"
 #include "rowwise/rowwise_engine.h"
@@ -110,6 +114,31 @@ struct Space {
   float* scores() { return take(tile * tile); }
 };
 
+// Scratch, or where it is large memory of this call alone, since scratch is kept. That comes in large pages where the
+// system has them: 4 KB at a time cost a tenth of a derivative's time.
+class Memory {
+ public:
+  explicit Memory(std::size_t bytes) : own_(nullptr) {
+    if (bytes > kept) {
+      const std::size_t rounded = (bytes + page - 1) / page * page;
+      own_ = std::aligned_alloc(page, rounded);
+      if (!own_) throw std::bad_alloc();
+      madvise(own_, rounded, MADV_HUGEPAGE);
+    }
+    at_ = static_cast<char*>(own_ ? own_ : linear::scratch(bytes));
+  }
+  ~Memory() { std::free(own_); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  char* at(std::size_t byte) const { return at_ + byte; }
+
+ private:
+  static constexpr std::size_t kept = std::size_t{64} << 20, page = std::size_t{2} << 20;
+  void* own_;
+  char* at_;
+};
+
 // `tokens` rows of a head from number `first` on, times `factor`; zeros behind their width.
 template <class V, Type type>
 void widen(const Heads& heads, std::int64_t first, std::int64_t tokens, std::int64_t width, std::int64_t padded,
@@ -179,6 +208,10 @@ void attend_tile(const Forward& call, Space space, std::int64_t b, std::int64_t 
       const std::int64_t seen = call.seen(t + r) - key;
       const float before = greatest[r];
       greatest[r] = greatest_of<V>(row, seen, before);
+      if (greatest[r] == -std::numeric_limits<float>::infinity()) {  // every score so far, none of which has a share
+        std::fill_n(row, tile, 0.0f);
+        continue;
+      }
       F powers = V::set(0.0f);
       soften<V>(row, greatest[r], seen, [&](std::int64_t, F power) { powers = V::add(powers, power); });
       const float sum = V::total(powers);
@@ -213,11 +246,11 @@ void run_forward(const Forward& call) {
   const std::int64_t parts = std::clamp<std::int64_t>(4 * threads / heads, 1, of_queries), tasks = heads * parts;
   const Space sizes = Space::of<V>(call, nullptr);
   const std::size_t size = sizes.bytes(2, 2, 1);  // what this loop and attend_tile take
-  char* memory = static_cast<char*>(linear::scratch(size * static_cast<std::size_t>(threads)));
+  const Memory memory(size * static_cast<std::size_t>(threads));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int thread = 0; thread < threads; thread++)
     for (std::int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; task++) {
-      Space space = Space::of<V>(call, memory + size * static_cast<std::size_t>(thread));
+      Space space = Space::of<V>(call, memory.at(size * static_cast<std::size_t>(thread)));
       const std::int64_t b = task / parts / call.key_heads, shared = task / parts % call.key_heads;
       float *keys = space.of_keys(), *values = space.of_keys();
       widen<V, type>(call.keys, call.keys.index(b, shared, 0), call.count, call.width, space.width, 1.0f, values);
@@ -282,7 +315,8 @@ void differentiate_tile(const Backward& call, Space space, std::int64_t b, std::
     });
 }
 
-constexpr std::int64_t enough_tasks = 64;
+constexpr std::int64_t enough_tasks = 64, least_tasks = 16;
+constexpr std::int64_t most_sums = std::int64_t{8} << 20;  // numbers, of more tasks than the least
 
 // `row` as that of `token` in the gradient of a head of keys or values.
 template <class V, Type type>
@@ -292,13 +326,13 @@ void narrow(const Forward& call, std::int64_t b, std::int64_t head, std::int64_t
       call.width, [&](std::int64_t k, int some) { V::template store<type>(to, y + k, some, V::load(row + k)); });
 }
 
-// One head's tiles of queries from tile `first` on, every `step`-th, with the parts of the gradients of its keys and
-// values in `grad_keys` and `grad_values`.
+// The tiles of queries that share a head of keys, every `step`-th from tile `first` on, with their parts of the
+// gradients of its keys and values in `grad_keys` and `grad_values`.
 template <class V, Type type>
-void differentiate_head(const Backward& call, Space space, std::int64_t b, std::int64_t head, std::int64_t first,
+void differentiate_head(const Backward& call, Space space, std::int64_t b, std::int64_t shared, std::int64_t first,
                         std::int64_t step, float* grad_keys, float* grad_values) {
   const Forward& forward = call.forward;
-  const std::int64_t shared = head / (forward.heads / forward.key_heads);
+  const std::int64_t group = forward.heads / forward.key_heads, of_queries = tiles_of(forward.queries);
   float *rows = space.of_keys(), *turned = space.of_keys(), *turned_values = space.of_keys();
   const auto widened = [&](const Heads& from) {
     widen<V, type>(from, from.index(b, shared, 0), forward.count, forward.width, space.width, 1.0f, rows);
@@ -310,48 +344,49 @@ void differentiate_head(const Backward& call, Space space, std::int64_t b, std::
   std::fill_n(grad_keys, forward.count * space.width, 0.0f);
   std::fill_n(grad_values, forward.count * space.width, 0.0f);
   const Keys keys{rows, turned, turned_values, grad_keys, grad_values};
-  for (std::int64_t t = first; t < tiles_of(forward.queries); t += step)
-    differentiate_tile<V, type>(call, space, b, head, t * tile, keys);
+  for (std::int64_t each = first; each < group * of_queries; each += step)
+    differentiate_tile<V, type>(call, space, b, shared * group + each / of_queries, each % of_queries * tile, keys);
 }
 
-// A head's tiles of queries are dealt out to `parts` tasks, as many as give enough of them, whatever the threads. Where
-// several tasks share a head of keys, each has sums of its own, which are added up in their order afterwards.
+// What shares a head of keys is dealt out to `parts` tasks, as many as give enough of them, whatever the threads. Each
+// of several has sums of its own, which are added up in their order afterwards; large ones take longer than they bring.
 template <class V, Type type>
 void run_backward(const Backward& call) {
   const Forward& forward = call.forward;
-  const std::int64_t heads = forward.batch * forward.heads, key_heads = forward.batch * forward.key_heads;
-  const std::int64_t parts = std::clamp<std::int64_t>(enough_tasks / heads, 1, tiles_of(forward.queries));
-  const std::int64_t tasks = heads * parts, sharing = tasks / key_heads;
+  const std::int64_t heads = forward.batch * forward.key_heads, group = forward.heads / forward.key_heads;
   const int threads =
       rowwise::useful_threads(2 * forward.batch * forward.heads * forward.queries * forward.count, forward.threads);
   const Space sizes = Space::of<V>(forward, nullptr);
   const std::int64_t of_keys = sizes.keys * sizes.width;
+  const std::int64_t affordable = std::max(most_sums / (2 * heads * of_keys), least_tasks / heads);
+  const std::int64_t most = std::min({enough_tasks / heads, affordable, group * tiles_of(forward.queries)});
+  const std::int64_t parts = std::max<std::int64_t>(1, most), tasks = heads * parts;
   const std::size_t size = sizes.bytes(5, 3, 2);  // what differentiate_head, _tile and sums of a task's own take
-  const std::size_t sums = sharing > 1 ? sizes.bytes(2 * tasks, 0, 0) : 0;
-  char* memory = static_cast<char*>(linear::scratch(sums + size * static_cast<std::size_t>(threads)));
-  float* shared_sums = reinterpret_cast<float*>(memory);
+  const std::size_t sums = parts > 1 ? sizes.bytes(2 * tasks, 0, 0) : 0;
+  const Memory memory(sums + size * static_cast<std::size_t>(threads));
+  float* shared_sums = reinterpret_cast<float*>(memory.at(0));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
     for (int thread = 0; thread < threads; thread++)
       for (std::int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; task++) {
-        Space space = Space::of<V>(forward, memory + sums + size * static_cast<std::size_t>(thread));
-        const std::int64_t b = task / parts / forward.heads, head = task / parts % forward.heads;
-        float* grad_keys = sharing > 1 ? shared_sums + 2 * task * of_keys : space.of_keys();
-        float* grad_values = sharing > 1 ? grad_keys + of_keys : space.of_keys();
-        differentiate_head<V, type>(call, space, b, head, task % parts, parts, grad_keys, grad_values);
-        for (std::int64_t t = 0; t < forward.count && sharing == 1; t++) {
-          narrow<V, type>(forward, b, head, t, grad_keys + t * sizes.width, call.grad_keys);
-          narrow<V, type>(forward, b, head, t, grad_values + t * sizes.width, call.grad_values);
+        Space space = Space::of<V>(forward, memory.at(sums + size * static_cast<std::size_t>(thread)));
+        const std::int64_t b = task / parts / forward.key_heads, shared = task / parts % forward.key_heads;
+        float* grad_keys = parts > 1 ? shared_sums + 2 * task * of_keys : space.of_keys();
+        float* grad_values = parts > 1 ? grad_keys + of_keys : space.of_keys();
+        differentiate_head<V, type>(call, space, b, shared, task % parts, parts, grad_keys, grad_values);
+        for (std::int64_t t = 0; t < forward.count && parts == 1; t++) {
+          narrow<V, type>(forward, b, shared, t, grad_keys + t * sizes.width, call.grad_keys);
+          narrow<V, type>(forward, b, shared, t, grad_values + t * sizes.width, call.grad_values);
         }
       }
-    if (sharing > 1) {
+    if (parts > 1) {
 #pragma omp for schedule(static)
-      for (std::int64_t row = 0; row < key_heads * forward.count; row++) {
+      for (std::int64_t row = 0; row < heads * forward.count; row++) {
         const std::int64_t owner = row / forward.count, token = row % forward.count;
-        float* first = shared_sums + 2 * owner * sharing * of_keys + token * sizes.width;
+        float* first = shared_sums + 2 * owner * parts * of_keys + token * sizes.width;
         for (void* to : {call.grad_keys, call.grad_values}) {
-          for (std::int64_t i = 1; i < sharing; i++)
+          for (std::int64_t i = 1; i < parts; i++)
             for (std::int64_t k = 0; k < sizes.width; k += V::lanes)
               V::store(first + k, V::add(V::load(first + k), V::load(first + 2 * i * of_keys + k)));
           narrow<V, type>(forward, owner / forward.key_heads, owner % forward.key_heads, token, first, to);

@@ -9,7 +9,9 @@ class TestMine(KernelLaws):
         return (torch.randn(3, 8), ...)
 """
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +26,19 @@ from parco.kernels.linear import coded
 def several(result: Any) -> tuple[torch.Tensor, ...]:
     """What an operation returned as a tuple, of one tensor or more."""
     return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def is_float(argument: Any) -> bool:
+    return isinstance(argument, torch.Tensor) and argument.is_floating_point()
+
+
+def derivatives(results: Sequence[torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Those of the sum of their squares that can be differentiated again."""
+    total = sum((each.float().square().sum() for each in results), torch.zeros(()))
+    if not total.requires_grad:
+        return []
+    found = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
+    return [each for each in found if each is not None and each.requires_grad]
 
 
 def forget_choices() -> None:
@@ -53,6 +68,20 @@ class KernelLaws:
     def test_opcheck(self, call: tuple[Any, ...]) -> None:
         """Schema, fake implementation, derivative and tracing agree with what runs."""
         torch.library.opcheck(self.overload(), call)
+
+    def test_a_second_derivative_is_never_silently_zero(self, call: tuple[Any, ...]) -> None:
+        """As it is where backward is made of an operation that has no derivative of its own: PyTorch only warns."""
+        given = [each.detach().requires_grad_() if is_float(each) else each for each in call]
+        leaves = [each for each in given if is_float(each)]
+        results = [each for each in several(self.overload()(*given)) if each.requires_grad] if leaves else []
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = derivatives(results, leaves)
+            if said or not found:
+                pytest.skip("it has no derivative")
+            with contextlib.suppress(RuntimeError):  # it is refused
+                derivatives(found, leaves)
+            assert not said, said[0].message
 
     def test_the_reference_ends_the_list_and_refuses_nothing(self, call: tuple[Any, ...]) -> None:
         operation = table.operations()[self.operation]

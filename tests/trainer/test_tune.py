@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from tests.hub import tiny
 from tests.trainer.test_run import Killed, KilledAfter
 
-from parco import adapters, hub
+from parco import adapters, hub, machine
 from parco.cli import main
 from parco.fitting.stages import Silent
-from parco.trainer import TuneSettings, method_of, packing, tune
+from parco.trainer import TuneSettings, memory, method_of, packing, tune
 from parco.trainer.pages import remake
 from parco.trainer.tuner import TRAINED
 from parco.trainer.windows import collate, split
@@ -139,6 +139,20 @@ def test_blocks_computed_twice_learn_the_same(folder: Path, chats: Path, tmp_pat
     one = tune(settings(folder, chats, **given), tmp_path / "one", Silent())
     other = tune(settings(folder, chats, **given, checkpointing=True), tmp_path / "other", Silent())
     assert one["train"] == other["train"] and one["loss"] == other["loss"]
+
+
+def test_each_step_gives_back_what_it_freed(
+    folder: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.before()  # which does so too, once
+    calls: list[int] = []
+    monkeypatch.setattr(machine, "release_memory", lambda: calls.append(1))
+    counts: list[int] = []
+    for steps in (3, 5):
+        calls.clear()
+        tune(settings(folder, chats, steps=steps), tmp_path / str(steps), Silent())
+        counts.append(len(calls))
+    assert counts[1] == counts[0] + 2 > 3
 
 
 def test_the_head_may_be_adapted_too(folder: Path, chats: Path, tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 SDPA = "sdpa"
 """The name in it of PyTorch's scaled_dot_product_attention."""
 
+_FEWEST_QUERIES = 32
+"""Fewer, against more keys, are left to PyTorch's function, which then is two to three times as fast."""
+
 _IDLE = {"position_ids", "use_cache", "cache_position", "num_items_in_batch", "sliding_window"}
 """Arguments that models hand to that function and that it does not read where there is no mask."""
 
@@ -33,7 +36,7 @@ def known_in(table: Any) -> Callable[..., Any]:
 
     try:
         known = table.get_interface(SDPA, None)
-    except (AttributeError, KeyError) as error:  # it is no such table
+    except (AttributeError, KeyError) as error:  # it is no such table, or one of the forward's own
         raise Unlike(f"its {INTERFACES} has no {SDPA}") from error
     if known is not sdpa_attention_forward or not _attends_alike(known):
         raise Unlike(f"its {SDPA} is another function than Transformers'")
@@ -63,9 +66,8 @@ class Interfaces:
 
 def _tiled(original: Callable[..., Any]) -> Callable[..., Any]:
     """`original`, Transformers' function around PyTorch's attention, by `attention` where that takes the arguments and
-    PyTorch's is not better at it: it multiplies bf16 and fp16 in tiles where the processor has them.
+    PyTorch's is not better at it.
     """
-    dtypes = {"amx": (torch.float32,), "generic": ()}.get(machine.isa(), tuple(TYPES))
 
     def attend(
         module: Any,
@@ -80,13 +82,7 @@ def _tiled(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         changed = any(other is not None and other is not False for name, other in others.items() if name not in _IDLE)
-        if (
-            attention_mask is None
-            and not dropout
-            and not changed
-            and query.dtype in dtypes
-            and _takes(query, key, value, causal)
-        ):
+        if attention_mask is None and not dropout and not changed and _takes(query, key, value, causal):
             return attention(query, key, value, scaling, causal).transpose(1, 2), None
         options = {} if is_causal is None else {"is_causal": is_causal}
         return original(
@@ -97,14 +93,26 @@ def _tiled(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _takes(q: Tensor, keys: Tensor, values: Tensor, causal: object) -> bool:
-    """Whether `attention` computes this. A query by itself is left to PyTorch's, which reads keys where they lie."""
+    """Whether `attention` computes this, and sooner than PyTorch's."""
     if not (q.is_cpu and keys.is_cpu and values.is_cpu) or not isinstance(causal, bool) or transformed():
         return False
     if not q.dtype == keys.dtype == values.dtype or not q.ndim == keys.ndim == values.ndim == 4:
         return False
     alike = keys.shape == values.shape and q.shape[0] == keys.shape[0] and q.shape[3] == keys.shape[3]
     whole = alike and keys.shape[1] > 0 and q.shape[1] % keys.shape[1] == 0 and q.numel() > 0
-    return bool(whole and q.shape[2] > 1 and (keys.shape[2] == q.shape[2] if causal else keys.shape[2] > 0))
+    fit = keys.shape[2] == q.shape[2] if causal else keys.shape[2] > 0
+    enough = q.shape[2] >= min(_FEWEST_QUERIES, keys.shape[2])
+    return bool(whole and fit and enough and _is_faster(q.dtype, causal))
+
+
+def _is_faster(dtype: torch.dtype, causal: bool) -> bool:
+    """Whether `attention` is faster than PyTorch's function: that multiplies bf16 and fp16 in AMX's tiles where the
+    processor has them and else slowly, and fp32 by the matrix library, which keeps up unless half of it is hidden.
+    """
+    isa = machine.isa()
+    if dtype == torch.float32:
+        return causal and isa in ("avx512", "amx")
+    return dtype in TYPES and isa in ("avx2", "avx512")
 
 
 class _Plain(torch.nn.Module):

@@ -194,7 +194,8 @@ def _attending(original: type[nn.Module]) -> Callable[..., Any]:
     """The forward of `original`, the same code, with `rotate` under the name of its rotary embedding and `attention`
     under that of PyTorch's, and where it is plain enough with one product for q, k and v.
 
-    A graph has PyTorch's attention: torch.compile watches the globals of the module that the code came from.
+    The other names are those of the code's module as it is now: what is patched in there later is not seen. A graph
+    has PyTorch's attention: torch.compile watches the globals of that module.
     """
     named = proofs.named_by(original)
     own: Any = original.forward
@@ -202,7 +203,7 @@ def _attending(original: type[nn.Module]) -> Callable[..., Any]:
     traced = _with_globals(own, known)
     if INTERFACES in named:
         with contextlib.suppress(Unlike):  # of a module that is fused for its rotary embedding
-            known[INTERFACES] = Interfaces(own.__globals__[INTERFACES])
+            known[INTERFACES] = Interfaces(own.__globals__.get(INTERFACES))
     made = _with_globals(own, known)
     together = set(PROJECTIONS) <= named <= decode.ATTENTION_NAMES and keeps_its_input(own)
 
@@ -234,7 +235,7 @@ def _dense_forward(module: Any, x: Tensor) -> Tensor:
 
 def _attention(module: nn.Module) -> None:
     """Attention whose forward takes its function from Transformers' table."""
-    known_in(proofs.own_forward(module).__globals__[INTERFACES])
+    known_in(proofs.own_forward(module).__globals__.get(INTERFACES))
 
 
 def _dense(module: Any) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import gc
 import re
 from pathlib import Path
-from typing import Any
+
+from parco import machine
 
 
 def peak() -> int:
@@ -17,20 +17,23 @@ def peak() -> int:
 
 @functools.cache
 def before() -> int:
-    """Resident bytes of this process when this was first called."""
+    """Resident bytes of this process when this was first called, without what was free by then."""
+    _release()
     return _read("VmRSS")
 
 
 def forget_peak() -> None:
     """Lets VmHWM begin anew, without what a run before left to the allocator; where C library and kernel allow it."""
-    gc.collect()
-    trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    _release()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
+
+
+def _release() -> None:
+    gc.collect()
+    machine.release_memory()
 
 
 def _read(name: str) -> int:

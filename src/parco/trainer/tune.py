@@ -31,7 +31,7 @@ from parco.trainer.meter import Meter, flops_per_token
 from parco.trainer.result import RunResult, begun, finished
 from parco.trainer.run import check_model, check_windows, fuse, train
 from parco.trainer.settings import Schedule, arguments, check_libraries
-from parco.trainer.tuner import Best, Tuner
+from parco.trainer.tuner import Best, Released, Tuner
 from parco.trainer.windows import Split, collate, split
 from parco.training import Recipe, prepare_
 
@@ -192,6 +192,7 @@ def tune(settings: TuneSettings, out: Path, progress: Progress, *, resume: bool 
         progress.note(f"{layers}\n{trainer.describe()}")
         best = Best(model, out / "best.safetensors", progress)
         trainer.add_callback(best)
+        trainer.add_callback(Released())
         memory.forget_peak()
         train(trainer, f"tune by {settings.method}", out, progress)
         peak = memory.peak()

@@ -17,6 +17,7 @@ SIZES = [  # heads, key heads, queries, keys, columns
     (2, 2, 65, 130, 40),
     (6, 2, 130, 131, 80),
     (2, 1, 200, 200, 7),
+    (80, 40, 70, 70, 4),
 ]
 
 
@@ -98,6 +99,11 @@ def test_large_scores_and_infinities() -> None:
             run(positive, hidden, values, 0.3, False)[0], run(positive, *without, 0.3, False)[0], msg=name
         )
         assert run(q * float("nan"), keys, values, 1.0, False)[0].isnan().all(), name
+        hidden[:, :, :66] = hidden[:, :, 3:4]  # all of the first 64 keys
+        without = [x[:, :, 66:] for x in (keys, values)]
+        torch.testing.assert_close(
+            run(positive, hidden, values, 0.3, False)[0], run(positive, *without, 0.3, False)[0], msg=name
+        )
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 300), (3, 8, 70)], ids=str)
@@ -122,6 +128,7 @@ def test_what_does_not_fit_is_named() -> None:
     for error, message, arguments in (
         (TypeError, "q is torch.int64", (q.long(), keys, values)),
         (ValueError, r"q has the shape \(4, 6, 8\)", (q[0], keys, values)),
+        (ValueError, "q has the shape .*at least 1 column", (q[..., :0], keys[..., :0], values[..., :0])),
         (ValueError, "keys has the shape", (q, keys[..., :7], values)),
         (ValueError, "keys has 2 heads; a divisor of 3", (q[:, :3], keys, values)),
         (ValueError, "values has the shape", (q, keys, values[:, :, :5])),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from parco import _C, machine
 from parco.kernels import table
@@ -47,6 +48,8 @@ def check(q: Tensor, keys: Tensor, values: Tensor, scale: float, causal: bool) -
     if q.ndim != 4:
         raise ValueError(f"attention: q has the shape {tuple(q.shape)}; [batch, heads, queries, columns] is needed")
     batch, heads, queries, columns = q.shape
+    if columns == 0:
+        raise ValueError(f"attention: q has the shape {tuple(q.shape)}; at least 1 column is needed")
     if keys.ndim != 4 or keys.shape[0] != batch or keys.shape[3] != columns or keys.shape[2] == 0:
         raise ValueError(
             f"attention: keys has the shape {tuple(keys.shape)}; [{batch}, heads, at least 1, {columns}] is needed"
@@ -233,6 +236,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(*tensors, *output)
 
 
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     found = torch.ops.parco.attention_backward.default(grad, *ctx.saved_tensors, ctx.scale, ctx.causal)
     return *found, None, None
@@ -249,10 +253,11 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, scale: float | None = Non
     All of one dtype (fp32, bf16 or fp16); in fp32, rounded once. `scale` is 1/√D where it is None. `causal`, with
     T ≤ S: the last query sees all keys, and each one before it one key less.
 
-    Memory beside the operands and gradients grows with S·D, not with T·S. Differentiable with respect to q, keys and
-    values. Raises ValueError or TypeError naming the argument.
+    Memory beside the operands and gradients is some S·D numbers for each thread, and for the gradients 32 of them or
+    32 MB more, whatever T·S. Differentiable once with respect to q, keys and values. Raises ValueError or TypeError
+    naming the argument.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = max(1, q.shape[-1]) ** -0.5 if scale is None else scale
     if undispatched(q, keys, values):
         return _cpu(q, keys, values, scale, causal)[0]
     return torch.ops.parco.attention.default(q, keys, values, scale, causal)[0]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from parco import _C, machine
 from parco.formats import Format
@@ -353,6 +354,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
 
 
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """grad_x = grad @ W, factor by factor in fp32; grad_bias = the sum of grad over rows."""
     grad_x = grad_bias = None

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from parco.kernels.activations import NONE
 from parco.kernels.library import differentiate
@@ -67,6 +68,7 @@ def differentiate_coded(name: str) -> None:
         ctx.addend_dtype = None if addend is None else addend.dtype
         ctx.save_for_backward(*stored, *((x, bias) if ctx.activation != NONE else ()))
 
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = (*ctx.needs_input_grad, False, False)
         saved = ctx.saved_tensors  # asked for once: a checkpoint hands them out once

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from parco import _C, machine
 from parco.kernels import table
@@ -148,6 +149,7 @@ def _fake_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> t
 table.implement("gated_backward", _check_backward, _fake_backward)
 
 
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gate, up = ctx.saved_tensors
     return *torch.ops.parco.gated_backward.default(grad, gate, up, ctx.activation), None

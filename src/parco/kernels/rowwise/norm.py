@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from parco import _C
 from parco.kernels import table
@@ -92,6 +93,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight)
 
 
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     grad_x, grad_weight, _ = norm_backward(grad, x, weight, ctx.epsilon, ctx.offset, False, ctx.needs_input_grad[1])
