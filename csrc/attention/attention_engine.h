@@ -2,9 +2,8 @@
 // Included by one translation unit per instruction set; V is its vector type. Everything is unnamed (see
 // linear/floats.h).
 //
-// Each task widens its operands to fp32 once. Products are tiles of sums in registers: one operand's numbers are
-// broadcast, the other's rows are vectors, so keys and values also lie turned, a tile of 64 keys at a time. Sums run in
-// an order that depends on nothing but the sizes.
+// Each task widens its operands to fp32 once. Products read rows of their second operand, so keys and values also lie
+// turned, a tile of 64 keys at a time. Sums run in an order that depends on nothing but the sizes.
 #pragma once
 #include <sys/mman.h>
 
@@ -15,6 +14,7 @@
 #include <new>
 
 #include "attention/attention.h"
+#include "attention/multiply.h"
 #include "rowwise/rowwise_engine.h"
 
 namespace parco::attention {
@@ -23,70 +23,6 @@ namespace {
 constexpr std::int64_t tile = 64;  // of queries, and of keys
 
 inline std::int64_t tiles_of(std::int64_t count) { return (count + tile - 1) / tile; }
-
-// C [rows, vectors] = A B, or more by that: A(r, i) = a[r * a_row + i * a_step], B(i, ·) = b + i * b_step.
-struct Product {
-  const float* a;
-  std::int64_t a_row, a_step;
-  const float* b;
-  std::int64_t b_step;
-  float* c;
-  std::int64_t c_row, steps;
-  bool adds;
-};
-
-// A function of its own, or GCC keeps the sums in memory.
-template <class V, int rows, int vectors>
-[[gnu::noinline]] void multiply_tile(const Product& p) {
-  using F = typename V::F;
-  F sum[rows][vectors];
-#pragma GCC unroll 6
-  for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) sum[r][v] = p.adds ? V::load(p.c + r * p.c_row + v * V::lanes) : V::set(0.0f);
-  const float *a = p.a, *b = p.b;
-  for (std::int64_t i = 0; i < p.steps; i++, a += p.a_step, b += p.b_step) {
-    F of_b[vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) of_b[v] = V::load(b + v * V::lanes);
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) {
-      const F of_a = V::set(a[r * p.a_row]);
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; v++) sum[r][v] = V::fma(of_a, of_b[v], sum[r][v]);
-    }
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) V::store(p.c + r * p.c_row + v * V::lanes, sum[r][v]);
-}
-
-constexpr int rows_at_once = 6;
-
-template <class V, int vectors>
-void multiply_columns(Product p, std::int64_t rows) {
-  for (; rows >= rows_at_once; rows -= rows_at_once, p.a += rows_at_once * p.a_row, p.c += rows_at_once * p.c_row)
-    multiply_tile<V, rows_at_once, vectors>(p);
-  if (rows == 5) multiply_tile<V, 5, vectors>(p);
-  if (rows == 4) multiply_tile<V, 4, vectors>(p);
-  if (rows == 3) multiply_tile<V, 3, vectors>(p);
-  if (rows == 2) multiply_tile<V, 2, vectors>(p);
-  if (rows == 1) multiply_tile<V, 1, vectors>(p);
-}
-
-// `rows` by `columns`, whole vectors.
-template <class V>
-void multiply(Product p, std::int64_t rows, std::int64_t columns) {
-  constexpr int wide = V::lanes == 8 ? 2 : 4;  // AVX2 has half of the registers
-  for (; columns >= wide * V::lanes; columns -= wide * V::lanes, p.b += wide * V::lanes, p.c += wide * V::lanes)
-    multiply_columns<V, wide>(p, rows);
-  if constexpr (wide > 2) {
-    if (columns == 3 * V::lanes) multiply_columns<V, 3>(p, rows);
-    if (columns == 2 * V::lanes) multiply_columns<V, 2>(p, rows);
-  }
-  if (columns == V::lanes) multiply_columns<V, 1>(p, rows);
-}
 
 // What a thread computes with, all of it fp32: rows of `width` numbers, rounded up to whole vectors. Pieces are rows of
 // all keys, rows of a tile of queries, and scores of a tile; each is a multiple of 64 numbers.
@@ -208,7 +144,9 @@ void attend_tile(const Forward& call, Space space, std::int64_t b, std::int64_t 
       const std::int64_t seen = call.seen(t + r) - key;
       const float before = greatest[r];
       greatest[r] = greatest_of<V>(row, seen, before);
-      if (greatest[r] == -std::numeric_limits<float>::infinity()) {  // every score so far, none of which has a share
+      if (greatest[r] == -std::numeric_limits<float>::infinity()) {  // every score so far, or it is no number
+        for (std::int64_t k = 0; k < std::min(seen, tile); k++)
+          if (std::isnan(row[k])) total[r] = row[k];
         std::fill_n(row, tile, 0.0f);
         continue;
       }
@@ -241,9 +179,10 @@ template <class V, Type type>
 void run_forward(const Forward& call) {
   const std::int64_t group = call.heads / call.key_heads, of_queries = tiles_of(call.queries);
   const std::int64_t heads = call.batch * call.key_heads;
-  const int threads = rowwise::useful_threads(call.batch * call.heads * call.queries * call.count, call.threads);
+  const int useful = rowwise::useful_threads(call.batch * call.heads * call.queries * call.count, call.threads);
   // A head's tiles are dealt out in turn, since later queries see more.
-  const std::int64_t parts = std::clamp<std::int64_t>(4 * threads / heads, 1, of_queries), tasks = heads * parts;
+  const std::int64_t parts = std::clamp<std::int64_t>(4 * useful / heads, 1, of_queries), tasks = heads * parts;
+  const int threads = static_cast<int>(std::min<std::int64_t>(useful, tasks));
   const Space sizes = Space::of<V>(call, nullptr);
   const std::size_t size = sizes.bytes(2, 2, 1);  // what this loop and attend_tile take
   const Memory memory(size * static_cast<std::size_t>(threads));
@@ -354,14 +293,16 @@ template <class V, Type type>
 void run_backward(const Backward& call) {
   const Forward& forward = call.forward;
   const std::int64_t heads = forward.batch * forward.key_heads, group = forward.heads / forward.key_heads;
-  const int threads =
-      rowwise::useful_threads(2 * forward.batch * forward.heads * forward.queries * forward.count, forward.threads);
   const Space sizes = Space::of<V>(forward, nullptr);
   const std::int64_t of_keys = sizes.keys * sizes.width;
   const std::int64_t affordable = std::max(most_sums / (2 * heads * of_keys), least_tasks / heads);
   const std::int64_t most = std::min({enough_tasks / heads, affordable, group * tiles_of(forward.queries)});
   const std::int64_t parts = std::max<std::int64_t>(1, most), tasks = heads * parts;
-  const std::size_t size = sizes.bytes(5, 3, 2);  // what differentiate_head, _tile and sums of a task's own take
+  const int useful =
+      rowwise::useful_threads(2 * forward.batch * forward.heads * forward.queries * forward.count, forward.threads);
+  const int threads = static_cast<int>(std::min<std::int64_t>(useful, tasks));
+  // What differentiate_head and _tile take, and a task's only sums.
+  const std::size_t size = sizes.bytes(parts > 1 ? 3 : 5, 3, 2);
   const std::size_t sums = parts > 1 ? sizes.bytes(2 * tasks, 0, 0) : 0;
   const Memory memory(sums + size * static_cast<std::size_t>(threads));
   float* shared_sums = reinterpret_cast<float*>(memory.at(0));

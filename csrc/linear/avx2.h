@@ -42,7 +42,7 @@ struct Arithmetic {
   static F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
   static F divide(F a, F b) { return _mm256_div_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  // Of a NaN these give the NaN, which stands second.
+  // A NaN in `a` is kept, one in `b` is not.
   static F max(F a, F b) { return _mm256_max_ps(b, a); }
   static F min(F a, F b) { return _mm256_min_ps(b, a); }
   static F abs(F a) { return _mm256_andnot_ps(set(-0.0f), a); }

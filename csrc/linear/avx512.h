@@ -84,7 +84,7 @@ struct Arithmetic {
   static F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
   static F divide(F a, F b) { return _mm512_div_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  // Of a NaN these give the NaN, which stands second.
+  // A NaN in `a` is kept, one in `b` is not.
   static F max(F a, F b) { return _mm512_max_ps(b, a); }
   static F min(F a, F b) { return _mm512_min_ps(b, a); }
   static F abs(F a) { return _mm512_abs_ps(a); }

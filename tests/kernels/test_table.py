@@ -1,13 +1,15 @@
 """The dispatch table as data, and explain on what a person holds."""
 
 import importlib
+import pkgutil
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from tests.laws.kernel_laws import KernelLaws
 
-import parco.kernels.linear
+import parco.kernels
 from parco import machine, nn
 from parco.kernels import table
 from parco.products import Activations
@@ -87,18 +89,11 @@ def test_explains_a_weight_and_a_module() -> None:
 
 
 def test_every_operation_is_under_the_laws() -> None:
-    importlib.import_module("tests.kernels.cast.test_both")
-    importlib.import_module("tests.kernels.cast.test_kernels")
-    importlib.import_module("tests.kernels.linear.test_chain")
-    importlib.import_module("tests.kernels.linear.test_dense")
-    importlib.import_module("tests.kernels.linear.test_embedding")
-    importlib.import_module("tests.kernels.linear.test_coded")
-    importlib.import_module("tests.kernels.linear.test_int8")
-    importlib.import_module("tests.kernels.optimizer.test_adamw")
-    importlib.import_module("tests.kernels.rowwise.test_backward")
-    importlib.import_module("tests.kernels.rowwise.test_cross_entropy")
-    importlib.import_module("tests.kernels.rowwise.test_rowwise")
-    importlib.import_module("tests.kernels.sparse.test_sparse")
+    for module in pkgutil.walk_packages(parco.kernels.__path__, "parco.kernels."):
+        importlib.import_module(module.name)
+    here = Path(__file__).parent
+    for file in sorted(here.glob("*/test_*.py")):
+        importlib.import_module(f"tests.kernels.{file.parent.name}.{file.stem}")
     assert set(table.operations()) <= {name for laws in KernelLaws.__subclasses__() for name in operations(laws)}
 
 

@@ -9,9 +9,9 @@ import transformers as t
 from tests.nn import models
 
 import parco
-from parco import nn
+from parco import machine, nn
 from parco.kernels.linear import linear_dense
-from parco.nn import fuse_
+from parco.nn import attention, fuse_
 
 FUSED = {
     "llama": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
@@ -338,7 +338,8 @@ OTHERS = {
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", OTHERS)
-def test_encoders_attend_as_before(name: str, padded: bool) -> None:
+def test_encoders_attend_as_before(name: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_is_faster", lambda dtype, causal: True)
     torch.manual_seed(0)
     made = OTHERS[name]().eval()
     tokens = torch.randint(3, 99, (2, 20))
@@ -365,7 +366,8 @@ def attentions(model: torch.nn.Module, **given: object) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_attention_in_tiles_is_what_trains(name: str) -> None:
+def test_attention_in_tiles_is_what_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_is_faster", lambda dtype, causal: causal)
     made = models.model(name, torch.float32)
     fuse_(made)
     tokens = models.tokens()
@@ -375,6 +377,27 @@ def test_attention_in_tiles_is_what_trains(name: str) -> None:
     assert not any("parco" in each for each in attentions(made, input_ids=tokens, attention_mask=mask))
     made.config._attn_implementation = "eager"
     assert not attentions(made, input_ids=tokens)
+
+
+@pytest.mark.parametrize(
+    ("isa", "taken"),
+    [
+        ("generic", set()),
+        ("avx2", {(torch.bfloat16, True), (torch.bfloat16, False)}),
+        ("avx512", {(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)}),
+        ("amx", {(torch.float32, True)}),
+    ],
+)
+def test_attention_in_tiles_where_it_is_faster(
+    isa: str, taken: set[tuple[torch.dtype, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "isa", lambda: isa)
+    kinds = [(dtype, causal) for dtype in (torch.float32, torch.bfloat16) for causal in (True, False)]
+    x = {dtype: torch.zeros(1, 2, 40, 16, dtype=dtype) for dtype, _ in kinds}
+    assert {(d, c) for d, c in kinds if attention._takes(x[d], x[d], x[d], c)} == taken
+    for queries, tokens, enough in ((31, 40, False), (32, 40, True), (5, 5, True)):
+        q, keys = x[torch.bfloat16][:, :, :queries], x[torch.bfloat16][:, :, :tokens]
+        assert attention._takes(q, keys, keys, False) == (enough and (torch.bfloat16, False) in taken)
 
 
 def test_an_attention_function_of_the_users_own_is_left() -> None:

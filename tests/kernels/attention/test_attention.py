@@ -99,6 +99,9 @@ def test_large_scores_and_infinities() -> None:
             run(positive, hidden, values, 0.3, False)[0], run(positive, *without, 0.3, False)[0], msg=name
         )
         assert run(q * float("nan"), keys, values, 1.0, False)[0].isnan().all(), name
+        absent = keys.clone()
+        absent[:, :, :64] = float("nan")
+        assert run(q, absent, values, 1.0, False)[0].isnan().all(), name
         hidden[:, :, :66] = hidden[:, :, 3:4]  # all of the first 64 keys
         without = [x[:, :, 66:] for x in (keys, values)]
         torch.testing.assert_close(
