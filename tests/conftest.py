@@ -16,6 +16,10 @@ import hypothesis
 import pytest
 import torch
 
+# Before anything imports Triton, which reads it once: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 hypothesis.settings.register_profile("parco", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("parco")
 

@@ -7,6 +7,7 @@ prints the choice and why every better kernel was passed over. Choices depend on
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, cast
@@ -19,6 +20,9 @@ from parco.kernels.library import LIBRARY
 
 TORCH = "torch"
 """The `isa` of a kernel written in plain torch, as the reference is: usable on every device."""
+
+TRITON = "triton"
+"""The `isa` of a kernel written in Triton: for tensors on CUDA."""
 
 
 NATIVE = "PyTorch"
@@ -46,7 +50,7 @@ class Kernel:
     """One way to run an operation. `refuses(call)` is None where the kernel can run it, else the reason why not.
 
     `run` takes the arguments of the operation and returns what it does, a tensor or several. `isa` is one of
-    `parco.machine.ISAS`, or "torch".
+    `parco.machine.ISAS`, or TRITON, or TORCH.
     """
 
     name: str
@@ -116,24 +120,28 @@ def implement(
     """Put a registered operation, which the library defines under the same name, behind the dispatcher; returns what
     runs on the CPU, for callers that need no dispatcher (`library.undispatched`).
 
-    Its reference runs on every device, the chosen kernel on the CPU (or `cpu`, which checks and chooses itself), and
-    `fake` where a graph is traced; `check` sees the arguments first, and asks only for dtypes and shapes of tensors.
+    Its reference runs on every device, the chosen kernel on the CPU (or `cpu`, which checks and chooses itself) and, of
+    an operation that has one in Triton, on CUDA; `fake` where a graph is traced. `check` sees the arguments first, and
+    asks only for dtypes and shapes of tensors.
     """
 
     def everywhere(*arguments: Any) -> Any:
         check(*arguments)
         return _operations[name].kernels[-1].run(*arguments)
 
-    def chosen(*arguments: Any) -> Any:
-        kind = (name, machine.isa(), *map(_kind, arguments))
-        run = _settled.get(kind)
-        if run is None:
-            check(*arguments)
-            run = choose(name, _operations[name].describe(*arguments)).run
-            if len(_settled) >= KEPT_CHOICES:
-                _settled.clear()
-            _settled[kind] = run
-        return run(*arguments)
+    def chosen_on(device: str) -> Callable[..., Any]:
+        def chosen(*arguments: Any) -> Any:
+            kind = (name, device, machine.isa(), *map(_kind, arguments))
+            run = _settled.get(kind)
+            if run is None:
+                check(*arguments)
+                run = choose(name, _operations[name].describe(*arguments)).run
+                if len(_settled) >= KEPT_CHOICES:
+                    _settled.clear()
+                _settled[kind] = run
+            return run(*arguments)
+
+        return chosen
 
     def traced(*arguments: Any) -> Any:
         check(*arguments)
@@ -143,10 +151,13 @@ def implement(
             raise ValueError(f"{name}: tensors lie on {' and '.join(sorted(places))}; one device is needed")
         return fake(*arguments)
 
+    on_cpu = cpu or chosen_on("cpu")
     LIBRARY.impl(name, everywhere, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, cpu or chosen, "CPU")
+    LIBRARY.impl(name, on_cpu, "CPU")
+    if any(kernel.isa == TRITON for kernel in _operations[name].kernels):
+        LIBRARY.impl(name, chosen_on("cuda"), "CUDA")
     torch.library.register_fake(f"parco::{name}", traced, lib=LIBRARY)
-    return cpu or chosen
+    return on_cpu
 
 
 def operations() -> Mapping[str, Operation]:
@@ -175,6 +186,10 @@ def explain_call(name: str, call: Call) -> Explanation:
 def _passes_over(kernel: Kernel, call: Call) -> str | None:
     if kernel.isa == TORCH:
         return kernel.refuses(call)
+    if kernel.isa == TRITON:
+        if call.device != "cuda":
+            return f"it runs on CUDA, the tensors are on {call.device}"
+        return kernel.refuses(call) if _has_triton() else "it needs Triton, which is not installed"
     if call.device != "cpu":
         return f"it runs on the CPU, the tensors are on {call.device}"
     levels = machine.ISAS
@@ -183,6 +198,11 @@ def _passes_over(kernel: Kernel, call: Call) -> str | None:
             return f"it needs {kernel.isa} and PARCO_ISA={call.isa} asks for less"
         return f"it needs {kernel.isa}, which this machine lacks"
     return kernel.refuses(call)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class _Recorder(TorchDispatchMode):

@@ -14,7 +14,8 @@ from parco.kernels.cast import ROUNDINGS, decode, encode
 from parco.kernels.cast.amax import row_amax
 from parco.kernels.cast.codes import cast_codes
 from parco.kernels.cast.decoding import decode_codes
-from parco.kernels.cast.rows import cast_rows, rule
+from parco.kernels.cast.rows import cast_rows
+from parco.kernels.cast.scaling import rule
 from parco.weights import Quantized
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -16,6 +16,8 @@ from parco.kernels import table
 from parco.kernels.cast import codes, rows
 from parco.kernels.cast.hadamard import check_size, signs, transform
 from parco.kernels.cast.rounding import Rounding, check_rounding
+from parco.kernels.cast.scaling import rule
+from parco.kernels.cast.triton import launch
 from parco.kernels.library import LIBRARY
 
 GROUPS = (16, 32, 64, 128, 256)
@@ -24,7 +26,7 @@ GROUPS = (16, 32, 64, 128, 256)
 
 def fits(format: Format) -> bool:
     """Whether one pass can find the format's scales by rows and by columns."""
-    return format.is_named and rows.rule(format) is not None and format.block.columns in GROUPS
+    return format.is_named and rule(format) is not None and format.block.columns in GROUPS
 
 
 def describe(
@@ -133,7 +135,7 @@ def _compiled(function: Callable[..., None]) -> Callable[..., list[Tensor]]:
         sign_seed: int,
     ) -> list[Tensor]:
         form = Format.parse(format)
-        found = rows.rule(form)
+        found = rule(form)
         assert found is not None
         x = x.contiguous()
         written = _new(x, form, straight, transposed)
@@ -155,6 +157,10 @@ def _compiled(function: Callable[..., None]) -> Callable[..., list[Tensor]]:
     return run
 
 
+def _refuses_triton(call: codes.CastCall) -> str | None:
+    return launch.refuses_both(call.format, call.dtype)
+
+
 table.register(
     table.Operation(
         "cast_both",
@@ -163,6 +169,7 @@ table.register(
             table.Kernel("cast-both-avx512", "avx512", _compiled(_C.tiles_avx512), codes.refuses),
             table.Kernel("cast-both-avx2", "avx2", _compiled(_C.tiles_avx2), codes.refuses),
             table.Kernel("cast-both-generic", "generic", _compiled(_C.tiles_generic), codes.refuses),
+            table.Kernel("cast-both-triton", table.TRITON, launch.cast_both, _refuses_triton),
             table.Kernel("cast-both-torch", table.TORCH, reference),
         ),
     )

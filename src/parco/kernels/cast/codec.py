@@ -19,8 +19,8 @@ from parco.kernels.cast.decoding import decode_codes, dequantize
 from parco.kernels.cast.hadamard import Hadamard
 from parco.kernels.cast.philox import random_bits
 from parco.kernels.cast.rounding import Rounding, check_rounding, to_codes
-from parco.kernels.cast.rows import cast_rows, rule
-from parco.kernels.cast.scaling import find_scales, own_global_scale, poison
+from parco.kernels.cast.rows import cast_rows
+from parco.kernels.cast.scaling import find_scales, own_global_scale, poison, rule
 from parco.kernels.cast.tiles import block_amax, row_chunks
 
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

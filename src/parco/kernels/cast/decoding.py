@@ -15,6 +15,7 @@ from parco.kernels.cast.packing import unpack
 from parco.kernels.cast.rounding import from_codes
 from parco.kernels.cast.scaling import scale_numbers
 from parco.kernels.cast.tiles import row_chunks, scale_rows, spread, tile, untile
+from parco.kernels.cast.triton import launch
 from parco.kernels.library import LIBRARY, TYPES, scale_type
 
 PATTERNS: dict[Element, int] = {E4M3: 2, E5M2: 3}
@@ -171,6 +172,7 @@ table.register(
             table.Kernel("decode-avx512", "avx512", _compiled(_C.decode_avx512), _refuses),
             table.Kernel("decode-avx2", "avx2", _compiled(_C.decode_avx2), _refuses),
             table.Kernel("decode-generic", "generic", _compiled(_C.decode_generic), _refuses),
+            table.Kernel("decode-triton", table.TRITON, launch.decode_codes, _refuses),
             table.Kernel("decode-torch", table.TORCH, reference),
         ),
     )

@@ -6,27 +6,13 @@ import torch
 from torch import Tensor
 
 from parco import _C, machine
-from parco.formats import Format, ScaleAbsmax, ScaleE4M3, ScaleE8M0
+from parco.formats import Format, ScaleE4M3
 from parco.kernels import table
 from parco.kernels.cast import codes
 from parco.kernels.cast.rounding import Rounding, check_rounding
-from parco.kernels.cast.scaling import find_scales
+from parco.kernels.cast.scaling import find_scales, rule
+from parco.kernels.cast.triton import launch
 from parco.kernels.library import LIBRARY
-
-
-def rule(format: Format) -> str | None:
-    """The name in `codes.RULES` of how the format's scales are found, or None where one pass cannot find them."""
-    if format.block.rows != 1:
-        return None
-    match format.scale:
-        case ScaleE8M0(name):
-            return name
-        case ScaleE4M3():
-            return "e4m3"
-        case ScaleAbsmax(_, power_of_two):
-            return None if power_of_two else "absmax"
-        case _:
-            return None
 
 
 def describe(x: Tensor, global_scale: Tensor | None, format: str, rounding: str, seed: int) -> codes.CastCall:
@@ -71,6 +57,10 @@ def _compiled(function: Callable[..., None]) -> Callable[..., tuple[Tensor, Tens
     return run
 
 
+def _refuses_triton(call: codes.CastCall) -> str | None:
+    return launch.refuses_rows(call.format, call.dtype, call.columns)
+
+
 table.register(
     table.Operation(
         "cast_rows",
@@ -79,6 +69,7 @@ table.register(
             table.Kernel("cast-rows-avx512", "avx512", _compiled(_C.cast_avx512), codes.refuses),
             table.Kernel("cast-rows-avx2", "avx2", _compiled(_C.cast_avx2), codes.refuses),
             table.Kernel("cast-rows-generic", "generic", _compiled(_C.cast_generic), codes.refuses),
+            table.Kernel("cast-rows-triton", table.TRITON, launch.cast_rows, _refuses_triton),
             table.Kernel("cast-rows-torch", table.TORCH, reference),
         ),
     )

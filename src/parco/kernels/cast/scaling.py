@@ -78,6 +78,21 @@ def find_scales(x: Tensor, format: Format, global_scale: Tensor | None = None) -
             return {"scale": codes, "global_scale": global_scale}
 
 
+def rule(format: Format) -> str | None:
+    """The name in `codes.RULES` of how the format's scales are found, or None where one pass cannot find them."""
+    if format.block.rows != 1:
+        return None
+    match format.scale:
+        case ScaleE8M0(name):
+            return name
+        case ScaleE4M3():
+            return "e4m3"
+        case ScaleAbsmax(_, power_of_two):
+            return None if power_of_two else "absmax"
+        case _:
+            return None
+
+
 def greatest(element: Element) -> float:
     """The number to which an absmax scale maps a block's greatest magnitude."""
     match element:
