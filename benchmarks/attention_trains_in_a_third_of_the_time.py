@@ -4,8 +4,9 @@ than PyTorch's takes on the same operands widened to fp32.
 
     python benchmarks/attention_trains_in_a_third_of_the_time.py [--threads N] [--rounds R]
 
-Shapes: the model that ships with parco, a Llama of 109 M parameters, heads of 128 in groups over a longer sequence, one
-short sequence. `forward` is without gradients. Widening and rounding of the fp32 operands is not counted.
+Shapes: the model that ships with parco, a Llama of 109 M parameters (also with four examples packed in each sequence,
+and with a tenth of the softmax dropped), heads of 128 in groups over a longer sequence, one short sequence. `forward`
+is without gradients. Widening and rounding of the fp32 operands is not counted.
 """
 
 import argparse
@@ -18,15 +19,33 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from parco.kernels.attention import attention
 
-SHAPES = [(16, 5, 1, 512, 64), (8, 12, 12, 512, 64), (1, 16, 4, 2048, 128), (1, 12, 12, 128, 64)]
-"""Sequences, heads, heads of keys, tokens, numbers of a head."""
+CAUSAL, PACKED, DROPPED = "causal", "packed", "dropped"
+EXAMPLES = 4
+"""In a packed sequence."""
+
+SHAPES = [
+    (16, 5, 1, 512, 64, CAUSAL),
+    (8, 12, 12, 512, 64, CAUSAL),
+    (8, 12, 12, 512, 64, PACKED),
+    (8, 12, 12, 512, 64, DROPPED),
+    (1, 16, 4, 2048, 128, CAUSAL),
+    (1, 12, 12, 128, 64, CAUSAL),
+]
+"""Sequences, heads, heads of keys, tokens, numbers of a head, and what else there is."""
 
 
-CONTENDERS: dict[str, Callable[..., torch.Tensor]] = {
-    "torch bf16": partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True),
-    "torch fp32": partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True),
-    "parco": partial(attention, causal=True),
-}
+def contenders(kind: str, tokens: int) -> dict[str, Callable[..., torch.Tensor]]:
+    """Each library's attention."""
+    if kind == PACKED:
+        example = torch.arange(tokens) // (tokens // EXAMPLES)
+        mask = (example[:, None] == example).tril()[None, None]
+        theirs, ours = {"attn_mask": mask}, {"mask": mask}
+    elif kind == DROPPED:
+        theirs, ours = {"is_causal": True, "dropout_p": 0.1}, {"causal": True, "seed": torch.tensor([1]), "p": 0.1}
+    else:
+        theirs, ours = {"is_causal": True}, {"causal": True}
+    torchs = partial(scaled_dot_product_attention, enable_gqa=True, **theirs)
+    return {"torch bf16": torchs, "torch fp32": torchs, "parco": partial(attention, **ours)}
 
 
 def forward(attend: Callable[..., torch.Tensor], *operands: torch.Tensor) -> torch.Tensor:
@@ -45,7 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows: list[dict[str, object]] = []
-    for sequences, heads, key_heads, tokens, width in SHAPES:
+    for sequences, heads, key_heads, tokens, width, kind in SHAPES:
         sizes = ((heads, True), (key_heads, True), (key_heads, True), (heads, False))
         made = [
             torch.randn(sequences, tokens, count, width).bfloat16().transpose(1, 2).requires_grad_(leaf)
@@ -53,19 +72,20 @@ def main() -> None:
         ]
         wide = [each.detach().float().requires_grad_(each.requires_grad) for each in made]
         runs: dict[str, Callable[[], object]] = {}
-        for name, attend in CONTENDERS.items():
+        for name, attend in contenders(kind, tokens).items():
             *operands, grad = wide if name == "torch fp32" else made
             runs[f"{name}: forward"] = partial(forward, attend, *operands)
             runs[f"{name}: forward and backward"] = partial(both, attend, grad, *operands)
         seconds = interleave(runs, options.rounds)
-        products = 4 * sequences * heads * tokens * (tokens + 1) / 2 * width  # of keys a query sees, 2 of them
+        longest = tokens // EXAMPLES if kind == PACKED else tokens
+        products = 4 * sequences * heads * tokens * (longest + 1) / 2 * width  # of keys a query sees, 2 of them
         for name, own in seconds.items():
             contender, _, what = name.partition(": ")
             found = spread(own)
             count = products * (1 if what == "forward" else 3.5)
             rows.append(
                 {"sequences": sequences, "heads": heads, "key_heads": key_heads, "tokens": tokens, "width": width}
-                | {"attention": contender, "what": what}
+                | {"kind": kind, "attention": contender, "what": what}
                 | found
                 | {"GFLOP_per_s": count / found["median_us"] / 1e3}
                 | {"times_torch_bf16": ratio(seconds[f"torch bf16: {what}"], own)}

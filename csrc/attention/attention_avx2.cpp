@@ -2,8 +2,15 @@
 #include "rowwise/vector_avx2.h"
 
 namespace parco::attention {
+namespace {
 
-void attention_avx2(const Forward& call) { attention<rowwise::V256>(call); }
-void attention_grad_avx2(const Backward& call) { attention_grad<rowwise::V256>(call); }
+struct V256 : rowwise::V256 {
+  using Random = PlainRandom;
+};
+
+}  // namespace
+
+void attention_avx2(const Forward& call) { attention<V256>(call); }
+void attention_grad_avx2(const Backward& call) { attention_grad<V256>(call); }
 
 }  // namespace parco::attention

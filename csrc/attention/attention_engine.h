@@ -15,6 +15,7 @@
 
 #include "attention/attention.h"
 #include "attention/multiply.h"
+#include "cast/philox.h"
 #include "rowwise/rowwise_engine.h"
 
 namespace parco::attention {
@@ -97,12 +98,84 @@ inline void turn(const float* rows, std::int64_t tokens, std::int64_t width, flo
   }
 }
 
-// A row of scores as exp(score - greatest), those from `seen` on as 0; f(k, each vector of them).
+// What a mask marks of a tile of keys from `key` on for the queries of a tile from `t` on.
+class Marks {
+ public:
+  Marks(const Forward& call, std::int64_t b, std::int64_t head, std::int64_t t, std::int64_t rows, std::int64_t key)
+      : stride_(call.mask_stride[2]), count_(std::min(tile, call.count - key)), any_(true), all_(true) {
+    if (!call.mask) return;
+    first_ = call.marks(b, head, t) + key;
+    std::uint8_t any = 0, all = 1;
+    for (std::int64_t r = 0; r < rows; r++)
+      for (std::int64_t k = 0; k < count_; k++) {
+        any |= first_[r * stride_ + k];
+        all &= first_[r * stride_ + k];
+      }
+    any_ = any, all_ = all;
+  }
+
+  bool any() const { return any_; }
+
+  // 1 for the keys that query r of the tile sees and 0 for the others, whose scores become -inf; null where it sees
+  // all.
+  const float* of_row(std::int64_t r, float* scores) {
+    if (all_) return nullptr;
+    for (std::int64_t k = 0; k < count_; k++) {
+      const bool seen = first_[r * stride_ + k];
+      row_[k] = seen ? 1.0f : 0.0f;
+      scores[k] = seen ? scores[k] : -std::numeric_limits<float>::infinity();
+    }
+    return row_;
+  }
+
+ private:
+  const std::uint8_t* first_ = nullptr;
+  std::int64_t stride_, count_;
+  bool any_, all_;
+  alignas(64) float row_[tile] = {};
+};
+
+// What dropout multiplies a softmax's numbers by.
+template <class Random>
+class Factors {
+ public:
+  explicit Factors(const Forward& call)
+      : call_(call),
+        least_(static_cast<std::uint32_t>(call.p * 4294967296.0)),
+        kept_(static_cast<float>(1 / (1 - call.p))) {}
+
+  // Of the query in row `row` for the keys of a tile; null without dropout.
+  const float* of_row(std::int64_t row, std::int64_t key) {
+    if (call_.p <= 0) return nullptr;
+    Random(call_.seed, row).draw(key, bits_);
+    for (std::int64_t k = 0; k < tile; k++) row_[k] = bits_[k] < least_ ? 0.0f : kept_;
+    return row_;
+  }
+
+ private:
+  const Forward& call_;
+  std::uint32_t least_;
+  float kept_;
+  alignas(64) std::uint32_t bits_[tile];
+  alignas(64) float row_[tile];
+};
+
+// Of one row, as the casts draw it.
+struct PlainRandom {
+  std::uint64_t seed;
+  std::int64_t row;
+  PlainRandom(std::uint64_t seed, std::int64_t row) : seed(seed), row(row) {}
+  void draw(std::int64_t key, std::uint32_t* to) const { cast::draw<tile>(seed, row, key, to); }
+};
+
+// A row of scores as exp(score - greatest), those from `seen` on and those that `marks` has a 0 for as 0; f(k, each
+// vector of them).
 template <class V, class F>
-void soften(float* scores, float greatest, std::int64_t seen, const F& f) {
+void soften(float* scores, float greatest, std::int64_t seen, const float* marks, const F& f) {
   for (std::int64_t k = 0; k < tile; k += V::lanes) {
     typename V::F power = V::set(0.0f);
     if (k < seen) power = linear::exponential<V>(V::subtract(V::load(scores + k), V::set(greatest)));
+    if (marks) power = V::multiply(power, V::load(marks + k));
     V::store(scores + k, power);
     if (k < seen && seen < k + V::lanes) {
       std::fill(scores + seen, scores + k + V::lanes, 0.0f);
@@ -136,11 +209,16 @@ void attend_tile(const Forward& call, Space space, std::int64_t b, std::int64_t 
   std::fill_n(sums, rows * width, 0.0f);
   float greatest[tile], total[tile] = {};
   std::fill_n(greatest, tile, -std::numeric_limits<float>::infinity());
+  const std::int64_t first_row = (b * call.heads + head) * call.queries + t;
+  Factors<typename V::Random> factors(call);
   const std::int64_t last = call.seen(t + rows - 1);
   for (std::int64_t key = 0; key < last; key += tile) {
+    Marks marks(call, b, head, t, rows, key);
+    if (!marks.any()) continue;
     multiply<V>({queries, width, 1, turned_keys + key * width, tile, scores, tile, width, false}, rows, tile);
     for (std::int64_t r = 0; r < rows; r++) {
       float* row = scores + r * tile;
+      const float* of_row = marks.of_row(r, row);
       const std::int64_t seen = call.seen(t + r) - key;
       const float before = greatest[r];
       greatest[r] = greatest_of<V>(row, seen, before);
@@ -151,13 +229,17 @@ void attend_tile(const Forward& call, Space space, std::int64_t b, std::int64_t 
         continue;
       }
       F powers = V::set(0.0f);
-      soften<V>(row, greatest[r], seen, [&](std::int64_t, F power) { powers = V::add(powers, power); });
+      const float* times = factors.of_row(first_row + r, key);
+      soften<V>(row, greatest[r], seen, of_row, [&](std::int64_t k, F power) {
+        powers = V::add(powers, power);
+        if (times) V::store(row + k, V::multiply(power, V::load(times + k)));
+      });
       const float sum = V::total(powers);
       if (before == greatest[r]) {
         total[r] += sum;
         continue;
       }
-      const float less = key ? std::exp(before - greatest[r]) : 0.0f;
+      const float less = std::exp(before - greatest[r]);  // 0 of the first that is seen
       total[r] = total[r] * less + sum;
       for (std::int64_t k = 0; k < width; k += V::lanes)
         V::store(sums + r * width + k, V::multiply(V::load(sums + r * width + k), V::set(less)));
@@ -166,12 +248,13 @@ void attend_tile(const Forward& call, Space space, std::int64_t b, std::int64_t 
     multiply<V>({scores, tile, 1, values + key * width, width, sums, width, some, true}, rows, width);
   }
   for (std::int64_t r = 0; r < rows; r++) {
-    const F share = V::set(1.0f / total[r]);
+    const bool blind = call.mask && total[r] == 0.0f;
+    const F share = V::set(blind ? 0.0f : 1.0f / total[r]);
     const std::int64_t y = ((b * call.queries + t + r) * call.heads + head) * call.width;
     rowwise::each_vector<V>(call.width, [&](std::int64_t k, int some) {
       V::template store<type>(call.y, y + k, some, V::multiply(V::load(sums + r * width + k), share));
     });
-    call.logs[(b * call.heads + head) * call.queries + t + r] = greatest[r] + std::log(total[r]);
+    call.logs[first_row + r] = blind ? std::numeric_limits<float>::infinity() : greatest[r] + std::log(total[r]);
   }
 }
 
@@ -230,17 +313,28 @@ void differentiate_tile(const Backward& call, Space space, std::int64_t b, std::
     });
     common[r] = V::total(sum);
   }
-  const float* logs = forward.logs + (b * forward.heads + head) * forward.queries + t;
+  const std::int64_t first_row = (b * forward.heads + head) * forward.queries + t;
+  const float* logs = forward.logs + first_row;
+  Factors<typename V::Random> factors(forward);
   const std::int64_t last = forward.seen(t + rows - 1);
   for (std::int64_t key = 0; key < last; key += tile) {
     const std::int64_t some = std::min(tile, last - key), at = key * width;
+    Marks marks(forward, b, head, t, rows, key);
+    if (!marks.any()) continue;
     multiply<V>({queries, width, 1, keys.turned + at, tile, scores, tile, width, false}, rows, tile);
     multiply<V>({grad, width, 1, keys.turned_values + at, tile, grad_scores, tile, width, false}, rows, tile);
     for (std::int64_t r = 0; r < rows; r++) {
-      float *row = scores + r * tile, *of_row = grad_scores + r * tile;
+      float *row = scores + r * tile, *grad_row = grad_scores + r * tile;
       const F same = V::set(common[r]);
-      soften<V>(row, logs[r], forward.seen(t + r) - key, [&](std::int64_t k, F share) {
-        V::store(of_row + k, V::multiply(share, V::subtract(V::load(of_row + k), same)));
+      const float* of_row = marks.of_row(r, row);
+      const float* times = factors.of_row(first_row + r, key);
+      soften<V>(row, logs[r], forward.seen(t + r) - key, of_row, [&](std::int64_t k, F share) {
+        F grad_share = V::load(grad_row + k);
+        if (times) {
+          grad_share = V::multiply(grad_share, V::load(times + k));
+          V::store(row + k, V::multiply(share, V::load(times + k)));
+        }
+        V::store(grad_row + k, V::multiply(share, V::subtract(grad_share, same)));
       });
     }
     multiply<V>({scores, 1, tile, grad, width, keys.grad_values + at, width, rows, true}, some, width);

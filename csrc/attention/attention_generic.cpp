@@ -2,8 +2,15 @@
 #include "rowwise/vector_generic.h"
 
 namespace parco::attention {
+namespace {
 
-void attention_generic(const Forward& call) { attention<rowwise::V1>(call); }
-void attention_grad_generic(const Backward& call) { attention_grad<rowwise::V1>(call); }
+struct V1 : rowwise::V1 {
+  using Random = PlainRandom;
+};
+
+}  // namespace
+
+void attention_generic(const Forward& call) { attention<V1>(call); }
+void attention_grad_generic(const Backward& call) { attention_grad<V1>(call); }
 
 }  // namespace parco::attention

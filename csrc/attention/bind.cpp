@@ -20,7 +20,8 @@ Heads heads(std::uintptr_t at, const Strides& strides) {
 // Sizes are batch, heads of queries, heads of keys, queries, keys, width.
 Forward forward(std::uintptr_t q, const Strides& q_stride, std::uintptr_t keys, const Strides& key_stride,
                 std::uintptr_t values, const Strides& value_stride, std::uintptr_t y, std::uintptr_t logs,
-                const std::array<std::int64_t, 6>& sizes, float scale, bool causal, int type, int threads) {
+                const std::array<std::int64_t, 6>& sizes, float scale, bool causal, int type, int threads,
+                std::uintptr_t mask, const std::array<std::int64_t, 3>& mask_stride, double p, std::uint64_t seed) {
   return {heads(q, q_stride),
           heads(keys, key_stride),
           heads(values, value_stride),
@@ -35,7 +36,11 @@ Forward forward(std::uintptr_t q, const Strides& q_stride, std::uintptr_t keys, 
           scale,
           causal,
           static_cast<Type>(type),
-          threads};
+          threads,
+          address<const std::uint8_t>(mask),
+          {mask_stride[0], mask_stride[1], mask_stride[2]},
+          p,
+          seed};
 }
 
 template <void (*kernel)(const Forward&)>
@@ -44,15 +49,16 @@ void define_forward(nb::module_& module, const char* name) {
       name,
       [](std::uintptr_t q, const Strides& q_stride, std::uintptr_t keys, const Strides& key_stride,
          std::uintptr_t values, const Strides& value_stride, std::uintptr_t y, std::uintptr_t logs,
-         const std::array<std::int64_t, 6>& sizes, float scale, bool causal, int type, int threads) {
-        const Forward call =
-            forward(q, q_stride, keys, key_stride, values, value_stride, y, logs, sizes, scale, causal, type, threads);
+         const std::array<std::int64_t, 6>& sizes, float scale, bool causal, int type, int threads, std::uintptr_t mask,
+         const std::array<std::int64_t, 3>& mask_stride, double p, std::uint64_t seed) {
+        const Forward call = forward(q, q_stride, keys, key_stride, values, value_stride, y, logs, sizes, scale, causal,
+                                     type, threads, mask, mask_stride, p, seed);
         nb::gil_scoped_release unlocked;
         kernel(call);
       },
       nb::arg("q"), nb::arg("q_stride"), nb::arg("keys"), nb::arg("key_stride"), nb::arg("values"),
       nb::arg("value_stride"), nb::arg("y"), nb::arg("logs"), nb::arg("sizes"), nb::arg("scale"), nb::arg("causal"),
-      nb::arg("type"), nb::arg("threads"),
+      nb::arg("type"), nb::arg("threads"), nb::arg("mask"), nb::arg("mask_stride"), nb::arg("p"), nb::arg("seed"),
       "Attention in tiles; sizes are batch, heads, key heads, queries, keys, width; csrc/attention/attention.h.");
 }
 
@@ -64,18 +70,20 @@ void define_backward(nb::module_& module, const char* name) {
          std::uintptr_t keys, const Strides& key_stride, std::uintptr_t values, const Strides& value_stride,
          std::uintptr_t y, std::uintptr_t logs, std::uintptr_t grad_q, std::uintptr_t grad_keys,
          std::uintptr_t grad_values, const std::array<std::int64_t, 6>& sizes, float scale, bool causal, int type,
-         int threads) {
-        const Backward call{
-            forward(q, q_stride, keys, key_stride, values, value_stride, y, logs, sizes, scale, causal, type, threads),
-            heads(grad, grad_stride), address<void>(grad_q), address<void>(grad_keys), address<void>(grad_values)};
+         int threads, std::uintptr_t mask, const std::array<std::int64_t, 3>& mask_stride, double p,
+         std::uint64_t seed) {
+        const Backward call{forward(q, q_stride, keys, key_stride, values, value_stride, y, logs, sizes, scale, causal,
+                                    type, threads, mask, mask_stride, p, seed),
+                            heads(grad, grad_stride), address<void>(grad_q), address<void>(grad_keys),
+                            address<void>(grad_values)};
         nb::gil_scoped_release unlocked;
         kernel(call);
       },
       nb::arg("grad"), nb::arg("grad_stride"), nb::arg("q"), nb::arg("q_stride"), nb::arg("keys"),
       nb::arg("key_stride"), nb::arg("values"), nb::arg("value_stride"), nb::arg("y"), nb::arg("logs"),
       nb::arg("grad_q"), nb::arg("grad_keys"), nb::arg("grad_values"), nb::arg("sizes"), nb::arg("scale"),
-      nb::arg("causal"), nb::arg("type"), nb::arg("threads"),
-      "The gradients of attention in tiles; csrc/attention/attention.h.");
+      nb::arg("causal"), nb::arg("type"), nb::arg("threads"), nb::arg("mask"), nb::arg("mask_stride"), nb::arg("p"),
+      nb::arg("seed"), "The gradients of attention in tiles; csrc/attention/attention.h.");
 }
 
 }  // namespace

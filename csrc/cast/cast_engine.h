@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cast/amax_engine.h"
+#include "cast/philox.h"
 
 namespace parco::cast {
 namespace {
@@ -31,33 +32,6 @@ inline void load_chunk(const void* x, Type type, std::int64_t index, int count, 
   } else {
     for (int i = 0; i < chunk; i++) to[i] = load_float(from, type, i);
   }
-}
-
-// Philox4x32-10 of elements [k, k + chunk) of a row; k is a multiple of 4.
-inline void draw(std::uint64_t seed, std::int64_t row, std::int64_t k, std::uint32_t* random) {
-  constexpr int quads = chunk / 4;
-  std::uint32_t word[4][quads];
-  for (int q = 0; q < quads; q++) {
-    word[0][q] = static_cast<std::uint32_t>(row);
-    word[1][q] = static_cast<std::uint32_t>(k / 4 + q);
-    word[2][q] = static_cast<std::uint32_t>(row >> 32);
-    word[3][q] = 0;
-  }
-  std::uint32_t key0 = static_cast<std::uint32_t>(seed), key1 = static_cast<std::uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; round++) {
-    for (int q = 0; q < quads; q++) {
-      const std::uint64_t product0 = static_cast<std::uint64_t>(word[0][q]) * 0xD2511F53u;
-      const std::uint64_t product1 = static_cast<std::uint64_t>(word[2][q]) * 0xCD9E8D57u;
-      const std::uint32_t old1 = word[1][q], old3 = word[3][q];
-      word[0][q] = static_cast<std::uint32_t>(product1 >> 32) ^ old1 ^ key0;
-      word[1][q] = static_cast<std::uint32_t>(product1);
-      word[2][q] = static_cast<std::uint32_t>(product0 >> 32) ^ old3 ^ key1;
-      word[3][q] = static_cast<std::uint32_t>(product0);
-    }
-    key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
-  }
-  for (int q = 0; q < quads; q++)
-    for (int w = 0; w < 4; w++) random[4 * q + w] = word[w][q];
 }
 
 // What float_code knows of an element.
@@ -298,7 +272,8 @@ void cast_columns(const CastCall& call, std::int64_t n, std::int64_t first, std:
     const int count = static_cast<int>(std::min<std::int64_t>(chunk, last - k));
     load_chunk(call.x, call.x_type, n * call.x_stride + k, count, x);
     rescale(call, n, k, count, x, zero);
-    if constexpr (rounding == Rounding::stochastic) draw(call.seed, call.first_row + n, call.first_column + k, random);
+    if constexpr (rounding == Rounding::stochastic)
+      draw<chunk>(call.seed, call.first_row + n, call.first_column + k, random);
     if (call.kind == Kind::floating)
       float_codes<rounding>(call, x, random, codes);
     else if (call.kind == Kind::integer)

@@ -100,7 +100,7 @@ struct Random {
   std::uint64_t seed;
   std::int64_t row;
   Random(std::uint64_t seed, std::uint64_t stream) : seed(seed), row(static_cast<std::int64_t>(stream)) {}
-  void draw(std::int64_t k, std::uint32_t* to) const { cast::draw(seed, row, k, to); }
+  void draw(std::int64_t k, std::uint32_t* to) const { cast::draw<block>(seed, row, k, to); }
 };
 
 // Random bits of a span's numbers, if its values take some.

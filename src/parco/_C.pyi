@@ -1,28 +1,28 @@
 from collections.abc import Sequence
 
 
-def attention_generic(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int) -> None:
+def attention_generic(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int, mask: int, mask_stride: Sequence[int], p: float, seed: int) -> None:
     """
     Attention in tiles; sizes are batch, heads, key heads, queries, keys, width; csrc/attention/attention.h.
     """
 
-def attention_avx2(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int) -> None:
+def attention_avx2(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int, mask: int, mask_stride: Sequence[int], p: float, seed: int) -> None:
     """
     Attention in tiles; sizes are batch, heads, key heads, queries, keys, width; csrc/attention/attention.h.
     """
 
-def attention_avx512(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int) -> None:
+def attention_avx512(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int, mask: int, mask_stride: Sequence[int], p: float, seed: int) -> None:
     """
     Attention in tiles; sizes are batch, heads, key heads, queries, keys, width; csrc/attention/attention.h.
     """
 
-def attention_grad_generic(grad: int, grad_stride: Sequence[int], q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, grad_q: int, grad_keys: int, grad_values: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int) -> None:
+def attention_grad_generic(grad: int, grad_stride: Sequence[int], q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, grad_q: int, grad_keys: int, grad_values: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int, mask: int, mask_stride: Sequence[int], p: float, seed: int) -> None:
     """The gradients of attention in tiles; csrc/attention/attention.h."""
 
-def attention_grad_avx2(grad: int, grad_stride: Sequence[int], q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, grad_q: int, grad_keys: int, grad_values: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int) -> None:
+def attention_grad_avx2(grad: int, grad_stride: Sequence[int], q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, grad_q: int, grad_keys: int, grad_values: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int, mask: int, mask_stride: Sequence[int], p: float, seed: int) -> None:
     """The gradients of attention in tiles; csrc/attention/attention.h."""
 
-def attention_grad_avx512(grad: int, grad_stride: Sequence[int], q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, grad_q: int, grad_keys: int, grad_values: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int) -> None:
+def attention_grad_avx512(grad: int, grad_stride: Sequence[int], q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, logs: int, grad_q: int, grad_keys: int, grad_values: int, sizes: Sequence[int], scale: float, causal: bool, type: int, threads: int, mask: int, mask_stride: Sequence[int], p: float, seed: int) -> None:
     """The gradients of attention in tiles; csrc/attention/attention.h."""
 
 class CastCall:

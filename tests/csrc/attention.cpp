@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <vector>
 
+#include "cast/philox.h"
 #include "machine/features.h"
 #include "values.h"
 
@@ -30,6 +31,8 @@ void expect(const char* name, const char* what, Values& y, const std::vector<dou
 struct Sizes {
   std::int64_t batch, key_heads, group, queries, count, width;
   bool causal;
+  bool masked = false;
+  double p = 0;
 };
 
 void attentions(const char* name, void (*forward)(const Forward&), void (*backward)(const Backward&), Type type,
@@ -46,6 +49,16 @@ void attentions(const char* name, void (*forward)(const Forward&), void (*backwa
     return Heads{x.data(), {tokens * of_token, s.width, of_token}};
   };
   const float scale = 0.3f;
+  // One for each query, the same for all heads: examples of 50 keys and a few hidden ones, and every fifth query blind.
+  std::vector<std::uint8_t> mask(s.masked ? static_cast<std::size_t>(s.batch * s.queries * s.count) : 0);
+  const auto visible = [&](std::int64_t b, std::int64_t t, std::int64_t k) {
+    const std::int64_t at = t + s.count - s.queries;
+    return !s.masked || (at / 50 == k / 50 && (b + t + 3 * k) % 4 != 0 && t % 5 != 2);
+  };
+  for (std::size_t i = 0; i < mask.size(); i++) {
+    const auto at = static_cast<std::int64_t>(i);
+    mask[i] = visible(at / s.count / s.queries, at / s.count % s.queries, at % s.count);
+  }
   const Forward call{strided(q, s.queries, of_y),
                      strided(keys, s.count, of_keys),
                      strided(values, s.count, of_keys),
@@ -60,7 +73,11 @@ void attentions(const char* name, void (*forward)(const Forward&), void (*backwa
                      scale,
                      s.causal,
                      type,
-                     3};
+                     3,
+                     s.masked ? mask.data() : nullptr,
+                     {s.queries * s.count, 0, s.count},
+                     s.p,
+                     99};
   forward(call);
   backward({call, strided(grad, s.queries, of_y), grad_q.data(), grad_keys.data(), grad_values.data()});
 
@@ -73,19 +90,26 @@ void attentions(const char* name, void (*forward)(const Forward&), void (*backwa
         std::vector<double> power(seen), grad_power(seen);
         double sum = 0, common = 0;  // grad . y, of the rounded y that backward reads
         for (std::int64_t k = 0; k < seen; k++) {
+          if (!visible(b, t, k)) continue;
           for (std::int64_t i = 0; i < s.width; i++) {
             power[k] += q.exact[row + i] * keys.exact[key(k) + i] * static_cast<double>(scale);
             grad_power[k] += grad.exact[row + i] * values.exact[key(k) + i];
           }
           sum += power[k] = std::exp(power[k]);
         }
-        for (std::int64_t k = 0; k < seen; k++) power[k] /= sum;
+        std::vector<double> kept(seen, 1);
+        std::vector<std::uint32_t> drawn((seen + 3) / 4 * 4);
+        for (std::int64_t k = 0; k < seen && s.p > 0; k += 4)
+          parco::cast::draw<4>(99, (b * heads + head) * s.queries + t, k, drawn.data() + k);
+        for (std::int64_t k = 0; k < seen && s.p > 0; k++)
+          kept[k] = drawn[k] < static_cast<std::uint32_t>(s.p * 0x1p32) ? 0 : 1 / (1 - s.p);
+        for (std::int64_t k = 0; k < seen && sum > 0; k++) power[k] /= sum;
         for (std::int64_t i = 0; i < s.width; i++) common += grad.exact[row + i] * y.get(row + i);
         for (std::int64_t k = 0; k < seen; k++)
           for (std::int64_t i = 0; i < s.width; i++) {
-            const double of_score = power[k] * (grad_power[k] - common) * static_cast<double>(scale);
-            wanted[row + i] += power[k] * values.exact[key(k) + i];
-            of_v[key(k) + i] += power[k] * grad.exact[row + i];
+            const double of_score = power[k] * (kept[k] * grad_power[k] - common) * static_cast<double>(scale);
+            wanted[row + i] += power[k] * kept[k] * values.exact[key(k) + i];
+            of_v[key(k) + i] += power[k] * kept[k] * grad.exact[row + i];
             of_q[row + i] += of_score * keys.exact[key(k) + i];
             of_k[key(k) + i] += of_score * q.exact[row + i];
           }
@@ -99,10 +123,18 @@ void attentions(const char* name, void (*forward)(const Forward&), void (*backwa
 }  // namespace
 
 int main() {
-  const std::vector<Sizes> sizes{
-      {1, 1, 1, 1, 1, 1, true},      {2, 1, 3, 5, 9, 7, true},     {1, 2, 1, 64, 64, 16, true},
-      {1, 1, 2, 67, 129, 33, true},  {1, 1, 1, 70, 3, 64, false},  {40, 2, 1, 3, 3, 20, false},
-      {1, 1, 1, 130, 130, 80, true}, {1, 2, 2, 200, 200, 8, true}, {1, 1, 1, 1, 53000, 64, true}};
+  const std::vector<Sizes> sizes{{1, 1, 1, 1, 1, 1, true},
+                                 {2, 1, 3, 5, 9, 7, true},
+                                 {1, 2, 1, 64, 64, 16, true},
+                                 {1, 1, 2, 67, 129, 33, true},
+                                 {1, 1, 1, 70, 3, 64, false},
+                                 {40, 2, 1, 3, 3, 20, false},
+                                 {1, 1, 1, 130, 130, 80, true},
+                                 {1, 2, 2, 200, 200, 8, true},
+                                 {1, 1, 1, 1, 53000, 64, true},
+                                 {2, 1, 2, 200, 200, 16, true, true},
+                                 {3, 2, 1, 70, 130, 5, false, true, 0.3},
+                                 {1, 1, 2, 130, 130, 16, true, false, 0.1}};
   for (Type type : {Type::fp32, Type::bf16})
     for (const Sizes& each : sizes) {
       if (type != Type::fp32 && each.count > 1000) continue;  // it is long

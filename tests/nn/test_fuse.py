@@ -339,7 +339,7 @@ OTHERS = {
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", OTHERS)
 def test_encoders_attend_as_before(name: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_is_faster", lambda dtype, causal: True)
+    monkeypatch.setattr(attention, "_is_faster", lambda dtype, half, drops: True)
     torch.manual_seed(0)
     made = OTHERS[name]().eval()
     tokens = torch.randint(3, 99, (2, 20))
@@ -367,16 +367,44 @@ def attentions(model: torch.nn.Module, **given: object) -> list[str]:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_attention_in_tiles_is_what_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_is_faster", lambda dtype, causal: causal)
+    monkeypatch.setattr(attention, "_is_faster", lambda dtype, half, drops: half)
     made = models.model(name, torch.float32)
+    plain = models.model(name, torch.float32)
     fuse_(made)
     tokens = models.tokens()
-    assert attentions(made, input_ids=tokens) == ["parco::attention", "parco::attention_backward"]
-    mask = torch.ones_like(tokens)
-    mask[0, :3] = 0
-    assert not any("parco" in each for each in attentions(made, input_ids=tokens, attention_mask=mask))
+    tiled = ["parco::attention", "parco::attention_backward"]
+    assert attentions(made, input_ids=tokens) == tiled
+    padding = torch.ones_like(tokens)
+    padding[0, :3] = 0
+    packed = torch.arange(tokens.shape[1]) % 7
+    for given in ({"attention_mask": padding}, {"position_ids": packed.expand(tokens.shape)}):
+        assert attentions(made, input_ids=tokens, **given) == tiled
+        ours, theirs = (model(input_ids=tokens, **given).logits for model in (made, plain))
+        seen = padding.bool() if "attention_mask" in given else torch.ones_like(padding, dtype=torch.bool)
+        assert apart(ours[seen], theirs[seen]) < 2e-6
     made.config._attn_implementation = "eager"
     assert not attentions(made, input_ids=tokens)
+
+
+def test_dropout_of_attention_trains_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_is_faster", lambda dtype, half, drops: half)
+    config = t.GPT2Config(
+        vocab_size=99, n_embd=48, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.5, resid_pdrop=0.0, embd_pdrop=0.0
+    )
+    torch.manual_seed(0)
+    made = t.GPT2LMHeadModel(config)
+    tokens = torch.randint(0, 99, (2, 40))
+    fuse_(made)
+    whole = made.eval()(tokens).logits
+    assert attentions(made.train(), input_ids=tokens) == ["parco::attention", "parco::attention_backward"]
+    found = []
+    for seed in (1, 1, *range(2, 42)):
+        torch.manual_seed(seed)
+        found.append(made(tokens).logits.detach())
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    # The first query has one key, so half of its draws are 0; the mean of many comes near to what there is without.
+    each, mean = apart(found[1], whole), apart(torch.stack(found).mean(0), whole)
+    assert 0.01 < mean < each / 2
 
 
 @pytest.mark.parametrize(
@@ -398,6 +426,14 @@ def test_attention_in_tiles_where_it_is_faster(
     for queries, tokens, enough in ((31, 40, False), (32, 40, True), (5, 5, True)):
         q, keys = x[torch.bfloat16][:, :, :queries], x[torch.bfloat16][:, :, :tokens]
         assert attention._takes(q, keys, keys, False) == (enough and (torch.bfloat16, False) in taken)
+    wide = x[torch.float32]
+    assert attention._takes(wide, wide, wide, False, None, True) == (isa != "generic")
+    half = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+    for dtype, own in x.items():
+        assert attention._takes(own, own, own, False, half) == ((dtype, True) in taken)
+        assert attention._takes(own, own, own, False, torch.ones_like(half)) == ((dtype, False) in taken)
+        for other in (half.float(), half[0], half[..., :39], half.to("meta")):
+            assert not attention._takes(own, own, own, False, other)
 
 
 def test_an_attention_function_of_the_users_own_is_left() -> None:

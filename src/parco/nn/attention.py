@@ -25,7 +25,7 @@ _FEWEST_QUERIES = 32
 """Fewer, against more keys, are left to PyTorch's function, which then is two to three times as fast."""
 
 _IDLE = {"position_ids", "use_cache", "cache_position", "num_items_in_batch", "sliding_window"}
-"""Arguments that models hand to that function and that it does not read where there is no mask."""
+"""Arguments that models hand to that function and that it does not read: what they ask for is in the mask."""
 
 
 def known_in(table: Any) -> Callable[..., Any]:
@@ -81,9 +81,12 @@ def _tiled(original: Callable[..., Any]) -> Callable[..., Any]:
         **others: Any,
     ) -> Any:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = causal if attention_mask is None else False  # the mask says it too
         changed = any(other is not None and other is not False for name, other in others.items() if name not in _IDLE)
-        if attention_mask is None and not dropout and not changed and _takes(query, key, value, causal):
-            return attention(query, key, value, scaling, causal).transpose(1, 2), None
+        if not changed and 0 <= dropout < 1 and _takes(query, key, value, causal, attention_mask, dropout > 0):
+            seed = torch.randint(1 << 62, (1,), device="cpu") if dropout else None
+            y = attention(query, key, value, scaling, causal, attention_mask, seed, dropout)
+            return y.transpose(1, 2), None
         options = {} if is_causal is None else {"is_causal": is_causal}
         return original(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options, **others
@@ -92,7 +95,9 @@ def _tiled(original: Callable[..., Any]) -> Callable[..., Any]:
     return attend
 
 
-def _takes(q: Tensor, keys: Tensor, values: Tensor, causal: object) -> bool:
+def _takes(
+    q: Tensor, keys: Tensor, values: Tensor, causal: object, mask: Tensor | None = None, drops: bool = False
+) -> bool:
     """Whether `attention` computes this, and sooner than PyTorch's."""
     if not (q.is_cpu and keys.is_cpu and values.is_cpu) or not isinstance(causal, bool) or transformed():
         return False
@@ -102,16 +107,30 @@ def _takes(q: Tensor, keys: Tensor, values: Tensor, causal: object) -> bool:
     whole = alike and keys.shape[1] > 0 and q.shape[1] % keys.shape[1] == 0 and q.numel() > 0
     fit = keys.shape[2] == q.shape[2] if causal else keys.shape[2] > 0
     enough = q.shape[2] >= min(_FEWEST_QUERIES, keys.shape[2])
-    return bool(whole and fit and enough and _is_faster(q.dtype, causal))
+    if not (whole and fit and enough):
+        return False
+    if mask is None:
+        return _is_faster(q.dtype, causal, drops)
+    marks = mask.is_cpu and mask.dtype == torch.bool and mask.ndim == 4
+    sizes = zip(mask.shape, (*q.shape[:3], keys.shape[2]), strict=True) if marks else ()
+    return (
+        marks and all(size in (1, wanted) for size, wanted in sizes) and _is_faster(q.dtype, _hides_half(mask), drops)
+    )
 
 
-def _is_faster(dtype: torch.dtype, causal: bool) -> bool:
+def _hides_half(mask: Tensor) -> bool:
+    """Whether a mask hides about as much as a causal one does. Its diagonal is seen, and a few tokens are padding."""
+    return 2 * int(mask.count_nonzero()) <= mask.numel() + 2 * mask.numel() // mask.shape[-1]
+
+
+def _is_faster(dtype: torch.dtype, half: bool, drops: bool) -> bool:
     """Whether `attention` is faster than PyTorch's function: that multiplies bf16 and fp16 in AMX's tiles where the
-    processor has them and else slowly, and fp32 by the matrix library, which keeps up unless half of it is hidden.
+    processor has them and else slowly, and fp32 by the matrix library, which keeps up unless `half` of it is hidden.
+    Where a softmax `drops`, it writes whole scores.
     """
     isa = machine.isa()
     if dtype == torch.float32:
-        return causal and isa in ("avx512", "amx")
+        return (half and isa in ("avx512", "amx")) or (drops and isa != "generic")
     return dtype in TYPES and isa in ("avx2", "avx512")
 
 
@@ -135,12 +154,11 @@ def _attends_alike(function: Any) -> bool:
     q, keys, values = (proofs.random(2, heads, 5, 16, like=like, seed=heads) for heads in (3, 1, 1))
     try:
         for causal in (True, False):
-            (expected, _), ours = (
-                function(_Plain(causal), q, keys, values, None),
-                attention(q, keys, values, None, causal),
-            )
-            if not proofs.apart(ours.transpose(1, 2), expected) < proofs.ROUNDINGS:
-                return False
+            for mask in (None, torch.eye(5, dtype=torch.bool, device="cpu").expand(2, 1, 5, 5)):
+                expected, _ = function(_Plain(causal), q, keys, values, mask)
+                ours = attention(q, keys, values, None, causal and mask is None, mask)
+                if not proofs.apart(ours.transpose(1, 2), expected) < proofs.ROUNDINGS:
+                    return False
     except Exception:  # of other arguments, or no function of tensors
         return False
     return True
