@@ -1,11 +1,12 @@
 """Claim: a whole training step by `mxfp8`, `fp8-current` or `nvfp4` on a CPU takes less than half of the time that it
 takes with torchao's or microxcaling's emulation of the same formats in the same model, under PyTorch's bf16 autocast. A
-fifth cannot be had without AMX: the step's products alone take longer than that at the peak of fp32.
+fifth of torchao's by `mxfp8` or `fp8-current` cannot be had without AMX: the products alone take longer at fp32's peak.
 
     python benchmarks/whole_steps_beside_emulations.py [--threads N] [--rounds R] [--layers L] [--recipes NAME ...]
 
 Interleaved in one process: forward, backward, clipping and AdamW of a model of a Llama's shape (109 M parameters, 8
-sequences of 512), every linear layer but the head under the recipe. microxcaling is measured where `mx` of its
+sequences of 512), every linear layer but the head under the recipe; ours with the fused loss, norms, gates, attention
+and AdamW of `parco train`, theirs with Transformers' and PyTorch's. microxcaling is measured where `mx` of its
 repository (github.com/microsoft/microxcaling) can be imported; it has MX formats only. All models share their weights.
 """
 

@@ -15,15 +15,11 @@
 
 #include "attention/attention.h"
 #include "attention/multiply.h"
-#include "cast/philox.h"
+#include "attention/shown.h"
 #include "rowwise/rowwise_engine.h"
 
 namespace parco::attention {
 namespace {
-
-constexpr std::int64_t tile = 64;  // of queries, and of keys
-
-inline std::int64_t tiles_of(std::int64_t count) { return (count + tile - 1) / tile; }
 
 // What a thread computes with, all of it fp32: rows of `width` numbers, rounded up to whole vectors. Pieces are rows of
 // all keys, rows of a tile of queries, and scores of a tile; each is a multiple of 64 numbers.
@@ -98,76 +94,6 @@ inline void turn(const float* rows, std::int64_t tokens, std::int64_t width, flo
   }
 }
 
-// What a mask marks of a tile of keys from `key` on for the queries of a tile from `t` on.
-class Marks {
- public:
-  Marks(const Forward& call, std::int64_t b, std::int64_t head, std::int64_t t, std::int64_t rows, std::int64_t key)
-      : stride_(call.mask_stride[2]), count_(std::min(tile, call.count - key)), any_(true), all_(true) {
-    if (!call.mask) return;
-    first_ = call.marks(b, head, t) + key;
-    std::uint8_t any = 0, all = 1;
-    for (std::int64_t r = 0; r < rows; r++)
-      for (std::int64_t k = 0; k < count_; k++) {
-        any |= first_[r * stride_ + k];
-        all &= first_[r * stride_ + k];
-      }
-    any_ = any, all_ = all;
-  }
-
-  bool any() const { return any_; }
-
-  // 1 for the keys that query r of the tile sees and 0 for the others, whose scores become -inf; null where it sees
-  // all.
-  const float* of_row(std::int64_t r, float* scores) {
-    if (all_) return nullptr;
-    for (std::int64_t k = 0; k < count_; k++) {
-      const bool seen = first_[r * stride_ + k];
-      row_[k] = seen ? 1.0f : 0.0f;
-      scores[k] = seen ? scores[k] : -std::numeric_limits<float>::infinity();
-    }
-    return row_;
-  }
-
- private:
-  const std::uint8_t* first_ = nullptr;
-  std::int64_t stride_, count_;
-  bool any_, all_;
-  alignas(64) float row_[tile] = {};
-};
-
-// What dropout multiplies a softmax's numbers by.
-template <class Random>
-class Factors {
- public:
-  explicit Factors(const Forward& call)
-      : call_(call),
-        least_(static_cast<std::uint32_t>(call.p * 4294967296.0)),
-        kept_(static_cast<float>(1 / (1 - call.p))) {}
-
-  // Of the query in row `row` for the keys of a tile; null without dropout.
-  const float* of_row(std::int64_t row, std::int64_t key) {
-    if (call_.p <= 0) return nullptr;
-    Random(call_.seed, row).draw(key, bits_);
-    for (std::int64_t k = 0; k < tile; k++) row_[k] = bits_[k] < least_ ? 0.0f : kept_;
-    return row_;
-  }
-
- private:
-  const Forward& call_;
-  std::uint32_t least_;
-  float kept_;
-  alignas(64) std::uint32_t bits_[tile];
-  alignas(64) float row_[tile];
-};
-
-// Of one row, as the casts draw it.
-struct PlainRandom {
-  std::uint64_t seed;
-  std::int64_t row;
-  PlainRandom(std::uint64_t seed, std::int64_t row) : seed(seed), row(row) {}
-  void draw(std::int64_t key, std::uint32_t* to) const { cast::draw<tile>(seed, row, key, to); }
-};
-
 // A row of scores as exp(score - greatest), those from `seen` on and those that `marks` has a 0 for as 0; f(k, each
 // vector of them).
 template <class V, class F>
@@ -200,8 +126,8 @@ float greatest_of(const float* scores, std::int64_t seen, float greatest) {
 
 // Queries of a tile from `t` on, against all keys that they see.
 template <class V, Type type>
-void attend_tile(const Forward& call, Space space, std::int64_t b, std::int64_t head, std::int64_t t,
-                 const float* turned_keys, const float* values) {
+void attend_tile(const Forward& call, const Shows& shows, Space space, std::int64_t b, std::int64_t head,
+                 std::int64_t t, const float* turned_keys, const float* values) {
   using F = typename V::F;
   const std::int64_t rows = std::min(tile, call.queries - t), width = space.width;
   float *queries = space.of_tile(), *sums = space.of_tile(), *scores = space.scores();
@@ -213,8 +139,9 @@ void attend_tile(const Forward& call, Space space, std::int64_t b, std::int64_t 
   Factors<typename V::Random> factors(call);
   const std::int64_t last = call.seen(t + rows - 1);
   for (std::int64_t key = 0; key < last; key += tile) {
-    Marks marks(call, b, head, t, rows, key);
-    if (!marks.any()) continue;
+    const Shown shown = shows.of(b, head, t, key);
+    if (shown == Shown::none) continue;
+    Marks marks(call, shown, b, head, t, key);
     multiply<V>({queries, width, 1, turned_keys + key * width, tile, scores, tile, width, false}, rows, tile);
     for (std::int64_t r = 0; r < rows; r++) {
       float* row = scores + r * tile;
@@ -269,6 +196,7 @@ void run_forward(const Forward& call) {
   const Space sizes = Space::of<V>(call, nullptr);
   const std::size_t size = sizes.bytes(2, 2, 1);  // what this loop and attend_tile take
   const Memory memory(size * static_cast<std::size_t>(threads));
+  const Shows shows(call);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int thread = 0; thread < threads; thread++)
     for (std::int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; task++) {
@@ -280,7 +208,7 @@ void run_forward(const Forward& call) {
       widen<V, type>(call.values, call.values.index(b, shared, 0), call.count, call.width, space.width, 1.0f, values);
       for (std::int64_t head = shared * group; head < (shared + 1) * group; head++)
         for (std::int64_t t = task % parts; t < of_queries; t += parts)
-          attend_tile<V, type>(call, space, b, head, t * tile, keys, values);
+          attend_tile<V, type>(call, shows, space, b, head, t * tile, keys, values);
     }
 }
 
@@ -292,8 +220,8 @@ struct Keys {
 
 // Queries of a tile from `t` on: their gradients, and their parts of those of keys and values.
 template <class V, Type type>
-void differentiate_tile(const Backward& call, Space space, std::int64_t b, std::int64_t head, std::int64_t t,
-                        const Keys& keys) {
+void differentiate_tile(const Backward& call, const Shows& shows, Space space, std::int64_t b, std::int64_t head,
+                        std::int64_t t, const Keys& keys) {
   using F = typename V::F;
   const Forward& forward = call.forward;
   const std::int64_t rows = std::min(tile, forward.queries - t), width = space.width;
@@ -319,8 +247,9 @@ void differentiate_tile(const Backward& call, Space space, std::int64_t b, std::
   const std::int64_t last = forward.seen(t + rows - 1);
   for (std::int64_t key = 0; key < last; key += tile) {
     const std::int64_t some = std::min(tile, last - key), at = key * width;
-    Marks marks(forward, b, head, t, rows, key);
-    if (!marks.any()) continue;
+    const Shown shown = shows.of(b, head, t, key);
+    if (shown == Shown::none) continue;
+    Marks marks(forward, shown, b, head, t, key);
     multiply<V>({queries, width, 1, keys.turned + at, tile, scores, tile, width, false}, rows, tile);
     multiply<V>({grad, width, 1, keys.turned_values + at, tile, grad_scores, tile, width, false}, rows, tile);
     for (std::int64_t r = 0; r < rows; r++) {
@@ -362,8 +291,8 @@ void narrow(const Forward& call, std::int64_t b, std::int64_t head, std::int64_t
 // The tiles of queries that share a head of keys, every `step`-th from tile `first` on, with their parts of the
 // gradients of its keys and values in `grad_keys` and `grad_values`.
 template <class V, Type type>
-void differentiate_head(const Backward& call, Space space, std::int64_t b, std::int64_t shared, std::int64_t first,
-                        std::int64_t step, float* grad_keys, float* grad_values) {
+void differentiate_head(const Backward& call, const Shows& shows, Space space, std::int64_t b, std::int64_t shared,
+                        std::int64_t first, std::int64_t step, float* grad_keys, float* grad_values) {
   const Forward& forward = call.forward;
   const std::int64_t group = forward.heads / forward.key_heads, of_queries = tiles_of(forward.queries);
   float *rows = space.of_keys(), *turned = space.of_keys(), *turned_values = space.of_keys();
@@ -378,7 +307,8 @@ void differentiate_head(const Backward& call, Space space, std::int64_t b, std::
   std::fill_n(grad_values, forward.count * space.width, 0.0f);
   const Keys keys{rows, turned, turned_values, grad_keys, grad_values};
   for (std::int64_t each = first; each < group * of_queries; each += step)
-    differentiate_tile<V, type>(call, space, b, shared * group + each / of_queries, each % of_queries * tile, keys);
+    differentiate_tile<V, type>(call, shows, space, b, shared * group + each / of_queries, each % of_queries * tile,
+                                keys);
 }
 
 // What shares a head of keys is dealt out to `parts` tasks, as many as give enough of them, whatever the threads. Each
@@ -399,6 +329,7 @@ void run_backward(const Backward& call) {
   const std::size_t size = sizes.bytes(parts > 1 ? 3 : 5, 3, 2);
   const std::size_t sums = parts > 1 ? sizes.bytes(2 * tasks, 0, 0) : 0;
   const Memory memory(sums + size * static_cast<std::size_t>(threads));
+  const Shows shows(forward);
   float* shared_sums = reinterpret_cast<float*>(memory.at(0));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -409,7 +340,7 @@ void run_backward(const Backward& call) {
         const std::int64_t b = task / parts / forward.key_heads, shared = task / parts % forward.key_heads;
         float* grad_keys = parts > 1 ? shared_sums + 2 * task * of_keys : space.of_keys();
         float* grad_values = parts > 1 ? grad_keys + of_keys : space.of_keys();
-        differentiate_head<V, type>(call, space, b, shared, task % parts, parts, grad_keys, grad_values);
+        differentiate_head<V, type>(call, shows, space, b, shared, task % parts, parts, grad_keys, grad_values);
         for (std::int64_t t = 0; t < forward.count && parts == 1; t++) {
           narrow<V, type>(forward, b, shared, t, grad_keys + t * sizes.width, call.grad_keys);
           narrow<V, type>(forward, b, shared, t, grad_values + t * sizes.width, call.grad_values);

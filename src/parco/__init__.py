@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from parco import adapters, formats, machine, nn, training, weights
-    from parco.fitting.methods import Factor, Joint, Prune, Quantize
+    from parco.fitting.methods import Factor, Joint, Prune, Quantize, Rotate, Scale
     from parco.job import convert_, fit
     from parco.kernels.cast import Hadamard, decode, encode, encode_both, encode_transposed
     from parco.kernels.table import explain
@@ -32,6 +32,8 @@ __all__ = [
     "Joint",
     "Prune",
     "Quantize",
+    "Rotate",
+    "Scale",
     "adapters",
     "convert_",
     "decode",
@@ -55,6 +57,8 @@ _HOMES = {
     "Hadamard": "parco.kernels.cast",
     "Prune": "parco.fitting.methods",
     "Quantize": "parco.fitting.methods",
+    "Rotate": "parco.fitting.methods",
+    "Scale": "parco.fitting.methods",
     "convert_": "parco.job",
     "decode": "parco.kernels.cast",
     "encode": "parco.kernels.cast",

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as t
 from tests.nn import models
+from torch._subclasses import FakeTensorMode
 
 import parco
 from parco import machine, nn
@@ -384,6 +385,19 @@ def test_attention_in_tiles_is_what_trains(name: str, monkeypatch: pytest.Monkey
         assert apart(ours[seen], theirs[seen]) < 2e-6
     made.config._attn_implementation = "eager"
     assert not attentions(made, input_ids=tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fused_model_is_traced_with_masks(dtype: torch.dtype) -> None:
+    """Numbers that a mask would be asked for are not there."""
+    made = models.model("llama", dtype)
+    fuse_(made)
+    tokens = models.tokens()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        padding = torch.ones(tokens.shape, dtype=torch.int64)
+        assert (
+            made(input_ids=torch.zeros(tokens.shape, dtype=torch.int64), attention_mask=padding).logits.dtype == dtype
+        )
 
 
 def test_dropout_of_attention_trains_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

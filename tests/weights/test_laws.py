@@ -44,7 +44,7 @@ QUANTIZED = [
     "int4:32", "int4:row", "int4:32:asym", "int3:64",
     "int2:16:fp16", "int4:1",
     "nf4:64", "fp8_e4m3", "ternary", "ternary:32", "fp8_e4m3:row", "fp8_e5m2:1x128", "fp8_e4m3:128x128", "mxfp8_e4m3",
-    "mxfp6_e2m3", "mxfp4:floor", "nvfp4",
+    "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4:floor", "nvfp4",
 ]  # fmt: skip
 MAKERS = {
     **{form: lambda shape, form=form: Dense(shape, form) for form in ("fp32", "bf16", "fp16")},
@@ -108,6 +108,9 @@ def test_every_kind_of_format_is_under_the_laws():
     def kind(format):
         return type(format.element), type(format.scale)
 
-    stored = {kind(format) for name in formats.NAMES if not (format := formats.parse(name)).is_dense}
-    delayed = {pair for pair in stored if pair[1] is formats.ScaleDelayed}
-    assert stored - delayed <= {kind(formats.parse(name)) for name in QUANTIZED}
+    stored = [form for name in formats.NAMES if not (form := formats.parse(name)).is_dense]
+    kinds = {kind(form) for form in stored if not isinstance(form.scale, formats.ScaleDelayed)}
+    assert kinds <= {kind(formats.parse(name)) for name in QUANTIZED}
+    assert {form.element for form in stored if isinstance(form.element, formats.Float)} <= {
+        formats.parse(name).element for name in QUANTIZED
+    }

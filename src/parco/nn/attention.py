@@ -12,7 +12,7 @@ from torch import Tensor
 
 from parco import machine
 from parco.kernels.attention import attention
-from parco.kernels.library import TYPES, transformed
+from parco.kernels.library import TYPES, transformed, untraced
 from parco.nn import proofs
 from parco.nn.proofs import Unlike
 
@@ -110,12 +110,14 @@ def _takes(
     if not (whole and fit and enough):
         return False
     if mask is None:
-        return _is_faster(q.dtype, causal, drops)
-    marks = mask.is_cpu and mask.dtype == torch.bool and mask.ndim == 4
-    sizes = zip(mask.shape, (*q.shape[:3], keys.shape[2]), strict=True) if marks else ()
-    return (
-        marks and all(size in (1, wanted) for size, wanted in sizes) and _is_faster(q.dtype, _hides_half(mask), drops)
-    )
+        return _is_faster(q.dtype, bool(causal), drops)
+    if not (mask.is_cpu and mask.dtype == torch.bool and mask.ndim == 4):
+        return False
+    if any(size not in (1, wanted) for size, wanted in zip(mask.shape, (*q.shape[:3], keys.shape[2]), strict=True)):
+        return False
+    if _is_faster(q.dtype, False, drops):
+        return True
+    return _is_faster(q.dtype, True, drops) and untraced(mask) and _hides_half(mask)
 
 
 def _hides_half(mask: Tensor) -> bool:

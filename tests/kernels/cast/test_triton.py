@@ -26,7 +26,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, wh
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = test_kernels.DTYPES
 CAST = [
-    *("int2:32", "int3:64", "int7:32", "int8:row", "int4:32:fp32", "int4:128:fp16", "fp8_e4m3:row", "fp8_e5m2:1x128"),
+    *(
+        "int2:32",
+        "int3:64",
+        "int4:1",
+        "int7:32",
+        "int8:row",
+        "int4:32:fp32",
+        "int4:128:fp16",
+        "fp8_e4m3:row",
+        "fp8_e5m2:1x128",
+    ),
     *("mxfp8_e4m3", "mxfp8_e5m2:floor", "mxfp6_e2m3:even", "mxfp6_e3m2:ceil", "mxfp4", "nvfp4"),
 ]
 GIVEN = ["int4:32:asym", "int5:64:asym", "ternary", "int8:column", "fp8_e4m3", "fp8_e4m3:128x128:pow2", "nvfp4:16x16"]
@@ -124,6 +134,7 @@ def test_what_is_left_to_the_reference_has_a_reason() -> None:
     assert "table" in str(launch.refuses_codes("nf4:64", torch.float32))
     assert "float64" in str(launch.refuses_codes("int4:32", torch.float64))
     assert "128" in str(launch.refuses_both("int8:256", torch.float32))
+    assert "a whole row" in str(launch.refuses_both("int8:row", torch.float32))
 
 
 def test_calls_on_cuda_come_to_triton() -> None:
@@ -151,45 +162,58 @@ def test_operations_on_cuda_give_the_numbers_of_the_cpu() -> None:
 
 
 COMPILE = """
+import sys
+
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-from parco.kernels.cast.triton import tiles
-from parco.kernels.cast.triton.form import form_of
-
-POINTERS = {"x_ptr": "*bf16", "y_ptr": "*i16", "values_ptr": "*fp32", "signs_ptr": "*fp32"}
-SCALES = {"bf16": "*i16", "fp32": "*fp32", "e8m0": "*u8", "e4m3": "*u8", "none": "*fp32"}
+from parco.kernels.cast.triton import launch
 
 
-def compile(function, name, rounding, capability, **constants):
-    form = form_of(name, rounding)
-    signature = {}
-    for argument in function.arg_names:
-        kind = "fp32" if "factor" in argument else "u8"
-        pointer = SCALES[form.scale] if "scale_ptr" in argument else POINTERS.get(argument, f"*{kind}")
-        signature[argument] = pointer if argument.endswith("_ptr") else "i64" if argument == "seed" else "i32"
-    known = {"FORM": form, "E4M3": form_of("fp8_e4m3")} | constants
-    known = {key: value for key, value in known.items() if key in signature}
-    source = ASTSource(function, signature=signature | dict.fromkeys(known, "constexpr"), constexprs=known)
-    options = {"enable_fp_fusion": False, "num_warps": 4}
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert made.asm["cubin"]
+class Driver:
+    # A GPU that is not there.
+    def get_current_target(self):
+        return GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compiled(kernel, *arguments, grid, warmup, **options):
+    made.append(run(kernel, *arguments, grid=grid, warmup=True, **options))
+
+
+made, run = [], JITFunction.run
+JITFunction.run = compiled
+driver.set_active(Driver())
+capability = 80
+bf16 = lambda *shape: torch.zeros(*shape, dtype=torch.bfloat16)
+launch.cast_rows(bf16(64, 512), torch.ones(1), "nvfp4", "stochastic", 3)
+launch.decode_codes(*launch.cast_rows(bf16(5, 96), None, "mxfp6_e2m3", "nearest", 3), None, None, "mxfp6_e2m3", 96,
+                    torch.bfloat16)
+capability = 90
+launch.cast_rows(torch.zeros(2, 5000), None, "int8:row", "stochastic", 2**63 - 1)
+scale, zero = torch.zeros(64, 8, dtype=torch.bfloat16), torch.zeros(64, 8, dtype=torch.uint8)
+launch.cast_codes(bf16(64, 512), scale, zero, None, "int5:64:asym", "nearest", 0)
+capability = 100
+launch.cast_both(bf16(64, 512), None, None, "mxfp8_e4m3", "nearest", -1, True, True, 0, 16, 5)
+for kernel in made:
+    assert kernel.asm["cubin"]
     for inexact in ("fma.rn.f32", "div.full", "div.approx", ".ftz"):
-        assert inexact not in made.asm["ptx"], (function, name, inexact)
-
-
-for capability in (80, 90, 100):
-    compile(tiles.decode_codes, "mxfp6_e2m3", "nearest", capability, R=16, C=256)
-compile(tiles.cast_rows, "nvfp4", "stochastic", 80, G=16, R=16, C=256)
-compile(tiles.cast_rows, "int8:row", "stochastic", 90, G=4096, R=1, C=4096)
-compile(tiles.cast_codes, "int5:64:asym", "nearest", 90, R=16, C=256)
-both = {"STRAIGHT": True, "TURNED": True, "ROW_SIZE": 0, "COLUMN_SIZE": 16, "R": 64, "C": 64}
-compile(tiles.cast_both, "mxfp8_e4m3", "nearest", 100, G=32, **both)
+        assert inexact not in kernel.asm["ptx"], (kernel.name, inexact)
+kinds = len(made)
+launch.cast_both(bf16(4000, 512), None, None, "mxfp8_e4m3", "nearest", 2**40, True, True, 0, 16, 5)
+assert kinds == 6 and made[-1] is made[-2], "another seed or height is another kernel"
 """
 
 
-def test_every_kernel_compiles_without_inexact_instructions(tmp_path: Path) -> None:
+def test_every_kernel_compiles_as_it_is_launched_without_inexact_instructions(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     made = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)

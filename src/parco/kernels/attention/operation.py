@@ -336,13 +336,13 @@ def attention(
     All of one dtype (fp32, bf16 or fp16); in fp32, rounded once. `scale` is 1/√D where it is None. `causal`, with
     T ≤ S: the last query sees all keys, and each one before it one key less. `mask`, bool, of a shape that becomes [B,
     heads, T, S], is true where a query sees a key (if `causal` lets it); a query that sees none has 0. Tiles of 64
-    queries by 64 keys that see nothing of one another cost nothing: examples packed in one window, a sliding window.
+    queries by 64 keys that see nothing of one another are left out: examples packed in one window, a sliding window.
     Of every softmax the share `p` is dropped and the rest counts 1/(1 − p) times: a key by Philox's bits under `seed`,
     one int64, for its column and the row of its query in [B, heads, T].
 
     Memory beside the operands and gradients is some S·D numbers for each thread, and for the gradients 32 of them or
-    32 MB more, whatever T·S. Differentiable once with respect to q, keys and values. Raises ValueError or TypeError
-    naming the argument.
+    32 MB more, whatever T·S; a mask whose keys are not side by side is copied. Differentiable once with respect to q,
+    keys and values. Raises ValueError or TypeError naming the argument.
     """
     how = How(max(1, q.shape[-1]) ** -0.5 if scale is None else scale, causal, mask, seed, p)
     if undispatched(q, keys, values, mask, seed):

@@ -15,7 +15,7 @@ from parco.kernels.cast.philox import random_bits
 from parco.kernels.cast.rounding import ROUNDINGS, Rounding, check_rounding, round_integers, to_codes
 from parco.kernels.cast.scaling import greatest, scale_numbers, scale_reciprocals
 from parco.kernels.cast.tiles import row_chunks, scale_rows, spread, tile, untile
-from parco.kernels.cast.triton import launch as triton
+from parco.kernels.cast.triton import launch as on_cuda
 from parco.kernels.library import LIBRARY, TYPES, scale_type
 
 
@@ -248,7 +248,7 @@ def refuses(call: CastCall) -> str | None:
 
 
 def _refuses_triton(call: CastCall) -> str | None:
-    return triton.refuses_codes(call.format, call.dtype)
+    return on_cuda.refuses_codes(call.format, call.dtype)
 
 
 table.register(
@@ -259,7 +259,7 @@ table.register(
             table.Kernel("cast-avx512", "avx512", _compiled(_C.cast_avx512), refuses),
             table.Kernel("cast-avx2", "avx2", _compiled(_C.cast_avx2), refuses),
             table.Kernel("cast-generic", "generic", _compiled(_C.cast_generic), refuses),
-            table.Kernel("cast-triton", table.TRITON, triton.cast_codes, _refuses_triton),
+            table.Kernel("cast-triton", table.TRITON, on_cuda.cast_codes, _refuses_triton),
             table.Kernel("cast-torch", table.TORCH, reference),
         ),
     )

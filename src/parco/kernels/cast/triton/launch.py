@@ -24,19 +24,17 @@ def refuses_rows(format: str, dtype: torch.dtype, columns: int) -> str | None:
     """Why cast_rows is left to the reference, or None."""
     if reason := refuses_codes(format, dtype):
         return reason
-    group, word = Format.parse(format).block.columns or columns, form_of(format).word
-    if min(group, columns) > LONGEST_ROW:
-        return f"one program holds {LONGEST_ROW} columns of a block, not {min(group, columns)}"
-    if group < columns and (group & (group - 1) or group < word):
-        return f"groups of {group} columns are no power of two from {word} on"
-    return None
+    group = min(Format.parse(format).block.columns or columns, columns)
+    if group > LONGEST_ROW:
+        return f"one program holds {LONGEST_ROW} columns of a block, not {group}"
+    return None if group == columns or group & (group - 1) == 0 else f"groups of {group} columns are no power of two"
 
 
 def refuses_both(format: str, dtype: torch.dtype) -> str | None:
     """Why cast_both is left to the reference, or None."""
     group = Format.parse(format).block.columns
     if group is None or group > 128:
-        return f"a tile has 128 columns, a block {group}"
+        return f"a tile has 128 columns, a block {group or 'a whole row'}"
     return refuses_codes(format, dtype)
 
 
@@ -118,7 +116,7 @@ def cast_both(
         by_columns[0],
         _bits(by_columns[1]),
         x if transposed_scale is None else transposed_scale,
-        signs(size, sign_seed % (1 << 64)).to(x.device) if size else x,
+        _signs(size, sign_seed % (1 << 64), x.device) if size else x,
         rows,
         columns,
         by_rows[0].shape[1],
@@ -227,6 +225,11 @@ def _values(element: Element, device: torch.device) -> Tensor:
     return from_codes(torch.arange(1 << element.bits, device=device), element)
 
 
+@functools.lru_cache(maxsize=256)
+def _signs(size: int, seed: int, device: torch.device) -> Tensor:
+    return signs(size, seed).to(device)
+
+
 def _bits(numbers: Tensor) -> Tensor:
     """bf16 as its bits: kernels round to it themselves."""
     return numbers.view(torch.int16) if numbers.dtype == torch.bfloat16 else numbers
@@ -242,7 +245,7 @@ def _run(kernel: Any, shape: tuple[int, int], tile: tuple[int, int], *arguments:
     would change bits.
     """
     height, width = tile
-    grid = (-(-shape[0] // height), -(-shape[1] // width))
+    tiles = -(-shape[0] // height) * -(-shape[1] // width)
+    warps = min(32, max(4, height * width // 1024))
     with torch.cuda.device_of(arguments[0]):
-        warps = 4 if height * width <= TILE else 8
-        kernel[grid](*arguments, **constants, R=height, C=width, num_warps=warps, enable_fp_fusion=False)
+        kernel[(tiles,)](*arguments, **constants, R=height, C=width, num_warps=warps, enable_fp_fusion=False)

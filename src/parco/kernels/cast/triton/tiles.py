@@ -1,4 +1,4 @@
-# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: basic, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 # What pyright sees of Triton's functions is Python that never runs.
 """The kernels: tiles of a matrix cast by rows, by rows and by columns, under scales that are there, and back."""
 
@@ -15,6 +15,17 @@ from parco.kernels.cast.triton.numbers import (
     transformed,
 )
 
+UNSPECIALISED = ("seed", "rows", "row_bytes", "scale_stride", "turned_row_bytes", "turned_scale_stride")
+"""Numbers that kernels are not compiled anew for."""
+
+
+@triton.jit
+def _place(columns, R: tl.constexpr, C: tl.constexpr):
+    """First row and first column of this program's tile."""
+    tiles = tl.cdiv(columns, C)
+    program = tl.program_id(0)
+    return (program // tiles).to(tl.int64) * R, (program % tiles).to(tl.int64) * C
+
 
 @triton.jit
 def _load(x_ptr, row, rows, column, columns):
@@ -23,7 +34,7 @@ def _load(x_ptr, row, rows, column, columns):
     return tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=valid, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def cast_rows(
     x_ptr,
     codes_ptr,
@@ -33,7 +44,7 @@ def cast_rows(
     columns,
     row_bytes,
     scale_stride,
-    seed,
+    seed: tl.int64,
     FORM: tl.constexpr,
     E4M3: tl.constexpr,
     G: tl.constexpr,
@@ -41,8 +52,8 @@ def cast_rows(
     C: tl.constexpr,
 ):
     """A tile [R, C] of x, one scale for every G of a row."""
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    first = tl.program_id(1).to(tl.int64) * C
+    first_row, first = _place(columns, R, C)
+    row = first_row + tl.arange(0, R)
     x = _load(x_ptr, row, rows, first + tl.arange(0, C), columns)
     cast_tile(
         x,
@@ -64,7 +75,7 @@ def cast_rows(
     )
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def cast_both(
     x_ptr,
     codes_ptr,
@@ -80,7 +91,7 @@ def cast_both(
     scale_stride,
     turned_row_bytes,
     turned_scale_stride,
-    seed,
+    seed: tl.int64,
     FORM: tl.constexpr,
     E4M3: tl.constexpr,
     G: tl.constexpr,
@@ -92,7 +103,7 @@ def cast_both(
     C: tl.constexpr,
 ):
     """A tile [R, C] of x by rows, and its transpose by rows, from one read."""
-    first_row, first = tl.program_id(0).to(tl.int64) * R, tl.program_id(1).to(tl.int64) * C
+    first_row, first = _place(columns, R, C)
     row, column = first_row + tl.arange(0, R), first + tl.arange(0, C)
     x = _load(x_ptr, row, rows, column, columns)
     if STRAIGHT:
@@ -147,7 +158,7 @@ def _block(row, column, block_rows, group, scale_stride):
     return (row // block_rows)[:, None] * scale_stride + (column // group)[None, :]
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def cast_codes(
     x_ptr,
     scale_ptr,
@@ -160,14 +171,14 @@ def cast_codes(
     group,
     row_bytes,
     scale_stride,
-    seed,
+    seed: tl.int64,
     FORM: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
 ):
     """A tile [R, C] of x under scales that are there."""
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    first = tl.program_id(1).to(tl.int64) * C
+    first_row, first = _place(columns, R, C)
+    row = first_row + tl.arange(0, R)
     column = first + tl.arange(0, C)
     x = _load(x_ptr, row, rows, column, columns)
     valid = (row < rows)[:, None] & (column < columns)[None, :]
@@ -183,7 +194,7 @@ def cast_codes(
     store_codes(codes, codes_ptr, row, rows, first, columns, row_bytes, FORM, R, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def decode_codes(
     codes_ptr,
     scale_ptr,
@@ -202,8 +213,8 @@ def decode_codes(
     C: tl.constexpr,
 ):
     """A tile [R, C] of the numbers that codes stand for; bf16 as its bits."""
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    column = tl.program_id(1).to(tl.int64) * C + tl.arange(0, C)
+    first_row, first = _place(columns, R, C)
+    row, column = first_row + tl.arange(0, R), first + tl.arange(0, C)
     valid = (row < rows)[:, None] & (column < columns)[None, :]
     bit = column * FORM.bits
     at = codes_ptr + row[:, None] * row_bytes + (bit // 8)[None, :]
