@@ -6,14 +6,14 @@ per second in the same rounds; `of_copied_bytes` is the same over the bytes that
 writes. What is read twice (nvfp4 without its global scale) counts once. "transposed" and "both" are one read, with the
 scales of nvfp4 given.
 
-    python benchmarks/casts_beat_torchao.py [--threads N]
+    python benchmarks/casts_beat_torchao.py [--threads N] [--device cuda]
 """
 
 import argparse
 from collections.abc import Callable
 
 import torch
-from interleaved import interleave, ratio, save, spread
+from interleaved import interleave, ratio, save, spread, waiting
 
 import parco
 
@@ -63,16 +63,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows: list[dict[str, object]] = []
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(SHAPE).to(dtype)
+        x = torch.randn(SHAPE).to(options.device, dtype)
         copy = torch.empty_like(x)
         ours, theirs = casts(x), peers(x)
         runs: dict[str, Callable[[], object]] = {COPY: lambda x=x, copy=copy: copy.copy_(x)}
         runs |= {f"torchao {name}": run for name, run in theirs.items()}
         runs |= {name: run for name, (_, run) in ours.items()}
+        if options.device == "cuda":
+            runs = {name: waiting(run) for name, run in runs.items()}
         seconds = interleave(runs, options.rounds)
         copied = spread(seconds[COPY])
         speed = 2 * x.nbytes / copied["median_us"] / 1e3
@@ -85,7 +88,7 @@ def main() -> None:
             if name in theirs:
                 row["times_torchao"] = ratio(seconds[f"torchao {name}"], seconds[name])
             rows.append(row)
-    save(__file__, rows)
+    save(__file__, rows, options.device == "cuda")
 
 
 if __name__ == "__main__":

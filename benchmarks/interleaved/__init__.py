@@ -67,13 +67,27 @@ def _random(spec: Weight, generator: torch.Generator) -> tuple[torch.Tensor, ...
     return spec.encode(matrix)
 
 
-def save(claim: str, rows: list[dict[str, object]]) -> None:
-    """Print the rows and leave them in results/ with the machine, the versions and the commit."""
+def waiting(run: Callable[[], object]) -> Callable[[], None]:
+    """`run` and whatever CUDA still has to do for it."""
+
+    def both() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    return both
+
+
+def save(claim: str, rows: list[dict[str, object]], on_gpu: bool = False) -> None:
+    """Print the rows and leave them in results/ with the machine, the versions and the commit; those of a GPU in a file
+    of their own.
+    """
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     found = machine.detect()
+    name = Path(claim).stem + ("_on_a_gpu" if on_gpu else "")
     document = {
-        "claim": Path(claim).stem,
-        "machine": {"cpu": found.cpu, "cores": found.cores, "isa": machine.isa(), "features": found.features},
+        "claim": name,
+        "machine": {"cpu": found.cpu, "cores": found.cores, "isa": machine.isa(), "features": found.features}
+        | ({"gpu": torch.cuda.get_device_name()} if on_gpu else {}),
         "threads": torch.get_num_threads(),
         "versions": {"parco": parco.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "commit": commit.stdout.strip(),
@@ -86,4 +100,4 @@ def save(claim: str, rows: list[dict[str, object]]) -> None:
             )
         )
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{Path(claim).stem}.json").write_text(json.dumps(document, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
