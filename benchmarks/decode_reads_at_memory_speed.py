@@ -2,9 +2,10 @@
 
 Weights are cold: each call takes the next of enough copies to fill `--cold` MB. Torch's product of bf16 weights runs in
 the same rounds, and right after each format a plain read of another copy of its codes. `of_plain_read` is the product's
-bytes per second (scales are among them) over the read's, the median over the rounds.
+bytes per second (scales are among them) over the read's, the median over the rounds. A format has `--calls` calls in a
+row, as the layers of a model that is stored in it have.
 
-    python benchmarks/decode_reads_at_memory_speed.py [--threads N] [--rows M] [--cold MB]
+    python benchmarks/decode_reads_at_memory_speed.py [--threads N] [--rows M] [--cold MB] [--calls N]
 """
 
 import argparse
@@ -27,7 +28,8 @@ FORMATS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--calls", type=int, default=8)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--cold", type=int, default=300)
     options = parser.parse_args()
@@ -61,7 +63,7 @@ def main() -> None:
             runs[f"read {name}"] = read
             sizes[f"read {name}"] = stored[0][0].nbytes
         with torch.inference_mode():
-            seconds = interleave(runs, options.rounds)
+            seconds = interleave(runs, options.rounds, options.calls)
         for name in ("torch bf16", *FORMATS):
             rows.append(
                 {"rows": options.rows, "weights": f"{shape[0]}x{shape[1]}", "format": name, **spread(seconds[name])}
