@@ -143,9 +143,10 @@ void attend_tile(const Forward& call, const Shows& shows, Space space, std::int6
     if (shown == Shown::none) continue;
     Marks marks(call, shown, b, head, t, key);
     multiply<V>({queries, width, 1, turned_keys + key * width, tile, scores, tile, width, false}, rows, tile);
+    // Scores are scale * q . key here, of queries that were widened with the scale.
     for (std::int64_t r = 0; r < rows; r++) {
       float* row = scores + r * tile;
-      const float* of_row = marks.of_row(r, row);
+      const float* of_row = marks.hide(r, row);
       const std::int64_t seen = call.seen(t + r) - key;
       const float before = greatest[r];
       greatest[r] = greatest_of<V>(row, seen, before);
@@ -255,7 +256,7 @@ void differentiate_tile(const Backward& call, const Shows& shows, Space space, s
     for (std::int64_t r = 0; r < rows; r++) {
       float *row = scores + r * tile, *grad_row = grad_scores + r * tile;
       const F same = V::set(common[r]);
-      const float* of_row = marks.of_row(r, row);
+      const float* of_row = marks.hide(r, row);
       const float* times = factors.of_row(first_row + r, key);
       soften<V>(row, logs[r], forward.seen(t + r) - key, of_row, [&](std::int64_t k, F share) {
         F grad_share = V::load(grad_row + k);

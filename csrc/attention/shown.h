@@ -71,7 +71,7 @@ class Marks {
 
   // 1 for the keys that query r of the tile sees and 0 for the others, whose scores become -inf; null where it sees
   // all.
-  const float* of_row(std::int64_t r, float* scores) {
+  const float* hide(std::int64_t r, float* scores) {
     if (!first_) return nullptr;
     for (std::int64_t k = 0; k < count_; k++) {
       const bool seen = first_[r * stride_ + k];

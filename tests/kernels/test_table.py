@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tests.kernels.cast.test_triton import COMPARED
 from tests.laws.kernel_laws import KernelLaws
 
 import parco.kernels
@@ -112,3 +113,22 @@ def test_an_embedding_is_explained_by_its_lookup() -> None:
     assert multiplied.operation == "linear_coded"
     (looked_up,) = parco.explain(nn.Embedding(nn.StoredWeight.empty(Quantized("nf4:32", (64, 96)), device="meta")))
     assert looked_up.kernel == "coded-embedding-generic"
+
+
+def test_seeds_are_no_part_of_what_is_remembered() -> None:
+    """Stochastic casts draw new ones in every step, and would push out everything else."""
+    x = torch.randn(4, 64)
+    scale = torch.ones(4, 2, dtype=torch.uint8)
+    table._settled.clear()
+    for seed in range(20):
+        torch.ops.parco.cast_rows(x, None, "mxfp4", "stochastic", seed)
+        torch.ops.parco.cast_codes(x, scale, None, None, "mxfp4", "stochastic", seed)
+        torch.ops.parco.cast_both(x, None, None, "mxfp4", "stochastic", seed, True, False, 16, 0, seed)
+    assert len(table._settled) == 3
+
+
+def test_every_kernel_in_triton_is_compared_with_its_reference() -> None:
+    known = {
+        kernel.name for each in table.operations().values() for kernel in each.kernels if kernel.isa == table.TRITON
+    }
+    assert known == COMPARED

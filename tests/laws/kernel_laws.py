@@ -103,7 +103,7 @@ class KernelLaws:
                 assert found.shape == wanted.shape, kernel.name
                 self.assert_agrees(found, wanted, call, kernel.name)
             ran += 1
-        assert ran >= 1 or len(operation.kernels) == 1
+        assert ran >= 1 or all(kernel.isa == table.TRITON for kernel in operation.kernels[:-1])
 
     def assert_agrees(self, found: torch.Tensor, expected: torch.Tensor, call: tuple[Any, ...], name: str) -> None:
         torch.testing.assert_close(found, expected, msg=lambda text: f"{name}: {text}")

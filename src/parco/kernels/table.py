@@ -1,9 +1,10 @@
 """The dispatch table: for each operation its kernels, best first, as data.
 
-A kernel's name reads type-operation-isa. For a call the first kernel whose instruction set is usable and that does not
-refuse the call is chosen; the reference, in plain torch, is the last of every list and refuses nothing. `explain`
-prints the choice and why every better kernel was passed over. Choices depend on shapes, dtypes and
-`parco.machine.isa()` only, so they are cached.
+A kernel's name reads operation-isa, after what it computes with where an operation has several. For a call the first
+kernel whose instruction set is usable and that does not refuse the call is chosen; the reference, in plain torch, is
+the last of every list and refuses nothing. `explain` prints the choice and why every better kernel was passed over.
+Choices depend on the device's type, shapes, dtypes, arguments that are no tensors and `parco.machine.isa()` only, so
+they are cached.
 """
 
 import functools
@@ -115,14 +116,19 @@ def _kind(argument: Any) -> Hashable:
 
 
 def implement(
-    name: str, check: Callable[..., None], fake: Callable[..., Any], cpu: Callable[..., Any] | None = None
+    name: str,
+    check: Callable[..., None],
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any] | None = None,
+    drawn: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
     """Put a registered operation, which the library defines under the same name, behind the dispatcher; returns what
     runs on the CPU, for callers that need no dispatcher (`library.undispatched`).
 
     Its reference runs on every device, the chosen kernel on the CPU (or `cpu`, which checks and chooses itself) and, of
     an operation that has one in Triton, on CUDA; `fake` where a graph is traced. `check` sees the arguments first, and
-    asks only for dtypes and shapes of tensors.
+    asks only for dtypes and shapes of tensors. Arguments at the positions `drawn` (seeds) are other ones in every call
+    and have no say in the choice.
     """
 
     def everywhere(*arguments: Any) -> Any:
@@ -131,7 +137,8 @@ def implement(
 
     def chosen_on(device: str) -> Callable[..., Any]:
         def chosen(*arguments: Any) -> Any:
-            kind = (name, device, machine.isa(), *map(_kind, arguments))
+            chosen_by = (a for i, a in enumerate(arguments) if i not in drawn) if drawn else arguments
+            kind = (name, device, machine.isa(), *map(_kind, chosen_by))
             run = _settled.get(kind)
             if run is None:
                 check(*arguments)
@@ -230,8 +237,9 @@ def explain(
     `thing` is the name of an operation, followed by the arguments of an example call; or a Weight, of which the product
     is explained; or a module that holds one: `parco.nn.Linear`, or `parco.nn.Embedding`, of which the lookup is. For
     these `rows` and `dtype` say of what the input (or the looked-up rows) consists; they are taken as packed, which a
-    loaded model's are. `product` is a `parco.products.Product`, by default the module's. On another device than the CPU
-    every operation runs as its reference. Raises TypeError for anything else.
+    loaded model's are. `product` is a `parco.products.Product`, by default the module's. On CUDA an operation may have
+    a kernel in Triton, of which `explain_call` knows; on other devices every operation runs as its reference. Raises
+    TypeError for anything else.
     """
     if isinstance(thing, str):
         if thing not in _operations:

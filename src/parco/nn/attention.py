@@ -1,4 +1,7 @@
-"""Puts `attention` under the name by which a fused module's forward finds PyTorch's own in Transformers."""
+"""Puts `attention` under the name by which a fused module's forward finds PyTorch's own in Transformers.
+
+Only under `sdpa`: models that need what Transformers refuses there, as a soft cap, ask for `eager` and keep that.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ def _tiled(original: Callable[..., Any]) -> Callable[..., Any]:
     PyTorch's is not better at it.
     """
 
-    def attend(
+    def in_tiles(
         module: Any,
         query: Tensor,
         key: Tensor,
@@ -92,7 +95,7 @@ def _tiled(original: Callable[..., Any]) -> Callable[..., Any]:
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options, **others
         )
 
-    return attend
+    return in_tiles
 
 
 def _takes(

@@ -23,6 +23,8 @@ from parco.kernels.cast.triton import launch
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, which the interpreter computes with
 
+COMPARED = {"cast-rows-triton", "cast-triton", "cast-both-triton", "decode-triton"}
+"""Kernels that the tests below compare with their references."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = test_kernels.DTYPES
 CAST = [

@@ -16,6 +16,9 @@ from parco.kernels import table
 from parco.kernels.cast.philox import random_bits
 from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate, undispatched
 
+HOW = "float scale, bool causal, Tensor? mask=None, Tensor? seed=None, float p=0.0"
+"""How in the schemas."""
+
 
 class How(NamedTuple):
     """What a call has besides its operands, in the operation's order."""
@@ -29,7 +32,7 @@ class How(NamedTuple):
 
 class AttentionCall(NamedTuple):
     """One call of attention: `heads` heads, of all sequences, of `queries` queries of `columns` numbers of `dtype`,
-    against `tokens` keys.
+    against `tokens` keys; whether it is causal, has a mask and drops.
     """
 
     device: str
@@ -39,18 +42,23 @@ class AttentionCall(NamedTuple):
     queries: int
     tokens: int
     columns: int
+    causal: bool
+    masked: bool
+    drops: bool
 
     def __str__(self) -> str:
         return (
             f"{self.heads} heads of {self.queries} queries of {self.columns} numbers of {self.dtype} against "
-            f"{self.tokens} keys"
+            f"{self.tokens} keys{', causal' * self.causal}{', masked' * self.masked}{', with dropout' * self.drops}"
         )
 
 
-def describe(q: Tensor, keys: Tensor, values: Tensor, *how: Any) -> AttentionCall:
+def describe(q: Tensor, keys: Tensor, values: Tensor, *given: Any) -> AttentionCall:
     """The table's key of a call."""
-    batch, heads, queries, columns = q.shape
-    return AttentionCall(q.device.type, machine.isa(), q.dtype, batch * heads, queries, keys.shape[2], columns)
+    (batch, heads, queries, columns), how = q.shape, How(*given)
+    sizes = (batch * heads, queries, keys.shape[2], columns)
+    kind = (how.causal, how.mask is not None, how.p > 0)
+    return AttentionCall(q.device.type, machine.isa(), q.dtype, *sizes, *kind)
 
 
 def check(q: Tensor, keys: Tensor, values: Tensor, *how: Any) -> None:
@@ -168,7 +176,7 @@ def _numbers(q: Tensor, keys: Tensor, how: How) -> tuple[Any, ...]:
     return sizes, how.scale, how.causal, TYPES[q.dtype], torch.get_num_threads(), *marks, *drop
 
 
-def _settled(q: Tensor, keys: Tensor, given: tuple[Any, ...]) -> How:
+def _with_bytes(q: Tensor, keys: Tensor, given: tuple[Any, ...]) -> How:
     """How a call computes, its mask with a byte for every key, side by side."""
     how = How(*given)
     if how.mask is None:
@@ -180,7 +188,7 @@ def _settled(q: Tensor, keys: Tensor, given: tuple[Any, ...]) -> How:
 def _compiled(function: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
     def run(q: Tensor, keys: Tensor, values: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
         q, keys, values = _by_rows(q, keys, values)
-        how = _settled(q, keys, given)
+        how = _with_bytes(q, keys, given)
         y, logs = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         function(*_places(q, keys, values), y.data_ptr(), logs.data_ptr(), *_numbers(q, keys, how))
         return y, logs
@@ -205,10 +213,7 @@ table.register(
     )
 )
 
-LIBRARY.define(
-    "attention(Tensor q, Tensor keys, Tensor values, float scale, bool causal, Tensor? mask=None, Tensor? seed=None,"
-    " float p=0.0) -> (Tensor, Tensor)"
-)
+LIBRARY.define(f"attention(Tensor q, Tensor keys, Tensor values, {HOW}) -> (Tensor, Tensor)")
 
 
 def _fake(q: Tensor, keys: Tensor, values: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
@@ -261,7 +266,7 @@ def _backward_reference(
 def _compiled_backward(function: Callable[..., None]) -> Callable[..., Gradients]:
     def run(grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, y: Tensor, logs: Tensor, *given: Any) -> Gradients:
         grad, q, keys, values = _by_rows(grad, q, keys, values)
-        y, logs, how = y.transpose(1, 2).contiguous(), logs.contiguous(), _settled(q, keys, given)
+        y, logs, how = y.transpose(1, 2).contiguous(), logs.contiguous(), _with_bytes(q, keys, given)
         grads = _like(q), _like(keys), _like(values)
         addresses = (x.data_ptr() for x in (y, logs, *grads))
         function(*_places(grad, q, keys, values), *addresses, *_numbers(q, keys, how))
@@ -286,8 +291,8 @@ table.register(
 )
 
 LIBRARY.define(
-    "attention_backward(Tensor grad, Tensor q, Tensor keys, Tensor values, Tensor y, Tensor logs, float scale, "
-    "bool causal, Tensor? mask=None, Tensor? seed=None, float p=0.0) -> (Tensor, Tensor, Tensor)"
+    f"attention_backward(Tensor grad, Tensor q, Tensor keys, Tensor values, Tensor y, Tensor logs, {HOW})"
+    " -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -304,7 +309,7 @@ def _needs_grad(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> bool:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, keys, values, *given = inputs  # what is left at its default the dispatcher leaves out
     how, ctx.given = How(*given), len(given)
-    ctx.scale, ctx.causal, ctx.p = how.scale, how.causal, how.p
+    ctx.how = how._replace(mask=None, seed=None)  # which are kept as tensors
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(q, keys, values, *output, how.mask, how.seed)
 
@@ -312,7 +317,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 @once_differentiable
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, mask, seed = ctx.saved_tensors
-    found = torch.ops.parco.attention_backward.default(grad, *tensors, ctx.scale, ctx.causal, mask, seed, ctx.p)
+    found = torch.ops.parco.attention_backward.default(grad, *tensors, *ctx.how._replace(mask=mask, seed=seed))
     return *found, *(None for _ in range(ctx.given))
 
 

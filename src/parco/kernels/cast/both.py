@@ -197,7 +197,7 @@ def _fake(
     return _new(x, Format.parse(format), straight, transposed)
 
 
-table.implement("cast_both", check, _fake)
+table.implement("cast_both", check, _fake, drawn=(5, 10))
 
 
 def cast_both(

@@ -19,7 +19,7 @@ from parco.kernels.activations import NONE, NUMBERS
 from parco.kernels.library import TYPES, scale_type
 from parco.kernels.linear import panels
 
-ELEMENTS = {E4M3: 1, E5M2: 2, E3M2: 3}
+CONVERTED = {E4M3: 1, E5M2: 2, E3M2: 3}
 """The numbers by which C++ knows elements that it need not look up (`parco::linear::Element`)."""
 
 PACKED_BITS = (2, 3, 4, 5, 6, 8)
@@ -56,7 +56,7 @@ class Storage:
     def element(self) -> int:
         """C++'s number of the element."""
         element = self.format.element
-        return ELEMENTS.get(element, 0) if isinstance(element, Float) else 0
+        return CONVERTED.get(element, 0) if isinstance(element, Float) else 0
 
     @property
     def refusal(self) -> str | None:

@@ -11,7 +11,7 @@ from parco.kernels import table
 from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate, undispatched
 
 
-class AttentionCall(NamedTuple):
+class AttendCall(NamedTuple):
     """One call of attend: `queries` heads of `columns` numbers of `dtype`, against `tokens` keys."""
 
     device: str
@@ -25,10 +25,10 @@ class AttentionCall(NamedTuple):
         return f"{self.queries} queries of {self.columns} numbers of {self.dtype} against {self.tokens} keys"
 
 
-def describe(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0) -> AttentionCall:
+def describe(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0) -> AttendCall:
     """The table's key of a call."""
     queries = q.numel() // max(q.shape[-1], 1)
-    return AttentionCall(q.device.type, machine.isa(), q.dtype, queries, keys.shape[2], q.shape[-1])
+    return AttendCall(q.device.type, machine.isa(), q.dtype, queries, keys.shape[2], q.shape[-1])
 
 
 def check(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0) -> None:
@@ -93,7 +93,7 @@ def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
     return run
 
 
-def _refuses(call: AttentionCall) -> str | None:
+def _refuses(call: AttendCall) -> str | None:
     return None if call.queries and call.columns else "there are no queries"
 
 

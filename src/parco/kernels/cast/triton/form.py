@@ -4,9 +4,21 @@ import functools
 import math
 from typing import NamedTuple
 
-import torch
-
-from parco.formats import Float, Format, Integer, ScaleE4M3, ScaleE8M0, Table, Unscaled
+from parco.formats import (
+    Element,
+    Float,
+    Format,
+    Integer,
+    ScaleAbsmax,
+    ScaleAbsmean,
+    ScaleDelayed,
+    ScaleE4M3,
+    ScaleE8M0,
+    ScaleRange,
+    Table,
+    Unscaled,
+)
+from parco.formats.scales import DTYPE_NAMES
 from parco.kernels.cast.scaling import greatest, rule
 
 
@@ -32,9 +44,6 @@ class Form(NamedTuple):
     word_bytes: int
 
 
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
 @functools.cache
 def form_of(name: str, rounding: str = "nearest") -> Form:
     """The Form of the format that `name` names."""
@@ -42,9 +51,8 @@ def form_of(name: str, rounding: str = "nearest") -> Form:
     element, common = format.element, math.gcd(format.bits, 8)
     is_float = isinstance(element, Float)
     whole = element if isinstance(element, Integer) else None
-    kind = "float" if is_float else "table" if isinstance(element, Table) else "integer"
     return Form(
-        kind=kind,
+        kind=_kind(element),
         bits=format.bits,
         mantissa_bits=element.mantissa_bits if is_float else 0,
         least_exponent=element.least_exponent if is_float else 0,
@@ -64,6 +72,16 @@ def form_of(name: str, rounding: str = "nearest") -> Form:
     )
 
 
+def _kind(element: Element) -> str:
+    match element:
+        case Float():
+            return "float"
+        case Integer():
+            return "integer"
+        case Table():
+            return "table"
+
+
 def _scale(format: Format) -> str:
     match format.scale:
         case Unscaled():
@@ -72,5 +90,7 @@ def _scale(format: Format) -> str:
             return "e8m0"
         case ScaleE4M3():
             return "e4m3"
-        case _:
-            return _DTYPES[format.tensors((1, 1))["scale"].dtype]
+        case ScaleDelayed():
+            return "fp32"
+        case ScaleAbsmax(dtype) | ScaleAbsmean(dtype) | ScaleRange(dtype):
+            return DTYPE_NAMES[dtype]

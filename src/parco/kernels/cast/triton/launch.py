@@ -1,7 +1,6 @@
 """The kernels as functions of the operations' arguments, and what they refuse."""
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from parco.kernels.cast.hadamard import signs
 from parco.kernels.cast.rounding import from_codes
 from parco.kernels.cast.triton.form import form_of
 from parco.kernels.library import TYPES
+from parco.kernels.triton import bits_of, power_of_two, run
 
 LONGEST_ROW = 1 << 15
 """Columns of which one program holds the whole row."""
@@ -58,16 +58,16 @@ def cast_rows(x: Tensor, global_scale: Tensor | None, format: str, rounding: str
     (rows, columns), form = x.shape, Format.parse(format)
     codes, scale = _new(x, form, (rows, columns))
     group = form.block.columns
-    block = _power(columns) if group is None or group >= columns else group
-    width = max(block, min(256, _power(columns)))
-    height = max(1, min(TILE // width, _power(rows)))
-    _run(
+    block = power_of_two(columns) if group is None or group >= columns else group
+    width = max(block, min(256, power_of_two(columns)))
+    height = max(1, min(TILE // width, power_of_two(rows)))
+    run(
         tiles.cast_rows,
         (rows, columns),
         (height, width),
         x,
         codes,
-        _bits(scale),
+        bits_of(scale),
         x if global_scale is None else global_scale,
         rows,
         columns,
@@ -105,16 +105,16 @@ def cast_both(
     assert group is not None
     height = max(SIDE, group if transposed else 0, column_size)
     width = max(SIDE, group if straight else 0, row_size)
-    _run(
+    run(
         tiles.cast_both,
         (rows, columns),
         (height, width),
         x,
         by_rows[0],
-        _bits(by_rows[1]),
+        bits_of(by_rows[1]),
         x if global_scale is None else global_scale,
         by_columns[0],
-        _bits(by_columns[1]),
+        bits_of(by_columns[1]),
         x if transposed_scale is None else transposed_scale,
         _signs(size, sign_seed % (1 << 64), x.device) if size else x,
         rows,
@@ -151,14 +151,14 @@ def cast_codes(
     (rows, columns), form = x.shape, Format.parse(format)
     spec = form.tensors((rows, columns))["codes"]
     codes = torch.empty(spec.shape, dtype=spec.dtype, device=x.device)
-    width = min(256, _power(columns))
-    height = max(1, min(TILE // width, _power(rows)))
-    _run(
+    width = min(256, power_of_two(columns))
+    height = max(1, min(TILE // width, power_of_two(rows)))
+    run(
         tiles.cast_codes,
         (rows, columns),
         (height, width),
         x,
-        x if scale is None else _bits(scale.contiguous()),
+        x if scale is None else bits_of(scale.contiguous()),
         x if zero is None else zero.contiguous(),
         x if global_scale is None else global_scale,
         codes,
@@ -186,18 +186,18 @@ def decode_codes(
     codes = codes.contiguous()
     rows, form = codes.shape[0], Format.parse(format)
     y = torch.empty(rows, columns, dtype=dtype, device=codes.device)
-    width = min(256, _power(columns))
-    height = max(1, min(TILE // width, _power(rows)))
-    _run(
+    width = min(256, power_of_two(columns))
+    height = max(1, min(TILE // width, power_of_two(rows)))
+    run(
         tiles.decode_codes,
         (rows, columns),
         (height, width),
         codes,
-        codes if scale is None else _bits(scale.contiguous()),
+        codes if scale is None else bits_of(scale.contiguous()),
         codes if zero is None else zero.contiguous(),
         codes if global_scale is None else global_scale,
         codes if isinstance(form.element, Integer) else _values(form.element, codes.device),
-        _bits(y),
+        bits_of(y),
         rows,
         columns,
         *_blocks(form, rows, columns, scale),
@@ -228,24 +228,3 @@ def _values(element: Element, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _signs(size: int, seed: int, device: torch.device) -> Tensor:
     return signs(size, seed).to(device)
-
-
-def _bits(numbers: Tensor) -> Tensor:
-    """bf16 as its bits: kernels round to it themselves."""
-    return numbers.view(torch.int16) if numbers.dtype == torch.bfloat16 else numbers
-
-
-def _power(count: int) -> int:
-    """The least power of two, from 8 on, that is at least `count`."""
-    return 1 << max(3, (count - 1).bit_length())
-
-
-def _run(kernel: Any, shape: tuple[int, int], tile: tuple[int, int], *arguments: Any, **constants: Any) -> None:
-    """`kernel` on all tiles of a matrix of `shape`, on the device of its first argument, a tensor. Fused multiply-adds
-    would change bits.
-    """
-    height, width = tile
-    tiles = -(-shape[0] // height) * -(-shape[1] // width)
-    warps = min(32, max(4, height * width // 1024))
-    with torch.cuda.device_of(arguments[0]):
-        kernel[(tiles,)](*arguments, **constants, R=height, C=width, num_warps=warps, enable_fp_fusion=False)
