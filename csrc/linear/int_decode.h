@@ -96,7 +96,7 @@ void read_planes(const typename V::Reader& reader, const std::uint8_t* panel, st
   read_planes_of<V, 6>(reader, panel, first, dwords, to);
 }
 
-constexpr std::int64_t read_ahead = 2048;  // bytes of each stream
+constexpr std::int64_t read_ahead = 1024;  // bytes of each stream
 
 // `strips` times `lanes` packed outputs, from first[strip] on, against `columns` rows of x.
 template <class V, int bits, bool mapped, int strips, int columns, Digits digits>
