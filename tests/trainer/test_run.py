@@ -1,5 +1,6 @@
 """One run: it learns, it goes on after a kill to the same bits, and what is broken stops it with a name."""
 
+import dataclasses
 import errno
 import json
 import math
@@ -17,13 +18,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tests.hub import tiny
+from torch import Tensor
 
 from parco import hub
 from parco.cli import main
 from parco.fitting.stages import Silent
 from parco.report import curves
 from parco.trainer import Settings, Trainer, run
-from parco.training import RECIPES
+from parco.training import RECIPES, products
 
 
 class Killed(BaseException):
@@ -150,6 +152,27 @@ def test_other_architectures_train(architecture: str, text: Path, tmp_path: Path
     whole = run(given, tmp_path / "whole", Silent())
     assert resumed["train"] == whole["train"], "tied weights and all"
     assert resumed["train"][-1][1] < resumed["train"][0][1]
+
+
+def test_passes_of_a_step_write_a_weight_once(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backwards: list[object] = []
+    write = products.write
+
+    def counting(operand: Any, x: Tensor, **how: Any) -> Any:
+        if x.shape == (96, 64) and how["transposed"]:  # gate's and up's, as gradients of x want them
+            backwards.append(operand)
+        return write(operand, x, **how)
+
+    monkeypatch.setattr(products, "write", counting)
+    given = settings(folder, text, recipe="mxfp8", steps=2, batch=8)
+    counts = []
+    for passes in (1, 4):
+        backwards.clear()
+        run(dataclasses.replace(given, accumulate=passes), tmp_path / str(passes), Silent())
+        counts.append(len(backwards))
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_configuration_alone_gets_new_weights(folder: Path, text: Path, tmp_path: Path) -> None:

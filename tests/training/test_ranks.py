@@ -1,5 +1,6 @@
 """A prepared model under PyTorch's own DDP and FSDP2, two ranks on gloo."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from parco.training import Watch, prepare_
+from parco.training import AdamW, Watch, once_per_step, prepare_
+from parco.training.once import STORE
 
 STEPS = 6
 X, Y = (torch.randn(STEPS, 128, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
@@ -42,8 +44,28 @@ def train(model: torch.nn.Module, rank: int, ranks: int, watch: Watch | None = N
     return losses
 
 
+def accumulated(model: torch.nn.Module, rank: int, once: bool) -> tuple[list[float], int]:
+    """The loss of each pass, four of them a step, and how many writings were held at most."""
+    optimizer, losses, held = AdamW(model.parameters(), 0.01), [], 0
+    with once_per_step() if once else contextlib.nullcontext():
+        for x, y in zip(X, Y, strict=True):
+            for part in range(4):
+                own = slice(32 * part + 16 * rank, 32 * part + 16 * (rank + 1))
+                loss = torch.nn.functional.mse_loss(model(x[own]), y[own])
+                loss.backward()
+                losses.append(loss.item())
+            held = max(held, len(STORE.kept))
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses, held
+
+
 def run(rank: int, kind: str, recipe: str) -> Any:
     model = prepared(recipe)
+    if kind.startswith("once"):
+        for layer in (model[0], model[2]):
+            fully_shard(layer)
+        return accumulated(fully_shard(model), rank, kind == "once")
     if kind == "ddp":
         wrapped = DistributedDataParallel(model)
     else:
@@ -58,6 +80,7 @@ def run(rank: int, kind: str, recipe: str) -> Any:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     cases = [(kind, recipe) for kind in ("ddp", "fsdp2") for recipe in ("mxfp8", "fp8-delayed")]
+    cases += [("once", "mxfp8"), ("once, not", "mxfp8")]
     return on_two_ranks(run, cases, tmp_path_factory.mktemp("ranks"))
 
 
@@ -84,3 +107,9 @@ def test_two_ranks_train_as_one(kind: str, recipe: str, ranks: dict[Any, Any]) -
         assert all(torch.allclose(state[name], tensor, atol=1e-5) for name, tensor in alone.state_dict().items())
     alone.load_state_dict(state)
     assert train(alone, 0, 1)[-1] < losses[-1]
+
+
+def test_sharded_weights_are_written_once_a_step(ranks: dict[Any, Any]) -> None:
+    (losses, held), (apart, none) = ranks["once", "mxfp8"], ranks["once, not", "mxfp8"]
+    assert losses == apart
+    assert (held, none) == (3, 0)  # no more than of one pass: the first layer's x needs no gradient

@@ -36,7 +36,7 @@ from parco.hub.save import flush, put_in_place
 from parco.nn import blocks
 from parco.trainer import disk
 from parco.trainer.watching import Watching
-from parco.training import AdamW, delayed_scales
+from parco.training import AdamW, delayed_scales, once_per_step
 from parco.training.optimizer import States
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -147,6 +147,11 @@ class Trainer(transformers.Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.args.dataloader_drop_last = dropped
+
+    def train(self, *arguments: Any, **named: Any) -> Any:
+        several = self.args.gradient_accumulation_steps > 1 or self.args.gradient_checkpointing
+        with once_per_step() if several else contextlib.nullcontext():
+            return super().train(*arguments, **named)
 
     # Numbers that are not finite.
 

@@ -10,6 +10,7 @@ from parco.training import recipe as recipes
 from parco.training.diagnose import Finding, diagnose, fall_back_
 from parco.training.layer import linear
 from parco.training.loss import fuse_loss_
+from parco.training.once import once_per_step
 from parco.training.optimizer import AdamW
 from parco.training.prepare import Prepared, delayed_scales, prepare_, recipes_of
 from parco.training.readings import Reading, Readings
@@ -32,6 +33,7 @@ __all__ = [
     "fall_back_",
     "fuse_loss_",
     "linear",
+    "once_per_step",
     "prepare_",
     "recipes",
     "recipes_of",

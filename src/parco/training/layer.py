@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from parco.formats import Float
 from parco.kernels.cast import DelayedScaling, Encoded
 from parco.kernels.library import LIBRARY, graph_break
+from parco.training.once import STORE
 from parco.training.operands import Written, restored, tensors_of
 from parco.training.products import Kept, Step, backward, forward, scale_of
 from parco.training.readings import Probe, Sums
@@ -184,9 +185,10 @@ def _forward(
         y, kept = forward(step, rows, matrix, own, keeps_x=keeps_x, keeps_weight=keeps_weight)
         y = y if bias is None else (y + bias.detach()).to(dtype)
         tensors = [t for each in kept if each is not None for t in each.tensors.values()]
+        others = (x, weight, *kept.weight.tensors.values()) if kept.weight is not None and STORE.opened else (x, weight)
         # y belongs to nobody else: not a view, of which autograd and FSDP2 would beware.
         y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))  # pyright: ignore[reportPrivateUsage]
-        return [y, *found.values(), *(_alone(tensor, x, weight) for tensor in tensors)]
+        return [y, *found.values(), *(_alone(tensor, *others) for tensor in tensors)]
 
 
 def _backward(
@@ -243,9 +245,9 @@ def _of_formats(found: Mapping[Role, Tensor]) -> dict[Role, Tensor]:
     return {role: each[1].reshape(1, 1) for role, each in found.items()}
 
 
-def _alone(tensor: Tensor, *arguments: Tensor) -> Tensor:
-    """`tensor` in rows, its memory its own: an operation returns none of its arguments."""
-    given = {argument.untyped_storage().data_ptr() for argument in arguments}
+def _alone(tensor: Tensor, *others: Tensor) -> Tensor:
+    """`tensor` in rows, its memory its own: an operation returns none of its arguments, nor what it keeps for later."""
+    given = {other.untyped_storage().data_ptr() for other in others}
     return tensor.clone() if tensor.untyped_storage().data_ptr() in given else tensor.contiguous()
 
 

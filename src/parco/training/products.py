@@ -8,6 +8,7 @@ nothing depends on threads.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from parco import machine
 from parco.formats import Float
 from parco.kernels.cast import DelayedScaling
 from parco.kernels.linear import linear_coded_int8, linear_dense, takes_int8
+from parco.training.once import STORE
 from parco.training.operands import Written, estimator, has_bf16, write
 from parco.training.readings import Sums
 from parco.training.recipe import FACTORS, SIGNS, Operand, Pair, ProductName, Recipe, Role
@@ -171,7 +173,8 @@ class Step:
         how: dict[str, Any] = {"transposed": transposed and not turned, "sign_seed": sign_seed}
         written = self._written.get((role, operand))
         if written is None:
-            written = write(operand, x, seed=seed, scale=scale, **how)
+            make = functools.partial(write, operand, x, seed=seed, scale=scale, **how)
+            written = STORE.once(operand, x, how["transposed"], make) if role == "weight" else make()
         if operand.turns:
             self._written[role, operand] = written
         if self.sums is not None:

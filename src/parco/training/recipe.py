@@ -89,6 +89,11 @@ class Operand:
         return self.rounding == "nearest" and not (self.hadamard or self.clamp) and block.rows == block.columns
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether what is written of a matrix is a function of its numbers alone: neither random nor of the past."""
+        return self.rounding == "nearest" and not self.hadamard and not self.is_delayed
+
+    @property
     def is_delayed(self) -> bool:
         """Whether its scale comes from earlier steps."""
         return isinstance(self.format.scale, ScaleDelayed)
