@@ -52,6 +52,13 @@ void define(nb::module_& module, const char* name) {
       "instruction set.");
 }
 
+void run_both(const CodedCall& settled, std::uintptr_t x, std::uintptr_t x_scale, std::uintptr_t codes,
+              std::uintptr_t scale, std::uintptr_t factor, std::uintptr_t y, int threads) {
+  CodedCall call = with_tensors(settled, x, codes, scale, 0, factor, 0, 0, y, threads);
+  call.x_scale = address<const float>(x_scale);
+  unlocked(call, [&] { int_both_avx512(call); });
+}
+
 template <void (*kernel)(const DenseCall&)>
 void run_dense(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t addend, std::uintptr_t y,
                std::int64_t rows, std::int64_t outputs, std::int64_t columns, int x_type, int weight_type,
@@ -181,6 +188,10 @@ void bind_linear(nb::module_& module) {
   define<float_avx512>(module, "float_avx512");
   define<float_amx>(module, "float_amx");
   define<float_amx_emulated>(module, "float_amx_emulated");
+  module.def("int_both_avx512", &run_both, nb::arg("settled"), nb::arg("x"), nb::arg("x_scale"), nb::arg("codes"),
+             nb::arg("scale"), nb::arg("factor"), nb::arg("y"), nb::arg("threads"),
+             "x @ (...).T of two matrices of the same codes of 4 bits, x_scale fp32 [rows, groups]. The machine must "
+             "have the instruction set.");
   define_layout<pack_codes>(module, "pack_codes", "Codes by rows as panels; csrc/linear/coded.h.");
   define_layout<unpack_codes>(module, "unpack_codes", "Panels as codes by rows.");
   define_dense<dense_generic>(module, "linear_dense_generic");

@@ -63,6 +63,9 @@ struct CodedCall {
   Type x_type, scale_type, bias_type;
   Type y_type = x_type;
   Epilogue after{};
+  // [rows, groups], or null. Under these x holds codes of 4 bits of the same table, [rows, ceil(columns / 2)], and no
+  // numbers: products of bytes.
+  const float* x_scale = nullptr;
 
   float scale_factor() const {
     float found = 1.0f;

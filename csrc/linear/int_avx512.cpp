@@ -6,4 +6,6 @@ void int_avx512(const CodedCall& call) {
   call.int8&& call.rows > Avx512::decode_words ? run_bytes(call) : run<Avx512>(call);
 }
 
+void int_both_avx512(const CodedCall& call) { run_bytes(call); }
+
 }  // namespace parco::linear

@@ -9,7 +9,10 @@
 namespace parco::linear {
 namespace {
 
-constexpr int most_band_rows = 12, strips_at_once = 2;
+constexpr int most_band_rows = 12, grouped_rows = 6, strips_at_once = 2;
+
+// Whether sums are scaled group by group.
+inline bool in_groups(const CodedCall& call) { return call.group < call.columns || call.x_scale; }
 
 struct Bands {
   Job<Avx512> job;
@@ -30,7 +33,8 @@ inline void fill_band(const Bands& bands, std::int64_t index, std::int8_t* own) 
     const std::int64_t m = index * bands.height + r;
     if (m < job.rows) {
       std::int32_t* sums = job.x_sum[0] + m * job.block_stride;
-      avx512::quantize_bytes(job.call, job.plan, job.first + m, own, job.x_scale + m * job.block_stride, sums);
+      const auto take = job.call.x_scale ? avx512::take_codes : avx512::quantize_bytes;
+      take(job.call, job.plan, job.first + m, own, job.x_scale + m * job.block_stride, sums);
       for (std::int32_t b = 0; b < job.plan.block_count; b++)
         if (job.plan.blocks[b].opens) sums[b] *= times;
     } else {
@@ -90,16 +94,87 @@ template <int rows>
     for (int v = 0; v < strips; v++) sums[m][v] = sum[m][v];
 }
 
-// `rows` rows of x from m0 on, which `x` holds, against the strips of `outputs`.
-template <int rows>
-void multiply_band(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once>& outputs,
-                   const std::uint8_t* const* weights, const std::int8_t* x, std::int64_t m0) {
+// What scales a group's sums.
+enum class Grouped {
+  scales,            // those of the weights
+  zeros_and_scales,  // those too, and the sums begin at zeros of the weights'
+  both_scales,       // x has scales of groups as well
+};
+
+// The sums of each group, scaled, of `rows` rows of x from m0 on. Of no more than `grouped_rows`, so that the sums of a
+// group and of all groups stay in registers.
+template <int rows, Grouped grouped>
+[[gnu::noinline]] void add_groups(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once>& outputs,
+                                  const std::uint8_t* const* weights, const std::int8_t* x, std::int64_t m0,
+                                  __m512 (*totals)[strips_at_once]) {
   constexpr int strips = strips_at_once;
   const Plan& plan = job.plan;
-  const bool grouped = plan.groups > 1;
-  const std::int64_t left = std::min<std::int64_t>(rows, job.rows - m0);
-  ask_for_addend(job.call, job.first + m0, left, outputs.first, outputs.count);
+  const Block* blocks = plan.blocks;
+  const std::int32_t count = plan.block_count, unit = plan.unit;
+  const std::int64_t stride = job.block_stride;
+  const std::int32_t* sums[rows];
+  const float* scales[rows];
+  for (int m = 0; m < rows; m++) {
+    // Rows past the last are not stored.
+    const std::int64_t row = std::min<std::int64_t>(m0 + m, job.rows - 1);
+    sums[m] = job.x_sum[0] + row * stride;
+    if constexpr (grouped == Grouped::both_scales) scales[m] = job.call.x_scale + (job.first + row) * plan.groups;
+  }
   __m512 total[rows][strips];
+#pragma GCC unroll 12
+  for (int m = 0; m < rows; m++)
+#pragma GCC unroll 2
+    for (int v = 0; v < strips; v++) total[m][v] = _mm512_setzero_ps();
+  const std::uint8_t *w0 = weights[0], *w1 = weights[1];
+  for (std::int32_t b = 0; b < count; b++) {
+    const std::int32_t open = b, group = blocks[b].group;
+    std::int64_t quads = blocks[b].dwords;
+    while (!blocks[b].closes) quads += blocks[++b].dwords;
+    quads = quads * unit / 4;
+    const float* scale = outputs.scale + static_cast<std::int64_t>(group) * strips * Avx512::lanes;
+    const std::int32_t* zero = outputs.zero + static_cast<std::int64_t>(group) * strips * Avx512::lanes;
+    __m512i sum[rows][strips];
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 2
+      for (int v = 0; v < strips; v++) {
+        sum[m][v] = _mm512_set1_epi32(sums[m][open]);
+        if constexpr (grouped == Grouped::zeros_and_scales)
+          sum[m][v] = _mm512_mullo_epi32(sum[m][v], _mm512_load_si512(zero + v * Avx512::lanes));
+      }
+    for (std::int64_t q = 0; q < quads; q++, x += rows * 4, w0 += 64, w1 += 64) {
+      const __m512i codes[2] = {_mm512_loadu_si512(w0), _mm512_loadu_si512(w1)};
+#pragma GCC unroll 12
+      for (int m = 0; m < rows; m++) {
+        const __m512i dword = Avx512::broadcast(x + 4 * m);
+#pragma GCC unroll 2
+        for (int v = 0; v < strips; v++) sum[m][v] = _mm512_dpbusd_epi32(sum[m][v], codes[v], dword);
+      }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < strips; v++) {
+      // The scale of a row that has but one multiplies at the end (finish).
+      const __m512 of_weights = plan.groups > 1 ? _mm512_load_ps(scale + v * Avx512::lanes) : _mm512_set1_ps(1.0f);
+#pragma GCC unroll 12
+      for (int m = 0; m < rows; m++) {
+        __m512 exact = _mm512_cvtepi32_ps(sum[m][v]);
+        if constexpr (grouped == Grouped::both_scales) exact = _mm512_mul_ps(exact, _mm512_set1_ps(scales[m][group]));
+        total[m][v] = _mm512_fmadd_ps(exact, of_weights, total[m][v]);
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < rows; m++)
+#pragma GCC unroll 2
+    for (int v = 0; v < strips; v++) totals[m][v] = total[m][v];
+}
+
+// The sums of `rows` whole rows of x from m0 on.
+template <int rows>
+void add_row(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once>& outputs, const std::uint8_t* const* weights,
+             const std::int8_t* x, std::int64_t m0, __m512 (*total)[strips_at_once]) {
+  constexpr int strips = strips_at_once;
+  const Plan& plan = job.plan;
   for (int m = 0; m < rows; m++)
     for (int v = 0; v < strips; v++) total[m][v] = _mm512_setzero_ps();
   for (std::int32_t b = 0; b < plan.block_count; b++) {
@@ -110,20 +185,36 @@ void multiply_band(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once>
     __m512i sum[rows][strips];
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++) {
-      // Rows past the last are not stored.
-      const std::int64_t row = m0 + std::min<std::int64_t>(m, left - 1);
+      const std::int64_t row = std::min<std::int64_t>(m0 + m, job.rows - 1);
       const std::int32_t of_x = job.x_sum[0][row * job.block_stride + (&first - plan.blocks)];
 #pragma GCC unroll 2
       for (int v = 0; v < strips; v++) sum[m][v] = first_sum(outputs, first, v, of_x);
     }
     add_quads<rows>(sum, weights, from, to, x);
-#pragma GCC unroll 2
-    for (int v = 0; v < strips; v++) {
-      const __m512 scale =
-          grouped ? _mm512_load_ps(outputs.scale + (first.group * strips + v) * Avx512::lanes) : _mm512_set1_ps(1.0f);
 #pragma GCC unroll 12
-      for (int m = 0; m < rows; m++) total[m][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][v]), scale, total[m][v]);
+    for (int m = 0; m < rows; m++)
+#pragma GCC unroll 2
+      for (int v = 0; v < strips; v++) total[m][v] = _mm512_add_ps(total[m][v], _mm512_cvtepi32_ps(sum[m][v]));
+  }
+}
+
+// `rows` rows of x from m0 on, which `x` holds, against the strips of `outputs`.
+template <int rows>
+void multiply_band(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once>& outputs,
+                   const std::uint8_t* const* weights, const std::int8_t* x, std::int64_t m0) {
+  constexpr int strips = strips_at_once;
+  const std::int64_t left = std::min<std::int64_t>(rows, job.rows - m0);
+  ask_for_addend(job.call, job.first + m0, left, outputs.first, outputs.count);
+  __m512 total[rows][strips];
+  if (in_groups(job.call)) {
+    if constexpr (rows <= grouped_rows) {
+      const auto add = job.call.x_scale ? add_groups<rows, Grouped::both_scales>
+                       : outputs.zero   ? add_groups<rows, Grouped::zeros_and_scales>
+                                        : add_groups<rows, Grouped::scales>;
+      add(job, outputs, weights, x, m0, total);
     }
+  } else {
+    add_row<rows>(job, outputs, weights, x, m0, total);
   }
   for (std::int64_t m = 0; m < left; m++)
     for (int v = 0; v < strips; v++) finish(job, outputs, m0 + m, v, total[m][v]);
@@ -143,7 +234,8 @@ void multiply_bands(const Bands& bands, const Outputs<Avx512, strips_at_once>& o
 inline void run_bytes(const CodedCall& call) {
   constexpr int wide = strips_at_once * Avx512::lanes;
   const std::int64_t slab = std::min(call.rows, slab_rows), panels = (call.outputs + wide - 1) / wide;
-  const std::int64_t most_bands = (slab + most_band_rows - 1) / most_band_rows;
+  const int most_rows = in_groups(call) ? grouped_rows : most_band_rows;
+  const std::int64_t most_bands = (slab + most_rows - 1) / most_rows;
   const int height = static_cast<int>((slab + most_bands - 1) / most_bands);
   const bool direct = call.packed && call.bits == 8;
   const std::size_t plan_size = rounded(plan_bytes(call));

@@ -154,6 +154,11 @@ def float_amx_emulated(settled: CodedCall, x: int, codes: int, scale: int, zero:
     y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
     """
 
+def int_both_avx512(settled: CodedCall, x: int, x_scale: int, codes: int, scale: int, factor: int, y: int, threads: int) -> None:
+    """
+    x @ (...).T of two matrices of the same codes of 4 bits, x_scale fp32 [rows, groups]. The machine must have the instruction set.
+    """
+
 def pack_codes(source: int, target: int, outputs: int, columns: int, bits: int, threads: int) -> None:
     """Codes by rows as panels; csrc/linear/coded.h."""
 

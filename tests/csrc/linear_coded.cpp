@@ -413,6 +413,67 @@ void check(const std::vector<Kernel>& kernels, const std::vector<Kernel>& packed
   }
 }
 
+// Rows of 4-bit codes under fp32 scales of groups, and the numbers that they are.
+struct CodedRows {
+  CodedRows(const Codes& format, std::int64_t rows, const Shape& shape)
+      : groups((shape.columns + shape.group - 1) / shape.group),
+        bytes((shape.columns + 1) / 2),
+        codes(rows * bytes),
+        scale(rows * groups),
+        exact(rows * shape.columns) {
+    fill(codes.data, rows * bytes);
+    for (float& each : scale) each = std::ldexp(static_cast<float>(8 + random_bits() % 8), -3);
+    for (std::int64_t i = 0; i < rows * shape.columns; i++) {
+      const std::int64_t row = i / shape.columns, k = i % shape.columns;
+      const int code = codes.data[row * bytes + k / 2] >> k % 2 * 4 & 15;
+      exact[i] = static_cast<double>(format.values[code]) * static_cast<double>(scale[row * groups + k / shape.group]);
+    }
+  }
+  std::int64_t groups, bytes;
+  Bytes codes;
+  std::vector<float> scale;
+  std::vector<double> exact;
+};
+
+// Both operands of `format`: where a row ends within a byte, the other half holds anything.
+void check_both(const Codes& format, const Shape& shape) {
+  CodedRows x(format, shape.rows, shape), weights(format, shape.outputs, shape);
+  std::vector<float> x_scale = x.scale;
+  for (float& each : x_scale) each *= format.unit;
+  CodedCall call{};
+  call.x = x.codes.data, call.codes = reinterpret_cast<const std::uint8_t*>(weights.codes.data);
+  call.x_scale = x_scale.data(), call.scale = weights.scale.data();
+  call.values = format.values.data(), call.table = format.table.data();
+  call.rows = shape.rows, call.outputs = shape.outputs, call.columns = shape.columns;
+  call.group = shape.group, call.block_rows = 1, call.scale_stride = weights.groups;
+  call.unit = format.unit, call.zero_point = format.zero_point, call.bits = 4, call.int8 = true;
+  call.element = format.element;
+  std::string first;
+  for (int threads : {1, 3}) {
+    Bytes y(shape.rows * shape.outputs * 4);
+    call.y = y.data, call.threads = threads;
+    int_both_avx512(call);
+    const std::string found(y.data, shape.rows * shape.outputs * 4);
+    bool right = first.empty() || found == first;
+    first = found;
+    for (std::int64_t i = 0; i < shape.rows * shape.outputs; i++) {
+      double sum = 0, size = 0;
+      for (std::int64_t k = 0; k < shape.columns; k++) {
+        const double product =
+            x.exact[i / shape.outputs * shape.columns + k] * weights.exact[i % shape.outputs * shape.columns + k];
+        sum += product, size += std::abs(product);
+      }
+      const double slack = size * 0x1p-24 * (static_cast<double>(weights.groups) + 4);
+      right = right && std::abs(static_cast<double>(as_float(y.data, Type::fp32, i)) - sum) <= slack;
+    }
+    if (right) continue;
+    failures++;
+    std::printf("both %s: rows %ld outputs %ld columns %ld group %ld threads %d\n", format.name,
+                static_cast<long>(shape.rows), static_cast<long>(shape.outputs), static_cast<long>(shape.columns),
+                static_cast<long>(shape.group), threads);
+  }
+}
+
 Codes integers(int bits) {
   Codes codes{"int", bits, Element::listed, {}, {}, 1.0f, 1 << (bits - 1)};
   for (int code = 0; code < 1 << bits; code++) codes.values.push_back(static_cast<float>(code - codes.zero_point));
@@ -515,6 +576,10 @@ int main(int argc, char** argv) {
         for (Shape shape : shapes)
           for (Type x_type : types)
             if (tried++ % every == 0) try_both(codes, from == &small, shape, x_type);
+    for (std::int64_t group : {16, 32})
+      for (Shape shape : shapes)
+        if (parco::features().avx512)
+          check_both(small[0], {shape.rows, shape.outputs, shape.columns, std::min(group, shape.columns), 1});
     // More columns than one sum of bytes holds.
     for (std::int64_t rows : {1, 9}) try_both(integers(8), true, {rows, 5, 66000, 66000, 1}, Type::bf16);
   }

@@ -1,6 +1,7 @@
 """Every product of every recipe is what its definition says, forward and backward."""
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -10,6 +11,7 @@ import torch
 from parco import _C, machine
 from parco.formats import NAMES, Float, ScaleDelayed
 from parco.kernels.cast import Hadamard, decode, encode
+from parco.kernels.linear import linear_both
 from parco.kernels.linear.dense import compiled
 from parco.training import RECIPES, Operand, Pair, Recipe, linear, prepare_, products
 from parco.training.operands import estimator, has_bf16, write
@@ -420,3 +422,31 @@ def test_numbers_that_are_no_floats_are_refused():
     ):
         with pytest.raises(TypeError, match="both must be floating point"):
             linear(x, weight, None, RECIPES["bf16"])
+
+
+@pytest.mark.parametrize(("name", "products_by_codes"), [("nvfp4", 3), ("mxfp4", 3), ("mxfp8", 0), ("fp4-dge", 0)])
+def test_two_operands_of_4_bits_are_multiplied_as_codes(
+    name: str, products_by_codes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[torch.Size] = []
+
+    def counting(x_codes: torch.Tensor, *others: object) -> torch.Tensor:
+        taken.append(x_codes.shape)
+        return linear_both(x_codes, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(products, "linear_both", counting)
+    x, weight = torch.randn(33, 50, requires_grad=True), torch.randn(17, 50, requires_grad=True)
+    linear(x, weight, None, RECIPES[name]).sum().backward()
+    assert len(taken) == (products_by_codes if products.has_bytes(x.device) else 0)
+
+
+def test_a_turned_operand_is_the_transpose_in_codes_too() -> None:
+    for shape in ((32, 48), (33, 50), (1, 7)):
+        weight = torch.randn(shape)
+        written = dataclasses.replace(write(Operand.parse("nvfp4:16x16"), weight), turned=True)
+        codes = written.in_codes()
+        assert codes is not None and codes.shape == shape[::-1]
+        assert torch.equal(decode(codes), written.numbers())
+        assert {name: each.shape for name, each in codes.tensors.items()} == {
+            name: spec.shape for name, spec in codes.format.tensors(shape[::-1]).items()
+        }

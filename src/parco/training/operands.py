@@ -20,6 +20,7 @@ from torch import Tensor
 from parco.formats import BF16 as _BF16
 from parco.formats import Float, Format, ScaleE4M3, ScaleE8M0, Table, TensorSpec, Unscaled
 from parco.kernels.cast import Encoded, Hadamard, decode, decode_tensors, encode, encode_transposed
+from parco.kernels.cast.packing import pack, unpack
 from parco.kernels.cast.scaling import scale_numbers
 from parco.kernels.cast.tiles import spread, tile, untile
 from parco.training.recipe import Operand
@@ -59,6 +60,15 @@ class Written:
         if self.columns is not None and self.values is not None:
             found = found.scatter_add_(1, self.columns.to(torch.int64), self.values)
         return found.T if self.turned else found
+
+    def in_codes(self) -> Encoded | None:
+        """What it stands for, [M, R], as codes by rows; None where residuals are added to them."""
+        if self.columns is not None or not self.turned:
+            return None if self.columns is not None else self.encoded
+        form, shape = self.encoded.format, self.encoded.shape
+        tensors = {name: each if each.ndim == 1 else each.T.contiguous() for name, each in self.tensors.items()}
+        tensors["codes"] = pack(unpack(self.encoded.tensors["codes"], form.bits, shape[1]).T.contiguous(), form.bits)
+        return Encoded(form, shape[::-1], tensors)
 
     def in_bf16(self) -> tuple[Tensor, Tensor | None] | None:
         """bf16 numbers [M, R] and an fp32 scale of their rows, [M, 1] or [1, 1] (None: 1), that together are what it

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from parco import machine
 from parco.formats import Float
-from parco.kernels.cast import DelayedScaling
-from parco.kernels.linear import linear_coded_int8, linear_dense, takes_int8
+from parco.kernels.cast import DelayedScaling, Encoded
+from parco.kernels.linear import linear_both, linear_coded_int8, linear_dense, takes_both, takes_int8
 from parco.training.once import STORE
 from parco.training.operands import Written, estimator, has_bf16, write
 from parco.training.readings import Sums
@@ -34,12 +34,21 @@ def has_tiles(device: torch.device) -> bool:
     return device.type == "cpu" and machine.isa() == "amx"
 
 
+def has_bytes(device: torch.device) -> bool:
+    """Whether AVX-512 multiplies codes of 4 bits there, as bytes and under scales of groups."""
+    return device.type == "cpu" and machine.isa() in ("avx512", "amx")
+
+
 def multiply(left: Written, right: Written, dtype: torch.dtype) -> Tensor:
     """left [M, R] · right [P, R]ᵀ in `dtype`, summed in fp32 and rounded once."""
     if has_tiles(left.device) and has_bf16(left.encoded.format) and has_bf16(right.encoded.format):
         a, b = left.in_bf16(), right.in_bf16()
         if a is not None and b is not None:
             return _multiply_bf16(*a, *b, dtype)
+    if has_bytes(left.device) and takes_both(left.encoded.format, right.encoded.format):
+        x, w = left.in_codes(), right.in_codes()
+        if x is not None and w is not None:
+            return _multiply_codes(x, w, dtype)
     a, b = left.numbers(), right.numbers()
     if a.dtype == b.dtype == dtype and dtype in _HALVES:
         if a.is_cuda:
@@ -47,6 +56,11 @@ def multiply(left: Written, right: Written, dtype: torch.dtype) -> Tensor:
         if b.is_contiguous():
             return linear_dense(a.contiguous(), b)
     return (a.to(torch.float32) @ b.to(torch.float32).T).to(dtype)
+
+
+def _multiply_codes(left: Encoded, right: Encoded, dtype: torch.dtype) -> Tensor:
+    stored = [each.tensors.get(name) for each in (left, right) for name in ("codes", "scale", "global_scale")]
+    return linear_both(*stored, str(left.format), str(right.format), left.shape[1], dtype)  # type: ignore[arg-type]
 
 
 def _multiply_bf16(a: Tensor, rows: Tensor | None, b: Tensor, columns: Tensor | None, dtype: torch.dtype) -> Tensor:
