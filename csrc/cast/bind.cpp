@@ -1,6 +1,7 @@
 // cast, amax and decode of parco._C. Tensors come as addresses, 0 for an absent one; what they must be is checked by
 // parco.kernels.cast.
 #include "cast/decode.h"
+#include "cast/digits.h"
 #include "linear/coded_bind.h"
 
 namespace nb = nanobind;
@@ -121,6 +122,18 @@ void define_decode(nb::module_& module, const char* name) {
       nb::arg("scale_type"), nb::arg("threads"), "Codes into numbers; csrc/cast/decode.h.");
 }
 
+template <void (*function)(const std::uint8_t*, std::uint8_t*, std::int64_t, std::int64_t, int)>
+void define_digits(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](std::uintptr_t from, std::uintptr_t to, std::int64_t rows, std::int64_t columns, int threads) {
+        nb::gil_scoped_release unlocked;
+        function(address<const std::uint8_t>(from), address<std::uint8_t>(to), rows, columns, threads);
+      },
+      nb::arg("source"), nb::arg("target"), nb::arg("rows"), nb::arg("columns"), nb::arg("threads"),
+      "Rows of ternary codes; csrc/cast/digits.h.");
+}
+
 }  // namespace
 
 void bind_cast(nb::module_& module) {
@@ -147,4 +160,6 @@ void bind_cast(nb::module_& module) {
   define_decode<decode_generic>(module, "decode_generic");
   define_decode<decode_avx2>(module, "decode_avx2");
   define_decode<decode_avx512>(module, "decode_avx512");
+  define_digits<digits_to_bits>(module, "digits_to_bits");
+  define_digits<bits_to_digits>(module, "bits_to_digits");
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cast/decode.h"
+#include "cast/digits.h"
 #include "machine/features.h"
 
 using namespace parco::cast;
@@ -187,6 +188,29 @@ void check_tiles(const std::vector<Kernels>& kernels, const CastCall& like, cons
   }
 }
 
+// Every byte of five digits as ten bits and back, at every length of a row.
+void check_digits() {
+  for (std::int64_t columns = 1; columns < 60; columns++)
+    for (int threads : {1, 2}) {
+      const std::int64_t rows = 2600, wide = (columns + 4) / 5, narrow = (columns + 3) / 4;
+      Bytes digits(rows * wide), bits(rows * narrow), again(rows * wide);
+      for (std::int64_t i = 0; i < rows * wide; i++) digits.data[i] = static_cast<char>(i / wide + i);
+      const auto at = [](Bytes& bytes, std::int64_t i) { return static_cast<std::uint8_t>(bytes.data[i]); };
+      digits_to_bits(reinterpret_cast<std::uint8_t*>(digits.data), reinterpret_cast<std::uint8_t*>(bits.data), rows,
+                     columns, threads);
+      bits_to_digits(reinterpret_cast<std::uint8_t*>(bits.data), reinterpret_cast<std::uint8_t*>(again.data), rows,
+                     columns, threads);
+      for (std::int64_t n = 0; n < rows; n++)
+        for (std::int64_t k = 0; k < 4 * narrow; k++) {
+          int left = k < columns ? at(digits, n * wide + k / 5) % 243 : 0;
+          int written = k < columns ? at(again, n * wide + k / 5) : 0;
+          for (std::int64_t i = 0; i < k % 5; i++) left /= 3, written /= 3;
+          const int code = at(bits, n * narrow + k / 4) >> k % 4 * 2 & 3;
+          if (code != left % 3 || code != written % 3) failures++;
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -259,6 +283,7 @@ int main() {
           if (within_a_row && 256 % call.group == 0) check_tiles(kernels, call, element.name), tiles++;
           checks++;
         }
+  check_digits();
   std::printf("%d casts, %d by tiles, %zu kernels, %d differences\n", checks, tiles, kernels.size(), failures);
   return failures != 0;
 }

@@ -48,6 +48,7 @@ TEXTS = [
     "fp8_e4m3:row",
     "fp8_e4m3:128x128",
     "ternary",
+    "ternary5:row",
     "factor(0.5)",
     "factor(rank=20)",
     "factor(0.5,metric=plain)",

@@ -223,11 +223,12 @@ def test_outputs_and_caches_that_are_rounded_there_and_nvfp4_s_global_scale(tmp_
         hub.load(folder)
 
 
-def test_what_has_no_format_there_is_named_or_written_dense(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["nf4:64", "ternary5"])
+def test_what_has_no_format_there_is_named_or_written_dense(format: str, tmp_path: Path) -> None:
     made = model()
-    convert_(made, "nf4:64", filter_fn=lambda module, name: "down_proj" in name)
+    convert_(made, format, filter_fn=lambda module, name: "down_proj" in name)
     convert_(made, "int4:32", filter_fn=lambda module, name: "up_proj" in name)
-    message = r"layers\.0\.mlp\.down_proj: quantized\(nf4:64.*no such format; dense=True \(--dense\) writes"
+    message = rf"layers\.0\.mlp\.down_proj: quantized\({format}.*no such format; dense=True \(--dense\) writes"
     with pytest.raises(ValueError, match=message):
         hub.save_compressed(made, tiny.tokenizer(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

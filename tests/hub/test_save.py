@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from tests.hub import tiny
 
@@ -104,6 +105,24 @@ def test_sparse_weights_come_back(tmp_path: Path) -> None:
     with safe_open(folder / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert {"model.layers.0.mlp.down_proj.weight.mask", "model.layers.1.mlp.down_proj.weight.blocks"} <= names
+
+
+def test_five_numbers_to_a_byte_come_back(tmp_path: Path) -> None:
+    """In the file they take a byte for five; loaded they are panels of 2 bits, with ternary's logits."""
+    made, bits = tiny.model("llama"), tiny.model("llama")
+    parco.convert_(made, "ternary5:row")
+    parco.convert_(bits, "ternary:row")
+    assert torch.equal(tiny.logits(made), tiny.logits(bits))
+    folder = hub.save(made, tiny.tokenizer(), tmp_path / "out")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        for name in ("self_attn.q_proj", "mlp.down_proj"):
+            rows, columns = made.get_submodule(f"model.layers.0.{name}").weight.shape
+            assert file.get_tensor(f"model.layers.0.{name}.weight.codes").shape == (rows, -(-columns // 5))
+    for loaded in (hub.load(folder).model, transformers.AutoModelForCausalLM.from_pretrained(folder)):
+        assert str(loaded.model.layers[0].mlp.up_proj.weight.spec).startswith("quantized(ternary5:row")
+        assert torch.equal(tiny.logits(loaded), tiny.logits(made))
+        again = hub.save(loaded, tiny.tokenizer(), tmp_path / "again")
+        assert digests(again)["model.safetensors"] == digests(folder)["model.safetensors"]
 
 
 def test_a_dense_model_can_be_saved_and_is_plain(tmp_path: Path) -> None:

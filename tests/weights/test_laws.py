@@ -44,7 +44,7 @@ QUANTIZED = [
     "int4:32", "int4:row", "int4:32:asym", "int3:64",
     "int2:16:fp16", "int4:1",
     "nf4:64", "fp8_e4m3", "ternary", "ternary:32", "fp8_e4m3:row", "fp8_e5m2:1x128", "fp8_e4m3:128x128", "mxfp8_e4m3",
-    "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4:floor", "nvfp4",
+    "ternary5", "ternary5:row", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4:floor", "nvfp4",
 ]  # fmt: skip
 MAKERS = {
     **{form: lambda shape, form=form: Dense(shape, form) for form in ("fp32", "bf16", "fp16")},
@@ -62,6 +62,7 @@ MAKERS = {
         Quantized("int8:row", (shape[0], rank(shape))), Shared(Quantized("int8:row", (rank(shape), shape[1])))
     ),
     "corrected": lambda shape: Sum(Quantized("int4:32", shape), low_rank(shape, "bf16")),
+    "corrected ternary5": lambda shape: Sum(Quantized("ternary5", shape), low_rank(shape, "bf16")),
     "sum of three": lambda shape: Sum(Dense(shape, "fp32"), Quantized("int8:row", shape), low_rank(shape, "int8:row")),
     "scaled int8": lambda shape: scaled(Quantized("int8:row", shape), "fp32"),
     "scaled int4": lambda shape: scaled(Quantized("int4:32", shape), "bf16"),
@@ -75,7 +76,7 @@ MAKERS = {
     },
     **{
         f"bitmap {form}": lambda shape, form=form: Bitmap(form, shape, -(-shape[1] // 2))
-        for form in ("fp32", "fp16", "int8:row", "int4:32:asym")
+        for form in ("fp32", "fp16", "int8:row", "int4:32:asym", "ternary5:row")
     },
     "blocksparse bf16": lambda shape: blocks("bf16", shape, 16),
     "blocksparse int8:row": lambda shape: blocks("int8:row", shape, 32),

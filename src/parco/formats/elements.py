@@ -113,7 +113,7 @@ class Integer:
 
     `bits` from 2 to 8. The offset of a symmetric integer is 2**(bits-1); asymmetric formats carry an offset ("zero")
     per block instead. `least` and `greatest` bound the symmetric integer; int8 leaves out -128, so that its range is
-    balanced.
+    balanced. Stored codes are a stream of bits; where `per_byte` is not 0, so many share a byte, as digits.
     """
 
     name: str
@@ -121,6 +121,7 @@ class Integer:
     least: int
     greatest: int
     offset: int
+    per_byte: int = 0
 
     @property
     def codes(self) -> int:
@@ -163,6 +164,9 @@ def integer(bits: int) -> Integer:
 
 
 TERNARY = Integer("ternary", 2, -1, 1, 1)
+TERNARY5 = Integer("ternary5", 2, -1, 1, 1, per_byte=5)
+"""`TERNARY` with five numbers to a byte: 3⁵ = 243."""
+TERNARIES = (TERNARY, TERNARY5)
 NF4 = Table(
     "nf4",
     4,
@@ -193,6 +197,6 @@ _VALUES = {element: _float_values(element) for element in (E4M3, E5M2, E3M2, E2M
 
 ELEMENTS: dict[str, Element] = {
     element.name: element
-    for element in (FP32, BF16, FP16, E4M3, E5M2, E3M2, E2M3, E2M1, *map(integer, range(2, 9)), NF4, TERNARY)
+    for element in (FP32, BF16, FP16, E4M3, E5M2, E3M2, E2M3, E2M1, *map(integer, range(2, 9)), NF4, *TERNARIES)
 }
 """Every element by the name that format texts use."""

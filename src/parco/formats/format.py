@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 import torch
 
 from parco.formats.blocks import TENSOR, Block, group
-from parco.formats.elements import DENSE_DTYPES, E2M1, TERNARY, Element, Float, Integer
+from parco.formats.elements import DENSE_DTYPES, E2M1, TERNARIES, Element, Float, Integer
 from parco.formats.scales import (
     UNSCALED,
     Scale,
@@ -74,8 +74,17 @@ class Format:
 
     @property
     def bits(self) -> int:
-        """Bits of one element, scales not counted."""
+        """Bits of one code as kernels read it, scales not counted."""
         return self.element.bits
+
+    @property
+    def per_byte(self) -> int:
+        """Codes that share a byte as digits of base 3; 0 where a row is a stream of bits."""
+        return self.element.per_byte if isinstance(self.element, Integer) else 0
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a stored row of `columns` codes."""
+        return -(-columns // self.per_byte) if self.per_byte else -(-columns * self.bits // 8)
 
     @property
     def is_dense(self) -> bool:
@@ -115,16 +124,17 @@ class Format:
     def tensors(self, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """The tensors that hold a matrix of `shape` = (N, K), in order.
 
-        Dense: `values` [N, K]. Others: `codes` uint8 [N, ceil(K*bits/8)], each row a stream of codes, lowest bit
-        first; `scale` with one entry per block; `zero` uint8 of the same shape (asymmetric); `global_scale` fp32 [1]
-        (NVFP4). Raises ValueError for a shape that is not of a matrix with columns.
+        Dense: `values` [N, K]. Others: `codes` uint8 [N, ceil(K*bits/8)], each row a stream of codes, lowest bit first,
+        or [N, ceil(K/5)], five digits to a byte, lowest first (ternary5); `scale` with one entry per block; `zero`
+        uint8 of the same shape (asymmetric); `global_scale` fp32 [1] (NVFP4). Raises ValueError for a shape that is not
+        of a matrix with columns.
         """
         if len(shape) != 2 or shape[0] < 0 or shape[1] < 1:
             raise ValueError(f"shape={tuple(shape)}: a format describes a matrix (rows >= 0, columns >= 1)")
         rows, columns = shape
         if self.dtype is not None:
             return {"values": TensorSpec((rows, columns), self.dtype)}
-        specs = {"codes": TensorSpec((rows, -(-columns * self.bits // 8)), torch.uint8)}
+        specs = {"codes": TensorSpec((rows, self.row_bytes(columns)), torch.uint8)}
         counts = self.block.counts((rows, columns))
         match self.scale:
             case Unscaled():
@@ -159,12 +169,14 @@ def _refusal(element: Element, block: Block, scale: Scale) -> str | None:
         case _ if dense:
             return "fp32, bf16 and fp16 take no scale"
         case ScaleRange():
-            return None if isinstance(element, Integer) and element != TERNARY else "only integers can be asymmetric"
+            return (
+                None if isinstance(element, Integer) and element not in TERNARIES else "only integers can be asymmetric"
+            )
         case ScaleAbsmean():
-            return None if element == TERNARY else "the absmean scale is ternary's"
+            return None if element in TERNARIES else "the absmean scale is ternary's"
         case ScaleAbsmax():
-            if element == TERNARY:
-                return "ternary takes the absmean scale"
+            if element in TERNARIES:
+                return f"{element.name} takes the absmean scale"
             return (
                 "a power-of-two fp32 scale is for floats"
                 if scale.power_of_two and not isinstance(element, Float)

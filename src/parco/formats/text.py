@@ -2,7 +2,7 @@
 
     fp32 bf16 fp16                    dense
     int4:32  int8:row  int3:64:asym  int4:32:fp32
-    nf4:64  ternary  ternary:row
+    nf4:64  ternary  ternary:row  ternary5
     fp8_e4m3  fp8_e4m3:tensor  fp8_e5m2:1x128  fp8_e4m3:128x128:pow2  fp8_e4m3:tensor:delayed
     mxfp8_e4m3  mxfp6_e2m3  mxfp4:floor
     nvfp4  nvfp4:16x16
@@ -22,7 +22,7 @@ from parco.formats.elements import (
     E4M3,
     E5M2,
     ELEMENTS,
-    TERNARY,
+    TERNARIES,
     Element,
     Float,
     Integer,
@@ -63,6 +63,7 @@ NAMES: tuple[str, ...] = (
         "int4:32:fp32",
     ),
     *("int4:128:asym:fp16", "int4:32x32", "nf4:64", "nf4:64:fp32", "ternary", "ternary:row"),
+    *("ternary5", "ternary5:row"),
     *("fp8_e4m3", "fp8_e5m2", "fp6_e2m3", "fp6_e3m2", "fp4_e2m1"),
     *(
         f"{name}:{block}"
@@ -78,8 +79,8 @@ NAMES: tuple[str, ...] = (
 likewise.
 """
 EXAMPLES = (
-    "fp32, bf16, fp16, int2:32 ... int8:128, int8:row, int4:32:asym, nf4:64, ternary, fp8_e4m3:row, fp8_e5m2:1x128, "
-    f"{', '.join(MX_ELEMENTS)}, mxfp4:floor, nvfp4"
+    "fp32, bf16, fp16, int2:32 ... int8:128, int8:row, int4:32:asym, nf4:64, ternary, ternary5, fp8_e4m3:row, "
+    f"fp8_e5m2:1x128, {', '.join(MX_ELEMENTS)}, mxfp4:floor, nvfp4"
 )
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -107,7 +108,7 @@ def print_parts(element: Element, block: Block, scale: Scale) -> str:
 
 def _print_scaled(element: Element, block: Block, scale: ScaleAbsmax | ScaleRange | ScaleAbsmean) -> str:
     parts = [element.name]
-    if not (element == TERNARY and block == TENSOR and scale.dtype == torch.float32):
+    if not (element in TERNARIES and block == TENSOR and scale.dtype == torch.float32):
         parts.append(str(block.columns) if block.is_group and not isinstance(element, Float) else str(block))
     if isinstance(scale, ScaleRange):
         parts.append("asym")
@@ -145,8 +146,8 @@ def _parse(text: str) -> Parts:
         raise ValueError(f"no element is called {name!r}")
     element = ELEMENTS[name]
     if not options:
-        if element == TERNARY:
-            return TERNARY, TENSOR, ScaleAbsmean()
+        if element in TERNARIES:
+            return element, TENSOR, ScaleAbsmean()
         if not isinstance(element, Float):
             raise ValueError(f"{name} needs a block, such as {name}:32 or {name}:row")
         return element, TENSOR, Unscaled()
@@ -178,12 +179,12 @@ def _parse_scaled(element: Element, block: Block, options: list[str]) -> Parts:
         dtype, options = _DTYPES[options[0]], options[1:]
     _refuse_rest(element.name, options)
     if kind == "asym":
-        if not isinstance(element, Integer) or element == TERNARY:
+        if not isinstance(element, Integer) or element in TERNARIES:
             raise ValueError(f"{element.name} cannot be asymmetric, only integers can")
         return element, block, ScaleRange(dtype)
-    if element == TERNARY:
+    if element in TERNARIES:
         if kind:
-            raise ValueError(f"ternary does not take {kind!r}")
+            raise ValueError(f"{element.name} does not take {kind!r}")
         return element, block, ScaleAbsmean(dtype)
     return element, block, ScaleAbsmax(dtype, power_of_two=kind == "pow2")
 

@@ -35,7 +35,6 @@ from parco.formats import (
     E4M3,
     ROW,
     TENSOR,
-    TERNARY,
     Block,
     Float,
     Format,
@@ -223,7 +222,7 @@ def scheme_of(form: Format, product: Product) -> Scheme:
 
 def _weights(form: Format) -> dict[str, Any] | None:
     element, block = form.element, form.block
-    if isinstance(element, Integer) and element != TERNARY and isinstance(form.scale, ScaleAbsmax | ScaleRange):
+    if isinstance(element, Integer) and isinstance(form.scale, ScaleAbsmax | ScaleRange):
         asymmetric = isinstance(form.scale, ScaleRange)
         found = {"num_bits": element.bits, "type": "int", "symmetric": not asymmetric}
         is_known = block in (ROW, TENSOR) or block.is_group

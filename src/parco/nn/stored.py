@@ -169,7 +169,7 @@ class StoredWeight(torch.nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored tensors."""
+        """Bytes of the tensors as the spec describes them, which a file has; panels of digits are larger."""
         return self.spec.nbytes
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from parco import formats, kernels
 from parco.kernels import table
 from parco.kernels.cast import ROUNDINGS, Hadamard, encode_both
+from parco.kernels.cast.decoding import DecodeCall
 from parco.kernels.cast.scaling import rule
 from parco.kernels.cast.triton import launch
 
@@ -134,6 +135,9 @@ def test_what_is_left_to_the_reference_has_a_reason() -> None:
     assert "groups of 48" in str(launch.refuses_rows("int8:48", torch.bfloat16, 96))
     assert launch.refuses_rows("int8:48", torch.bfloat16, 40) is None
     assert "table" in str(launch.refuses_codes("nf4:64", torch.float32))
+    assert "5 digits to a byte" in str(launch.refuses_codes("ternary5", torch.float32))
+    decode = next(k for k in table.operations()["decode_codes"].kernels if k.isa == table.TRITON)
+    assert "5 digits" in str(decode.refuses(DecodeCall("cuda", "generic", torch.float32, 1, 5, "ternary5")))
     assert "float64" in str(launch.refuses_codes("int4:32", torch.float64))
     assert "128" in str(launch.refuses_both("int8:256", torch.float32))
     assert "a whole row" in str(launch.refuses_both("int8:row", torch.float32))

@@ -23,6 +23,7 @@ PLANS = [
     "int4:32 37x96 by int8 + bf16 37x16 * int8:row 16x96 by int8",
     "nf4:32 37x96 + fp16 37x96 + fp32 37x8 * mxfp4 8x32 * int8:row 32x96",
     "int8:column 37x16 * bf16 16x96",
+    "ternary5 37x96 + bf16 37x16 * ternary5:row 16x96",
 ]
 
 

@@ -25,7 +25,7 @@ BLOCKS = [
     "ternary:row", "ternary:32", "fp4_e2m1:row", "fp6_e2m3:128", "fp6_e2m3", "fp4_e2m1", "fp6_e3m2", "fp6_e3m2:16",
     "fp8_e4m3", "fp8_e5m2", "fp8_e4m3:row", "fp8_e5m2:row", "fp8_e4m3:column", "fp8_e4m3:1x128", "fp8_e5m2:128x128",
     "fp8_e4m3:128x128:pow2", "fp8_e4m3:16", "fp8_e4m3:tensor:delayed", "mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3",
-    "mxfp6_e3m2", "mxfp4", "nvfp4", "nvfp4:16x16",
+    "mxfp6_e3m2", "mxfp4", "nvfp4", "nvfp4:16x16", "ternary5", "ternary5:32",
 ]  # fmt: skip
 """One of every kind of element, of block and of scale, and of every way through the kernels."""
 
@@ -371,7 +371,7 @@ def test_one_scale_for_the_whole_matrix() -> None:
     assert torch.equal(y, linear_coded(x, codes, every, None, None, None, "int8:row:fp32", 96))
 
 
-@pytest.mark.parametrize("format", ["int4:32:asym", "fp8_e4m3:128x128", "nvfp4", "int8:column"])
+@pytest.mark.parametrize("format", ["int4:32:asym", "fp8_e4m3:128x128", "nvfp4", "int8:column", "ternary5:32x32"])
 def test_gradients(format: str) -> None:
     tensors = stored(format, 11, 64)
     x = inputs(5, 64).requires_grad_()
@@ -382,7 +382,7 @@ def test_gradients(format: str) -> None:
     torch.testing.assert_close(bias.grad, grad.sum(0))
 
 
-@pytest.mark.parametrize("format", ["int4:32", "mxfp8_e4m3", "nvfp4"])
+@pytest.mark.parametrize("format", ["int4:32", "mxfp8_e4m3", "nvfp4", "ternary5"])
 def test_compiles_without_a_graph_break(format: str) -> None:
     tensors = stored(format, 11, 64)
     x = inputs(5, 64).requires_grad_()

@@ -18,7 +18,7 @@ from parco.kernels.linear.storage import storage
 FORMATS = [
     *(f"int{bits}:{rest}" for bits in range(2, 9) for rest in ("32", "48:asym", "row:asym")),
     "int8:row", "int8:128", "int8:tensor", "int4:16", "int4:32x32:asym", "int3:160:asym:fp32", "ternary", "ternary:32",
-    "fp4_e2m1", "fp6_e2m3:128", "mxfp4", "mxfp6_e2m3", "nvfp4", "nvfp4:16x16",
+    "ternary5", "fp4_e2m1", "fp6_e2m3:128", "mxfp4", "mxfp6_e2m3", "nvfp4", "nvfp4:16x16",
 ]  # fmt: skip
 
 

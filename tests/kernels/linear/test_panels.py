@@ -5,8 +5,11 @@ import torch
 from torch import Tensor
 
 from parco.formats import Format
+from parco.kernels import table
 from parco.kernels.cast import encode
 from parco.kernels.linear import pack, packs, panels, unpack
+from parco.kernels.linear.prepared import prepared
+from parco.weights import Quantized
 
 SHAPES = [(1, 32), (16, 64), (37, 96), (50, 1280)]
 
@@ -32,6 +35,7 @@ def tensors(format: Format, shape: tuple[int, int]) -> dict[str, Tensor]:
         "fp8_e4m3:row",
         "mxfp8_e4m3",
         "mxfp6_e3m2",
+        "ternary5:32",
     ],
 )
 def test_compiled_packing_is_the_plain_one(name: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,3 +75,29 @@ def test_the_meta_device_has_the_same_shapes() -> None:
     assert {key: value.shape for key, value in unpack(format, shape, packed).items()} == {
         key: value.shape for key, value in meta.items()
     }
+
+
+@pytest.mark.parametrize("rows", [1, 5, 20])
+@pytest.mark.parametrize("columns", [96, 131])
+def test_digits_multiply_as_bits_do(columns: int, rows: int) -> None:
+    """Panels are the same, and so are the products' bits, by rows too, where panels are not possible."""
+    matrix, x = torch.randn(37, columns), torch.randn(rows, columns).bfloat16()
+    specs = [Quantized(name, (37, columns)) for name in ("ternary5", "ternary")]
+    digits, bits = ([spec.encode(matrix), spec.pack(*spec.encode(matrix))] for spec in specs)
+    assert torch.equal(digits[1][0], bits[1][0]) == (columns == 96)
+    products = [spec.apply(x, *tensors) for spec, both in zip(specs, (digits, bits), strict=True) for tensors in both]
+    assert all(torch.equal(product, products[0]) for product in products)
+
+
+def test_explain_says_where_digits_are_rewritten() -> None:
+    (found,) = table.explain(Quantized("ternary5", (32, 96)), rows=2)
+    assert "in panels" in str(found) and "digits" not in str(found)
+    (found,) = table.explain(Quantized("ternary5", (32, 131)), rows=2)
+    assert found.kernel.startswith("int-linear") and "digits written as bits first" in str(found)
+
+
+def test_a_call_that_keeps_addresses_takes_no_digits() -> None:
+    spec = Quantized("ternary5", (32, 96))
+    tensors = spec.encode(torch.randn(32, 96))
+    assert prepared(torch.float32, tensors, None, "ternary5 32x96") is None
+    assert prepared(torch.float32, spec.pack(*tensors), None, "ternary5 32x96") is not None

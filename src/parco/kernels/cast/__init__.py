@@ -9,7 +9,7 @@
 from parco.kernels.cast.codec import Encoded, decode, decode_tensors, encode
 from parco.kernels.cast.delayed import DelayedScaling
 from parco.kernels.cast.hadamard import Hadamard, turned, turned_back
-from parco.kernels.cast.packing import pack, unpack
+from parco.kernels.cast.packing import of_bits, pack, read_codes, to_bits, unpack, write_codes
 from parco.kernels.cast.philox import philox4x32, random_bits
 from parco.kernels.cast.rounding import ROUNDINGS, Rounding, to_power_of_two
 from parco.kernels.cast.transposed import encode_both, encode_transposed
@@ -25,11 +25,15 @@ __all__ = [
     "encode",
     "encode_both",
     "encode_transposed",
+    "of_bits",
     "pack",
     "philox4x32",
     "random_bits",
+    "read_codes",
+    "to_bits",
     "to_power_of_two",
     "turned",
     "turned_back",
     "unpack",
+    "write_codes",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from parco import _C, machine
 from parco.formats import Block, Element, Float, Format, Integer, ScaleE4M3, ScaleE8M0, Table, TensorSpec, parse
 from parco.kernels import table
-from parco.kernels.cast.packing import pack
+from parco.kernels.cast.packing import of_bits, write_codes
 from parco.kernels.cast.philox import random_bits
 from parco.kernels.cast.rounding import ROUNDINGS, Rounding, check_rounding, round_integers, to_codes
 from parco.kernels.cast.scaling import greatest, scale_numbers, scale_reciprocals
@@ -105,7 +105,7 @@ def reference(
             codes = rounded.clamp_(0, form.element.codes - 1).to(torch.uint8)
         else:
             codes = to_codes(numbers, form.element, rounding, random)
-        out[chunk.start : chunk.stop] = pack(codes, form.bits)
+        out[chunk.start : chunk.stop] = write_codes(codes, form)
     return out
 
 
@@ -219,10 +219,9 @@ def launch(
 ) -> Tensor:
     """Run a compiled cast and return the codes. All tensors are contiguous; `scale` is written unless it is given."""
     shape = (x.shape[0], x.shape[1])
-    spec = form.tensors(shape)["codes"]
-    written = torch.empty(spec.shape, dtype=spec.dtype)
+    written = torch.empty(shape[0], -(-shape[1] * form.bits // 8), dtype=torch.uint8)
     function(prepare(form, x, shape, written, scale, zero, global_scale, rounding, seed, rule))
-    return written
+    return of_bits(written, form, shape[1])
 
 
 def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
@@ -296,7 +295,7 @@ def cast_codes(
     rounding: Rounding,
     seed: int,
 ) -> Tensor:
-    """The packed codes uint8 [N, ceil(K·bits/8)] of x [N, K] in `format` under scales in its stored shape and dtype,
+    """The stored codes uint8 [N, bytes of a row] of x [N, K] in `format` under scales in its stored shape and dtype,
     None for those that it has not. `seed` in [0, 2⁶⁴). Raises ValueError or TypeError naming the argument.
     """
     return torch.ops.parco.cast_codes.default(x, scale, zero, global_scale, format, rounding, signed(seed))

@@ -11,7 +11,7 @@ from parco import _C, machine
 from parco.formats import E4M3, E5M2, Element, Format, Integer
 from parco.kernels import table
 from parco.kernels.cast.codes import check_given
-from parco.kernels.cast.packing import unpack
+from parco.kernels.cast.packing import read_codes, to_bits
 from parco.kernels.cast.rounding import from_codes
 from parco.kernels.cast.scaling import scale_numbers
 from parco.kernels.cast.tiles import row_chunks, scale_rows, spread, tile, untile
@@ -79,7 +79,7 @@ def dequantize(form: Format, shape: tuple[int, int], tensors: Mapping[str, Tenso
     scale = scale_numbers(form, tensors)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     for chunk in row_chunks(shape, form.block):
-        numbers = unpack(codes[chunk.start : chunk.stop], form.bits, shape[1])
+        numbers = read_codes(codes[chunk.start : chunk.stop], form, shape[1])
         part = scale_rows(chunk, form.block)
         if form.is_asymmetric:
             tiles = tile(numbers.to(torch.float32), form.block) - spread(tensors["zero"][part])
@@ -136,7 +136,7 @@ def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
         dtype: torch.dtype,
     ) -> Tensor:
         form = Format.parse(format)
-        codes = codes.contiguous()
+        codes = to_bits(codes, form, columns).contiguous()
         scale = None if scale is None else scale.contiguous()
         zero = None if zero is None else zero.contiguous()
         rows = codes.shape[0]
@@ -164,6 +164,10 @@ def _refuses(call: DecodeCall) -> str | None:
     return None if call.dtype in TYPES else f"it writes no {call.dtype}"
 
 
+def _refuses_triton(call: DecodeCall) -> str | None:
+    return launch.refuses_digits(call.format) or _refuses(call)
+
+
 table.register(
     table.Operation(
         "decode_codes",
@@ -172,7 +176,7 @@ table.register(
             table.Kernel("decode-avx512", "avx512", _compiled(_C.decode_avx512), _refuses),
             table.Kernel("decode-avx2", "avx2", _compiled(_C.decode_avx2), _refuses),
             table.Kernel("decode-generic", "generic", _compiled(_C.decode_generic), _refuses),
-            table.Kernel("decode-triton", table.TRITON, launch.decode_codes, _refuses),
+            table.Kernel("decode-triton", table.TRITON, launch.decode_codes, _refuses_triton),
             table.Kernel("decode-torch", table.TORCH, reference),
         ),
     )
@@ -208,7 +212,7 @@ def decode_codes(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The numbers [N, columns] of packed codes uint8 [N, ceil(columns·bits/8)] in `format` under scales in its stored
+    """The numbers [N, columns] of stored codes uint8 [N, bytes of a row] in `format` under scales in its stored
     shape and dtype, None for those that it has not: code times scale in fp32, rounded once to `dtype`. Raises
     ValueError or TypeError naming the argument.
     """

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from parco import _C, machine
 from parco.formats import Format
 from parco.kernels import table
+from parco.kernels.cast import to_bits
 from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate, undispatched
 from parco.kernels.linear import coded, dense, int8, reference
 from parco.kernels.linear.gradient import times_matrix
@@ -254,15 +255,28 @@ def addresses(places: list[int], tensors: Sequence[Tensor]) -> list[int]:
     return found
 
 
+def digits(call: ChainCall) -> dict[int, Factor]:
+    """The factors whose codes are written as bits before kernels read them, by where these are among the tensors."""
+    found, at, packed = dict[int, Factor](), 0, iter(call.packed)
+    for factor in itertools.chain(*parse(call.plan)):
+        if not next(packed) and Format.parse(factor.format).per_byte:
+            found[at] = factor
+        at += len(_names(factor.format))
+    return found
+
+
 def _settle(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, plan: str) -> Launch:
     """The launch for tensors of these shapes and dtypes. It keeps none of them."""
     call = describe(x, tensors, bias, plan)
     chain, places = compiled_chain(call, tensors, bias)
     shape, rows = (*x.shape[:-1], parse(plan)[0][0].outputs), call.rows
+    rewritten = digits(call)
 
     def launch(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         # Names are held until the kernels return: the addresses are of these tensors.
         x, held = x.contiguous(), [tensor.contiguous() for tensor in tensors]
+        for at, factor in rewritten.items():
+            held[at] = to_bits(held[at], Format.parse(factor.format), factor.columns)
         bias = None if bias is None else bias.contiguous()
         y = x.new_empty(shape)
         others = (0 if bias is None else bias.data_ptr(), x.data_ptr(), y.data_ptr())

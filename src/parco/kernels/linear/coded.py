@@ -19,6 +19,7 @@ from torch import Tensor
 from parco import _C, machine
 from parco.kernels import table
 from parco.kernels.activations import NONE
+from parco.kernels.cast import to_bits
 from parco.kernels.library import LIBRARY, check_float, undispatched
 from parco.kernels.linear import epilogue, reference
 from parco.kernels.linear.gradient import differentiate_coded
@@ -48,6 +49,7 @@ class CodedCall(NamedTuple):
         return (
             f"{self.rows} rows of {self.dtype}{' as int8' if self.int8 else ''} x {self.format} "
             f"{self.outputs}x{self.columns}{' in panels' if self.packed else ''}, {torch.get_num_threads()} threads"
+            f"{', digits written as bits first' if storage(self.format).rewrites(self.packed) else ''}"
         )
 
 
@@ -175,6 +177,7 @@ class Compiled:
         function, outputs, columns = self.function, rows_of(codes, outputs), x.shape[-1]
         shape = (*x.shape[:-1], outputs)
         rows, packed = x.numel() // columns, is_packed(codes)
+        rewrites = stored.rewrites(packed)
         settled = settle(
             stored,
             rows,
@@ -200,6 +203,8 @@ class Compiled:
         ) -> Tensor:
             # Names are held until the kernel returns: the addresses are of these tensors.
             x, codes = x.contiguous(), codes.contiguous()
+            if rewrites:
+                codes = to_bits(codes, stored.format, columns)
             scale = None if scale is None else scale.contiguous()
             zero = None if zero is None else zero.contiguous()
             bias = None if bias is None else bias.contiguous()

@@ -23,6 +23,7 @@ class EmbeddingCall(NamedTuple):
     outputs: int
     columns: int
     format: str
+    packed: bool = False
 
     def __str__(self) -> str:
         return f"{self.rows} rows of {self.format} {self.outputs}x{self.columns}, as {self.dtype}"
@@ -40,9 +41,8 @@ def describe(
     outputs: int = 0,
 ) -> EmbeddingCall:
     """The table's key of a call."""
-    return EmbeddingCall(
-        codes.device.type, machine.isa(), dtype, indices.numel(), rows_of(codes, outputs), columns, format
-    )
+    shape = (indices.numel(), rows_of(codes, outputs), columns)
+    return EmbeddingCall(codes.device.type, machine.isa(), dtype, *shape, format, is_packed(codes))
 
 
 def check(
@@ -99,6 +99,8 @@ def _compiled(
 
 def _refuses(call: EmbeddingCall) -> str | None:
     stored = storage(call.format)
+    if stored.rewrites(call.packed):
+        return "it reads bits, not digits: all rows would be rewritten for some"
     return "each column has a scale of its own" if stored.by_column else stored.refusal
 
 

@@ -8,7 +8,8 @@ than one, become [⌈N/16⌉, G, 16]; the last panel is filled with zeros. All e
 A stream of 3, 5 or 6 bits a code is first cut into planes, 32 codes at a time: the low 2 bits of 3, or the low 4 bits,
 of all 32 in a stream; then what is left, in the order in which kernels bring 4 codes to their bytes by one shift.
 
-Bits only change places, so packing loses nothing and is undone before a file is written.
+Bits only change places, so packing loses nothing and is undone before a file is written. Digits (ternary5) become the
+bits of ternary, so that panels of both are the same, and become digits again.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from parco import _C
 from parco.formats import Format, TensorSpec
-from parco.kernels.cast import packing
+from parco.kernels.cast import of_bits, packing, to_bits
 from parco.kernels.library import untraced
 
 PANEL_ROWS = 16
@@ -53,8 +54,7 @@ def specs(format: Format, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         for name, spec in found.items()
         if name in _moved(format, shape)
     }
-    codes = found["codes"]
-    panel = TensorSpec((count, codes.shape[1] // DWORD, PANEL_ROWS * DWORD), codes.dtype)
+    panel = TensorSpec((count, shape[1] * format.bits // 32, PANEL_ROWS * DWORD), found["codes"].dtype)
     return found | moved | {"codes": panel}
 
 
@@ -62,9 +62,9 @@ def pack(format: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor]) 
     """The tensors of `Format.tensors` as panels. ValueError where a row is not whole dwords, or runs where there are
     planes.
     """
-    codes = tensors["codes"]
     if not fills(format.bits, shape[1]):
         raise ValueError(f"pack: a row of {shape[1]} codes of {format} is not cut into whole dwords")
+    codes = to_bits(tensors["codes"], format, shape[1])
     packed = {name: _turned(tensors[name]) for name in _moved(format, shape) if name in tensors}
     return {**tensors, **packed, "codes": _panels(codes.contiguous(), format.bits, shape[1])}
 
@@ -85,7 +85,8 @@ def _panels(codes: Tensor, bits: int, columns: int) -> Tensor:
 def unpack(format: Format, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What `pack` was given."""
     plain = {name: _back(tensors[name], shape[0]) for name in _moved(format, shape) if name in tensors}
-    return {**tensors, **plain, "codes": _rows(tensors["codes"].contiguous(), format.bits, shape)}
+    codes = _rows(tensors["codes"].contiguous(), format.bits, shape)
+    return {**tensors, **plain, "codes": of_bits(codes, format, shape[1])}
 
 
 def _rows(panels: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:

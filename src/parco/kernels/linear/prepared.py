@@ -12,14 +12,16 @@ from parco.kernels.linear import chain
 
 def prepared(dtype: torch.dtype, tensors: Sequence[Tensor], bias: Tensor | None, plan: str) -> _C.Chain | None:
     """`linear_chain` of one row of `dtype` by the kernels that the operations of its factors would choose, or None
-    where one of them is no compiled kernel. It keeps the tensors' addresses and not the tensors. Raises as the
-    operation does.
+    where one of them is no compiled kernel, or codes are not yet as kernels read them. It keeps the tensors' addresses
+    and not the tensors. Raises as the operation does.
     """
     x = torch.empty(1, chain.parse(plan)[0][-1].columns, dtype=dtype, device="meta")
     chain.check(x, tensors, bias, plan)
     call = chain.describe(x, tensors, bias, plan)._replace(device=tensors[0].device.type)
     kept = (*tensors, *(() if bias is None else (bias,)))
     if table.choose(chain.NAME, call).isa == table.TORCH or not all(tensor.is_contiguous() for tensor in kept):
+        return None
+    if chain.digits(call):
         return None
     found, places = chain.compiled_chain(call, tensors, bias)
     return found.placed(chain.addresses(places, tensors), 0 if bias is None else bias.data_ptr())

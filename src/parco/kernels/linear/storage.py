@@ -68,6 +68,10 @@ class Storage:
             return f"groups of {group} columns are no multiple of {VECTOR}"
         return None
 
+    def rewrites(self, packed: bool) -> bool:
+        """Whether a call writes the codes as bits before kernels read them: rows of digits, unless `packed`."""
+        return bool(self.format.per_byte) and not packed
+
     @property
     def widens(self) -> bool:
         """Whether vectors widen the codes to fp32."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from parco import _C, machine
 from parco.formats import Format
+from parco.kernels.cast import to_bits
 from parco.kernels.cast.codes import check_given
 from parco.kernels.cast.decoding import layout
 from parco.kernels.library import TYPES, check_float, differentiate, number_of_scales
@@ -37,6 +38,7 @@ class SparseCall(NamedTuple):
         return (
             f"{self.rows} rows of {self.dtype} x {self.format} {self.outputs}x{self.columns}, {self.kept} kept of "
             f"each row{blocks}, {torch.get_num_threads()} threads"
+            f"{', digits written as bits first' if Format.parse(self.format).per_byte else ''}"
         )
 
 
@@ -110,6 +112,7 @@ def compiled(kernel: Callable[..., int], name: str) -> Callable[..., Tensor]:
         block = 0 if where.dtype == torch.uint8 else size
         kept = where.shape[1] * block if block else size
         outputs = values.shape[0]
+        values = to_bits(values, Format.parse(format), kept)
         y = x.new_empty((*x.shape[:-1], outputs))
         stored = codes(format, kept, None if scale is None else scale.dtype)
         wrong = kernel(

@@ -42,7 +42,13 @@ def refuses_codes(format: str, dtype: torch.dtype) -> str | None:
     """Why a cast is left to the reference, or None."""
     if isinstance(Format.parse(format).element, Table):
         return "it rounds to no table"
-    return refuses_dtype(dtype)
+    return refuses_digits(format) or refuses_dtype(dtype)
+
+
+def refuses_digits(format: str) -> str | None:
+    """Why codes that are no streams of bits are left to the reference, or None."""
+    per_byte = Format.parse(format).per_byte
+    return f"its codes are bits, not {per_byte} digits to a byte" if per_byte else None
 
 
 def refuses_dtype(dtype: torch.dtype) -> str | None:
