@@ -32,7 +32,15 @@ STORED = {
     "int2:32": "Q4_0",
     "mxfp4": "MXFP4",
 }
-ROUNDED = {"ternary": "TQ2_0", "ternary:row": "TQ2_0", "int8:row": "Q8_0", "int4:32:asym": "Q4_1", "int4:32x32": "Q4_0"}
+ROUNDED = {
+    "ternary": "TQ2_0",
+    "ternary:row": "TQ2_0",
+    "ternary5": "TQ1_0",
+    "ternary5:row": "TQ1_0",
+    "int8:row": "Q8_0",
+    "int4:32:asym": "Q4_1",
+    "int4:32x32": "Q4_0",
+}
 
 
 def model(architecture: str = "llama", **changes: Any) -> Any:

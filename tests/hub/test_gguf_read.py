@@ -275,7 +275,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
             UP: (gguf.quants.quantize(torch.ones(512, 256).numpy(), gguf.GGMLQuantizationType.Q5_0),
                  gguf.GGMLQuantizationType.Q5_0),
         }),
-        f"{UP}: it is of the type Q5_0, and parco reads F32, F16, BF16, Q8_0, Q4_0, Q4_1, TQ2_0, MXFP4",
+        f"{UP}: it is of the type Q5_0, and parco reads F32, F16, BF16, Q8_0, Q4_0, Q4_1, TQ2_0, TQ1_0, MXFP4",
     ),
     "a tokenizer": (lambda values, tensors: values.update({"tokenizer.ggml.pre": "viking"}), "'viking'"),
     "no tokenizer": (lambda values, tensors: values.update({"tokenizer.ggml.model": "none"}), "tokenizer is 'none'"),

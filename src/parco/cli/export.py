@@ -28,8 +28,8 @@ def export(
         typer.Option(
             metavar="TYPE",
             show_default=False,
-            help="With --to gguf: round all matrices to F32, F16, BF16, Q8_0, Q4_0, Q4_1, TQ2_0 or MXFP4. Without it "
-            "each keeps its numbers.",
+            help="With --to gguf: round all matrices to F32, F16, BF16, Q8_0, Q4_0, Q4_1, TQ2_0, TQ1_0 or MXFP4. "
+            "Without it each keeps its numbers.",
         ),
     ] = None,
     ends: Annotated[

@@ -1,6 +1,7 @@
 """Matrices in GGML's types, the ones that llama.cpp computes with.
 
-Each type cuts a row into blocks of 32 numbers (TQ2_0: of 256) and puts a block's scale and its codes side by side:
+Each type cuts a row into blocks of 32 numbers (TQ1_0 and TQ2_0: of 256) and puts a block's scale and its codes side by
+side:
 
 | type | block, in bytes | number |
 | --- | --- | --- |
@@ -8,12 +9,15 @@ Each type cuts a row into blocks of 32 numbers (TQ2_0: of 256) and puts a block'
 | Q4_0 | d, 16 bytes of nibbles q | d · (q − 8) |
 | Q4_1 | d, fp16 m, 16 bytes | d · q + m |
 | TQ2_0 | 64 bytes of pairs of bits q, d | d · (q − 1) |
+| TQ1_0 | 52 bytes of digits q of base 3, d | d · (q − 1) |
 | MXFP4 | e8m0 scale, 16 bytes of e2m1 | as OCP MX |
 
-Byte i of 16 holds the numbers i and i + 16; byte i of each 32 of TQ2_0 holds i, i + 32, i + 64 and i + 96 of 128. A
-Weight whose codes and scales fit a type is rearranged, and both stand for the same numbers, which holds for the way
-back too. Q4_1's m is seldom a whole multiple of d, as zero points are: then a matrix is the sum of d · q and of m, a
-product of low rank whose right factor says to which block a column belongs. Source: ggml-common.h and ggml-quants.c.
+Byte i of 16 holds the numbers i and i + 16; byte i of each 32 of TQ2_0 holds i, i + 32, i + 64 and i + 96 of 128. Of
+TQ1_0 the first 32 bytes hold 5 of 160 so, 32 apart, the next 16 5 of 80 and the last 4 4 of 16: 256/243 times the
+number whose digits they are, the first counting 81, rounded up. A Weight whose codes and scales fit a type is
+rearranged, and both stand for the same numbers, which holds for the way back too. Q4_1's m is seldom a whole multiple
+of d, as zero points are: then a matrix is the sum of d · q and of m, a product of low rank whose right factor says to
+which block a column belongs. Source: ggml-common.h and ggml-quants.c.
 """
 
 from __future__ import annotations
@@ -24,14 +28,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from parco.formats import DTYPE_NAMES, E2M1, TERNARY, Format, Integer, ScaleAbsmax, ScaleAbsmean, ScaleE8M0, ScaleRange
-from parco.kernels.cast import pack, unpack
+from parco.formats import (
+    DTYPE_NAMES,
+    E2M1,
+    TERNARIES,
+    TERNARY5,
+    Format,
+    Integer,
+    ScaleAbsmax,
+    ScaleAbsmean,
+    ScaleE8M0,
+    ScaleRange,
+)
+from parco.kernels.cast import pack, read_codes, unpack, write_codes
 from parco.weights import Dense, LowRank, Quantized, Sum, Weight
 
 if TYPE_CHECKING:
     import numpy
 
-BLOCK = {"F32": 1, "F16": 1, "BF16": 1, "Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "TQ2_0": 256, "MXFP4": 32}
+BLOCK = {"F32": 1, "F16": 1, "BF16": 1, "Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "TQ2_0": 256, "TQ1_0": 256, "MXFP4": 32}
 """The types that are written, and the columns that share a block of each; a row is whole blocks."""
 
 _DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -57,8 +72,8 @@ def type_of(spec: Weight) -> str:
 def _candidates(form: Format) -> tuple[str, ...]:
     """The types that can tell the codes of `form` apart, the smallest first."""
     match form.element, form.scale:
-        case Integer() as element, ScaleAbsmean() if element == TERNARY:
-            return "TQ2_0", "Q4_0"
+        case Integer() as element, ScaleAbsmean() if element in TERNARIES:
+            return "TQ1_0" if element == TERNARY5 else "TQ2_0", "Q4_0"
         case Integer() as element, ScaleAbsmax():
             return ("Q4_0",) if element.bits <= 4 else ("Q8_0",)
         case Integer() as element, ScaleRange() if element.bits <= 4:
@@ -86,7 +101,7 @@ def rearranged(spec: Weight, tensors: Mapping[str, Tensor], round_scales: bool =
             *(each[..., None].view(torch.uint8) for each in (scale, least)), _nibbles(unpack(codes, 4, spec.shape[1]))
         )
     assert isinstance(spec, Quantized)
-    codes = unpack(tensors["codes"], spec.format.bits, spec.shape[1])
+    codes = read_codes(tensors["codes"], spec.format, spec.shape[1])
     scale = _per_block(spec, tensors["scale"], BLOCK[name])
     if name == "MXFP4":
         return _side_by_side(scale[..., None], _nibbles(codes))
@@ -100,8 +115,8 @@ def rearranged(spec: Weight, tensors: Mapping[str, Tensor], round_scales: bool =
     if name == "Q8_0":
         integers = (codes.to(torch.int16) - offset).to(torch.int8).view(torch.uint8)
         return _side_by_side(stored, integers.reshape(*scale.shape, 32))
-    if name == "TQ2_0":
-        return _side_by_side(_pairs(codes), stored)
+    if name in ("TQ1_0", "TQ2_0"):
+        return _side_by_side(_pairs(codes) if name == "TQ2_0" else _digits(codes), stored)
     return _side_by_side(stored, _nibbles(codes + (8 - offset)))
 
 
@@ -135,6 +150,23 @@ def _pairs(codes: Tensor) -> Tensor:
     """uint8 [N, K] -> uint8 [N, K / 256, 64]."""
     parts = codes.reshape(codes.shape[0], -1, 2, 4, 32).unbind(3)
     return (parts[0] | (parts[1] << 2) | (parts[2] << 4) | (parts[3] << 6)).flatten(2)
+
+
+_RUNS = ((32, 5), (16, 5), (4, 4))
+"""Bytes of a block of TQ1_0 that hold as many digits, and how many."""
+
+
+def _digits(codes: Tensor) -> Tensor:
+    """uint8 [N, K] -> uint8 [N, K / 256, 52]."""
+    blocks = codes.reshape(codes.shape[0], -1, 256).to(torch.int32)
+    found: list[Tensor] = []
+    start = 0
+    for size, count in _RUNS:
+        run = blocks[..., start : start + size * count].unflatten(-1, (count, size))
+        number = (run * torch.tensor([81, 27, 9, 3, 1])[:count, None]).sum(-2)
+        found.append((number * 256 + 242) // 243)
+        start += size * count
+    return torch.cat(found, dim=-1).to(torch.uint8)
 
 
 def _side_by_side(*parts: Tensor) -> Tensor:
@@ -172,6 +204,8 @@ def weight(data: Tensor, name: str, columns: int) -> tuple[Weight, tuple[Tensor,
         return spec, (pack(_of_nibbles(blocks[..., 1:]), 4), blocks[..., 0].contiguous())
     if name == "TQ2_0":
         return spec, (pack(_of_pairs(blocks[..., :64]), 2), _numbers(blocks[..., 64:]))
+    if name == "TQ1_0":
+        return spec, (write_codes(_of_digits(blocks[..., :52]), spec.format), _numbers(blocks[..., 52:]))
     scale = _numbers(blocks[..., :2])
     if name == "Q8_0":
         return spec, ((blocks[..., 2:] ^ 128).reshape(rows, columns), scale)
@@ -184,6 +218,7 @@ _FORMATS = {
     "Q4_0": "int4:32:fp16",
     "Q4_1": "int4:32:asym:fp16",
     "TQ2_0": "ternary:256:fp16",
+    "TQ1_0": "ternary5:256:fp16",
     "MXFP4": "mxfp4",
 }
 
@@ -229,3 +264,11 @@ def _of_pairs(parts: Tensor) -> Tensor:
     bytes_of_half = parts.reshape(*parts.shape[:2], 2, 1, 32)
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
     return ((bytes_of_half >> shifts) & 3).flatten(1)
+
+
+def _of_digits(parts: Tensor) -> Tensor:
+    """uint8 [N, B, 52] -> uint8 [N, 256 B]."""
+    found: list[Tensor] = []
+    for part, (_, count) in zip(parts.to(torch.int32).split([size for size, _ in _RUNS], -1), _RUNS, strict=True):
+        found += [(part * 3**i % 256 * 3) >> 8 for i in range(count)]
+    return torch.cat(found, dim=-1).to(torch.uint8).flatten(1)

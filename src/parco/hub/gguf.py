@@ -65,11 +65,11 @@ def save_gguf(
 
     type: None writes every matrix as it is stored, in the smallest type that holds its numbers: dense ones in their
     dtype, groups of a multiple of 32 integers as Q4_0 (up to 4 bits), Q4_1 (with zero points) or Q8_0, ternary ones as
-    TQ2_0 (rows of a multiple of 256), mxfp4 as MXFP4. "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "TQ2_0" or "MXFP4"
-    rounds the numbers of all matrices to that type. ends: another type for the embedding and the head. round_scales:
-    with None, whether scales may be rounded to fp16, GGML's only dtype of scales; those that parco makes for groups are
-    bf16, which fp16 mostly holds. Norms and biases are fp32. tokenizer: None leaves the text to the reader; token
-    numbers stay.
+    TQ2_0 and five of them to a byte as TQ1_0 (rows of a multiple of 256), mxfp4 as MXFP4. "F32", "F16", "BF16", "Q8_0",
+    "Q4_0", "Q4_1", "TQ2_0", "TQ1_0" or "MXFP4" rounds the numbers of all matrices to that type. ends: another type for
+    the embedding and the head. round_scales: with None, whether scales may be rounded to fp16, GGML's only dtype of
+    scales; those that parco makes for groups are bf16, which fp16 mostly holds. Norms and biases are fp32. tokenizer:
+    None leaves the text to the reader; token numbers stay.
 
     Raises ImportError without the library `gguf`; ValueError, with the name of the matrix, where a type cannot hold
     what is stored, for adapters, an unknown type, another architecture, variants that llama.cpp computes otherwise, and

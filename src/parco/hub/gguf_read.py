@@ -41,7 +41,7 @@ class GgufModel(NamedTuple):
 
 def read_gguf(file: Path) -> GgufModel:
     """The model in a GGUF file of a Llama (Mistral), Qwen2 or Qwen3, in the types F32, F16, BF16, Q8_0, Q4_0, Q4_1,
-    TQ2_0 and MXFP4.
+    TQ2_0, TQ1_0 and MXFP4.
 
     Raises ImportError without the library `gguf`; ValueError, in one line that names the file (and the tensor), for
     one that is truncated or no GGUF file, another architecture, another type, tensors that do not fit, and a tokenizer
