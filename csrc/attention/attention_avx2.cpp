@@ -2,13 +2,8 @@
 #include "rowwise/vector_avx2.h"
 
 namespace parco::attention {
-namespace {
 
-struct V256 : rowwise::V256 {
-  using Random = PlainRandom;
-};
-
-}  // namespace
+using rowwise::V256;
 
 void attention_avx2(const Forward& call) { attention<V256>(call); }
 void attention_grad_avx2(const Backward& call) { attention_grad<V256>(call); }

@@ -2,13 +2,8 @@
 #include "rowwise/vector_generic.h"
 
 namespace parco::attention {
-namespace {
 
-struct V1 : rowwise::V1 {
-  using Random = PlainRandom;
-};
-
-}  // namespace
+using rowwise::V1;
 
 void attention_generic(const Forward& call) { attention<V1>(call); }
 void attention_grad_generic(const Backward& call) { attention_grad<V1>(call); }

@@ -91,33 +91,21 @@ class Marks {
 template <class Random>
 class Factors {
  public:
-  explicit Factors(const Forward& call)
-      : call_(call),
-        least_(static_cast<std::uint32_t>(call.p * 4294967296.0)),
-        kept_(static_cast<float>(1 / (1 - call.p))) {}
+  explicit Factors(const Forward& call) : call_(call), kept_(call.p) {}
 
   // Of the query in row `row` for the keys of a tile; null without dropout.
   const float* of_row(std::int64_t row, std::int64_t key) {
     if (call_.p <= 0) return nullptr;
-    Random(call_.seed, row).draw(key, bits_);
-    for (std::int64_t k = 0; k < tile; k++) row_[k] = bits_[k] < least_ ? 0.0f : kept_;
+    Random(call_.seed, row).template draw<tile>(key, bits_);
+    kept_.template factors<tile>(bits_, row_);
     return row_;
   }
 
  private:
   const Forward& call_;
-  std::uint32_t least_;
-  float kept_;
+  cast::Kept kept_;
   alignas(64) std::uint32_t bits_[tile];
   alignas(64) float row_[tile];
-};
-
-// Of one row, as the casts draw it.
-struct PlainRandom {
-  std::uint64_t seed;
-  std::int64_t row;
-  PlainRandom(std::uint64_t seed, std::int64_t row) : seed(seed), row(row) {}
-  void draw(std::int64_t key, std::uint32_t* to) const { cast::draw<tile>(seed, row, key, to); }
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Scaled numbers into codes, 16 at a time, with AVX-512: the bits of cast_engine.h for numbers that are finite.
 #pragma once
 #include "cast/cast.h"
+#include "cast/philox.h"
 #include "linear/avx512.h"
 
 namespace parco::cast::avx512 {
@@ -131,61 +132,30 @@ inline void store_codes(__m512i bytes, int bits, std::uint8_t* to) {
   }
 }
 
-// Philox4x32-10 of the elements of one row. Of its counter (row, k / 4, row >> 32, 0) only the second word differs
-// along a row, so the first rounds are in part the same for all.
-class Random {
- public:
-  Random(std::uint64_t seed, std::int64_t row) {
-    std::uint32_t key[2] = {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)};
-    for (auto& of_round : keys) {
-      of_round[0] = key[0], of_round[1] = key[1];
-      key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
-    }
-    const std::uint64_t product0 = (row & 0xffffffff) * multiplier0;
-    const std::uint64_t product1 = (static_cast<std::uint64_t>(row) >> 32) * multiplier1;
-    first0 = (product1 >> 32) ^ keys[0][0];
-    const std::uint64_t word2 = (product0 >> 32 ^ keys[0][1]) * multiplier1;
-    second2 = (product0 & 0xffffffff) ^ keys[1][1];
-    const std::uint64_t word0 = (word2 >> 32 ^ (product1 & 0xffffffff) ^ keys[1][0]) * multiplier0;
-    third0 = (word2 & 0xffffffff) ^ keys[2][0];
-    third2 = (word0 >> 32) ^ keys[2][1];
-    third3 = word0 & 0xffffffff;
+// Eight words in the low halves of 64-bit lanes, which is all that products read.
+struct Words {
+  using I = __m512i;
+  static constexpr int lanes = 8;
+
+  static I set(std::uint64_t word) { return _mm512_set1_epi64(static_cast<std::int64_t>(word)); }
+  static I multiply(I a, I b) { return _mm512_mul_epu32(a, b); }
+  static I high(I a) { return _mm512_srli_epi64(a, 32); }
+  static I differ(I a, I b) { return _mm512_xor_si512(a, b); }
+  static I differ(I a, I b, I c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+  // word, word + 1 ... in the order in which `store` puts them in theirs.
+  static I count_from(std::uint64_t word) {
+    return _mm512_add_epi64(set(word), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
   }
-
-  // Of elements [k, k + 64), 16 to a vector; k is a multiple of 4.
-  void draw(std::int64_t k, __m512i* to) const {
-    draw_half(k, to);
-    draw_half(k + 32, to + 2);
-  }
-
- private:
-  static constexpr std::uint64_t multiplier0 = 0xD2511F53u, multiplier1 = 0xCD9E8D57u;
-  std::uint64_t keys[10][2], first0, second2, third0, third2, third3;
-
-  // Words lie in the low halves of 64-bit lanes, which is all that products read; the high halves hold anything.
-  void draw_half(std::int64_t k, __m512i* to) const {
-    const __m512i by0 = _mm512_set1_epi64(multiplier0), by1 = _mm512_set1_epi64(multiplier1);
-    const auto set = [](std::uint64_t word) { return _mm512_set1_epi64(static_cast<std::int64_t>(word)); };
-    // In this order the last interleaving puts the counters in theirs.
-    const __m512i counter =
-        _mm512_add_epi64(set(static_cast<std::uint64_t>(k / 4)), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
-    __m512i product0 = _mm512_mul_epu32(_mm512_xor_si512(counter, set(first0)), by0);
-    __m512i word2 = _mm512_xor_si512(_mm512_srli_epi64(product0, 32), set(second2));
-    __m512i product1 = _mm512_mul_epu32(word2, by1);
-    __m512i word0 = _mm512_xor_si512(_mm512_srli_epi64(product1, 32), set(third0)), word1 = product1;
-    word2 = _mm512_xor_si512(product0, set(third2));
-    __m512i word3 = set(third3);
-    for (int round = 3; round < 10; round++) {
-      product0 = _mm512_mul_epu32(word0, by0), product1 = _mm512_mul_epu32(word2, by1);
-      word0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product1, 32), word1, set(keys[round][0]), 0x96);
-      word2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product0, 32), word3, set(keys[round][1]), 0x96);
-      word1 = product1, word3 = product0;
-    }
-    const __m512i first = _mm512_mask_shuffle_epi32(word0, 0xaaaa, word1, _MM_PERM_CCAA);
-    const __m512i second = _mm512_mask_shuffle_epi32(word2, 0xaaaa, word3, _MM_PERM_CCAA);
-    to[0] = _mm512_unpacklo_epi64(first, second), to[1] = _mm512_unpackhi_epi64(first, second);
+  // The four words of each lane beside each other.
+  static void store(I word0, I word1, I word2, I word3, std::uint32_t* to) {
+    const I first = _mm512_mask_shuffle_epi32(word0, 0xaaaa, word1, _MM_PERM_CCAA);
+    const I second = _mm512_mask_shuffle_epi32(word2, 0xaaaa, word3, _MM_PERM_CCAA);
+    _mm512_store_si512(to, _mm512_unpacklo_epi64(first, second));
+    _mm512_store_si512(to + 16, _mm512_unpackhi_epi64(first, second));
   }
 };
+
+using Random = VectorRandom<Words>;
 
 }  // namespace
 }  // namespace parco::cast::avx512

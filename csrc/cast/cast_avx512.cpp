@@ -102,7 +102,8 @@ class Rows {
       avx512::scale_numbers(x_at(n, start), call.x_type, how, numbers, shift, scales, x);
       for (std::int64_t j = 0; j < numbers; j += step, to += step * element.bits / 8) {
         __m512i drawn[4] = {}, codes[4];
-        if constexpr (rounding == Rounding::stochastic) random.draw(call.first_column + start + j, drawn);
+        if constexpr (rounding == Rounding::stochastic)
+          random.draw<step>(call.first_column + start + j, reinterpret_cast<std::uint32_t*>(drawn));
 #pragma GCC unroll 4
         for (int v = 0; v < 4; v++)
           codes[v] = element.template codes<rounding>(_mm512_load_ps(x + j + 16 * v), drawn[v]);

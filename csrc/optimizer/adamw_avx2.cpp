@@ -1,3 +1,4 @@
+#include "cast/philox_avx2.h"
 #include "linear/avx2.h"
 #include "optimizer/adamw_engine.h"
 
@@ -6,7 +7,7 @@ namespace {
 
 struct V256 : linear::avx2::Arithmetic {
   using I = __m256i;
-  using Random = optimizer::Random;
+  using Random = cast::avx2::Random;
 
   template <Type type>
   static F load(const void* from, std::int64_t index, int count) {

@@ -4,16 +4,9 @@
 namespace parco::optimizer {
 namespace {
 
-struct Random512 : cast::avx512::Random {
-  Random512(std::uint64_t seed, std::uint64_t stream) : cast::avx512::Random(seed, static_cast<std::int64_t>(stream)) {}
-  void draw(std::int64_t k, std::uint32_t* to) const {
-    for (int i = 0; i < block; i += 64) cast::avx512::Random::draw(k + i, reinterpret_cast<__m512i*>(to + i));
-  }
-};
-
 struct V512 : linear::avx512::Arithmetic {
   using I = __m512i;
-  using Random = Random512;
+  using Random = cast::avx512::Random;
 
   static void store_drawn(void* to, std::int64_t index, int count, F value, const std::uint32_t* random) {
     const I pattern = bits(value);

@@ -95,23 +95,16 @@ struct Update {
   }
 };
 
-// Philox as the casts draw it.
-struct Random {
-  std::uint64_t seed;
-  std::int64_t row;
-  Random(std::uint64_t seed, std::uint64_t stream) : seed(seed), row(static_cast<std::int64_t>(stream)) {}
-  void draw(std::int64_t k, std::uint32_t* to) const { cast::draw<block>(seed, row, k, to); }
-};
-
 // Random bits of a span's numbers, if its values take some.
 template <class V, bool drawn>
 class Bits {
  public:
-  Bits(const Adamw& call, const Parameter& own) : random(call.seed, own.stream), offset(own.offset) {}
+  Bits(const Adamw& call, const Parameter& own)
+      : random(call.seed, static_cast<std::int64_t>(own.stream)), offset(own.offset) {}
   void draw(std::int64_t at) {
     const std::int64_t from = offset + at;
-    random.draw(from / 4 * 4, memory), first = memory + from % 4;
-    if (from % 4) random.draw(from / 4 * 4 + block, memory + block);
+    random.template draw<block>(from / 4 * 4, memory), first = memory + from % 4;
+    if (from % 4) random.template draw<block>(from / 4 * 4 + block, memory + block);
   }
   const std::uint32_t* first = nullptr;
 

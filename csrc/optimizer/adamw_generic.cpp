@@ -7,7 +7,7 @@ namespace {
 
 struct V1 : linear::generic::Arithmetic {
   using I = std::uint32_t;
-  using Random = optimizer::Random;
+  using Random = cast::PlainRandom;
 
   static void store_drawn(void* to, std::int64_t index, int, F value, const std::uint32_t* random) {
     const I pattern = bits(value);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cast/philox_avx2.h"
 #include "linear/avx2.h"
 
 namespace parco::rowwise {
@@ -11,6 +12,7 @@ namespace {
 using linear::Type;
 
 struct V256 : linear::avx2::Arithmetic {
+  using Random = cast::avx2::Random;
   using Arithmetic::load, Arithmetic::store;
   template <Type type>
   static F load(const void* from, std::int64_t index, int count) {

@@ -1,6 +1,6 @@
 // The vector type of AVX-512 for rowwise_engine.h and what is made of it. Unnamed: see linear/floats.h.
 #pragma once
-#include "linear/avx512.h"
+#include "cast/avx512_codes.h"
 
 namespace parco::rowwise {
 namespace {
@@ -8,6 +8,8 @@ namespace {
 using linear::Type;
 
 struct V512 : linear::avx512::Arithmetic {
+  using Random = cast::avx512::Random;
+
   template <Type type>
   static F rounded(F value) {
     if constexpr (type == Type::bf16) return linear::avx512::widen_bf16(linear::avx512::narrow_bf16(value));

@@ -1,5 +1,6 @@
 // One number to a vector, for rowwise_engine.h and what is made of it. Unnamed: see linear/floats.h.
 #pragma once
+#include "cast/philox.h"
 #include "linear/generic.h"
 
 namespace parco::rowwise {
@@ -8,6 +9,8 @@ namespace {
 using linear::Type;
 
 struct V1 : linear::generic::Arithmetic {
+  using Random = cast::PlainRandom;
+
   template <Type type>
   static F rounded(F value) {
     char held[4];
