@@ -1,5 +1,5 @@
-// rms_norm, layer_norm, gated and their derivatives, cross_entropy, rotate and attend of parco._C. Tensors come in as
-// addresses; what they must be is checked by parco.kernels.rowwise.
+// rms_norm, layer_norm, gated and their derivatives, cross_entropy, dropout, rotate and attend of parco._C. Tensors
+// come in as addresses; what they must be is checked by parco.kernels.rowwise.
 #include <nanobind/stl/array.h>
 
 #include "linear/coded_bind.h"
@@ -131,6 +131,20 @@ void define_cross_entropy(nb::module_& module, const char* name) {
       "Each row's cross entropy with its label; the logits become its derivative; csrc/rowwise/rowwise.h.");
 }
 
+template <void (*kernel)(const Dropout&)>
+void define_dropout(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](std::uintptr_t x, std::uintptr_t y, std::int64_t rows, std::int64_t columns, std::uint64_t seed, double p,
+         int type, int threads) {
+        run(kernel,
+            Dropout{address<const void>(x), address<void>(y), rows, columns, seed, p, static_cast<Type>(type), threads},
+            rows * columns);
+      },
+      nb::arg("x"), nb::arg("y"), nb::arg("rows"), nb::arg("columns"), nb::arg("seed"), nb::arg("p"), nb::arg("type"),
+      nb::arg("threads"), "y = x, of which the share p is dropped; csrc/rowwise/rowwise.h.");
+}
+
 template <void (*kernel)(const Rotation&)>
 void define_rotation(nb::module_& module, const char* name) {
   using Strides = std::array<std::int64_t, 4>;
@@ -226,6 +240,9 @@ void bind_rowwise(nb::module_& module) {
   define_cross_entropy<cross_entropy_generic>(module, "cross_entropy_generic");
   define_cross_entropy<cross_entropy_avx2>(module, "cross_entropy_avx2");
   define_cross_entropy<cross_entropy_avx512>(module, "cross_entropy_avx512");
+  define_dropout<dropout_generic>(module, "dropout_generic");
+  define_dropout<dropout_avx2>(module, "dropout_avx2");
+  define_dropout<dropout_avx512>(module, "dropout_avx512");
   define_rotation<rotate_generic>(module, "rotate_generic");
   define_rotation<rotate_avx2>(module, "rotate_avx2");
   define_rotation<rotate_avx512>(module, "rotate_avx512");

@@ -67,6 +67,18 @@ struct CrossEntropy {
   int threads;
 };
 
+// y = x with each number 0 where its random bits, those of its row and column under `seed` (cast/philox.h), are below
+// p * 2^32, and 1 / (1 - p) times as much elsewhere.
+struct Dropout {
+  const void* x;
+  void* y;
+  std::int64_t rows, columns;
+  std::uint64_t seed;
+  double p;  // below 1
+  Type type;
+  int threads;
+};
+
 // Heads, the first `columns` numbers of which turn: their two halves are the parts of complex numbers, y = x * cos +
 // (-upper half of x, lower half) * sin. `rest` more follow and are copied. Strides are in numbers.
 struct Heads {
@@ -120,6 +132,9 @@ void gate_avx512(const Gate& call);
 void norm_grad_avx512(const NormGrad& call);
 void gate_grad_avx512(const GateGrad& call);
 void cross_entropy_avx512(const CrossEntropy& call);
+void dropout_generic(const Dropout& call);
+void dropout_avx2(const Dropout& call);
+void dropout_avx512(const Dropout& call);
 void rotate_generic(const Rotation& call);
 void rotate_avx2(const Rotation& call);
 void rotate_avx512(const Rotation& call);

@@ -1,4 +1,5 @@
 #include "rowwise/attention_engine.h"
+#include "rowwise/dropout_engine.h"
 #include "rowwise/gradient_engine.h"
 #include "rowwise/loss_engine.h"
 #include "rowwise/rowwise_engine.h"
@@ -11,6 +12,7 @@ void gate_avx2(const Gate& call) { gate<V256>(call); }
 void norm_grad_avx2(const NormGrad& call) { norm_grad<V256>(call); }
 void gate_grad_avx2(const GateGrad& call) { gate_grad<V256>(call); }
 void cross_entropy_avx2(const CrossEntropy& call) { cross_entropy<V256>(call); }
+void dropout_avx2(const Dropout& call) { dropout<V256>(call); }
 void rotate_avx2(const Rotation& call) { rotate<V256>(call); }
 void attend_avx2(const Attention& call) { attend<V256>(call); }
 void add_avx2(const Sum& call) { add<V256>(call); }

@@ -377,6 +377,15 @@ def cross_entropy_avx512(logits: int, labels: int, factors: int, losses: int, ro
     Each row's cross entropy with its label; the logits become its derivative; csrc/rowwise/rowwise.h.
     """
 
+def dropout_generic(x: int, y: int, rows: int, columns: int, seed: int, p: float, type: int, threads: int) -> None:
+    """y = x, of which the share p is dropped; csrc/rowwise/rowwise.h."""
+
+def dropout_avx2(x: int, y: int, rows: int, columns: int, seed: int, p: float, type: int, threads: int) -> None:
+    """y = x, of which the share p is dropped; csrc/rowwise/rowwise.h."""
+
+def dropout_avx512(x: int, y: int, rows: int, columns: int, seed: int, p: float, type: int, threads: int) -> None:
+    """y = x, of which the share p is dropped; csrc/rowwise/rowwise.h."""
+
 def rotate_generic(q: int, q_stride: Sequence[int], q_heads: int, turned_q: int, k: int, k_stride: Sequence[int], k_heads: int, turned_k: int, cos: int, sin: int, same_angles: bool, batch: int, tokens: int, columns: int, rest: int, type: int, angle_type: int, threads: int) -> None:
     """
     Queries and keys [batch, heads, tokens, columns + rest], of any strides but the last, turned; the results lie as [batch, tokens, heads, ...].

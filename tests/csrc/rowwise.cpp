@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <vector>
 
+#include "cast/philox.h"
 #include "machine/features.h"
 #include "values.h"
 
@@ -185,6 +186,23 @@ void cross_entropies(const char* name, void (*kernel)(const CrossEntropy&), Type
   }
 }
 
+void dropouts(const char* name, void (*kernel)(const Dropout&), Type type) {
+  for (std::int64_t columns : {1, 7, 64, 131, 20001}) {
+    const std::int64_t rows = 5;
+    const std::uint64_t seed = 0x9E3779B97F4A7C15u;
+    Values x(rows * columns, type), y(rows * columns, type);
+    kernel({x.data(), y.data(), rows, columns, seed, 0.25, type, 3});
+    std::vector<double> wanted(rows * columns);
+    for (std::int64_t m = 0; m < rows; m++)
+      for (std::int64_t k = 0; k < columns; k++) {
+        std::uint32_t bits[4];
+        parco::cast::draw<4>(seed, m, k / 4 * 4, bits);
+        wanted[m * columns + k] = bits[k % 4] < 1u << 30 ? 0 : x.exact[m * columns + k] / 0.75;
+      }
+    expect(name, y, wanted, type, 1e-6);
+  }
+}
+
 void rotations(const char* name, void (*kernel)(const Rotation&), Type type) {
   for (std::int64_t columns : {2, 12, 32, 70}) {
     const std::int64_t batch = 2, tokens = 3, rest = columns % 4, width = columns + rest;
@@ -278,6 +296,7 @@ int main() {
     norm_grads("norm gradient generic", norm_grad_generic, type);
     gate_grads("gate gradient generic", gate_grad_generic, type);
     cross_entropies("cross entropy generic", cross_entropy_generic, type);
+    dropouts("dropout generic", dropout_generic, type);
     rotations("rotate generic", rotate_generic, type);
     attentions("attend generic", attend_generic, type);
     sums("add generic", add_generic, type);
@@ -287,6 +306,7 @@ int main() {
       norm_grads("norm gradient avx2", norm_grad_avx2, type);
       gate_grads("gate gradient avx2", gate_grad_avx2, type);
       cross_entropies("cross entropy avx2", cross_entropy_avx2, type);
+      dropouts("dropout avx2", dropout_avx2, type);
       rotations("rotate avx2", rotate_avx2, type);
       attentions("attend avx2", attend_avx2, type);
       sums("add avx2", add_avx2, type);
@@ -297,6 +317,7 @@ int main() {
       norm_grads("norm gradient avx512", norm_grad_avx512, type);
       gate_grads("gate gradient avx512", gate_grad_avx512, type);
       cross_entropies("cross entropy avx512", cross_entropy_avx512, type);
+      dropouts("dropout avx512", dropout_avx512, type);
       rotations("rotate avx512", rotate_avx512, type);
       attentions("attend avx512", attend_avx512, type);
       sums("add avx512", add_avx512, type);

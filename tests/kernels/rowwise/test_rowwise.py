@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parco import machine
 from parco.kernels import table
-from parco.kernels.rowwise import ACTIVATIONS, attend, gated, layer_norm, rms_norm, rotate
+from parco.kernels.rowwise import ACTIVATIONS, attend, dropout, gated, layer_norm, rms_norm, rotate
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -349,11 +349,12 @@ class TestAttend(KernelLaws):
 
 def calls() -> dict[str, Callable[[], Any]]:
     x, weight, heads, angles = inputs(3, 8), inputs(8), inputs(1, 2, 3, 8), inputs(1, 3, 8)
-    query = inputs(1, 4, 8)
+    query, seed = inputs(1, 4, 8), torch.tensor([1])
     return {
         "rms_norm": lambda: rms_norm(x, weight),
         "layer_norm": lambda: layer_norm(x, weight, weight),
         "gated": lambda: gated(x, x, "silu"),
+        "dropout": lambda: dropout(x, seed, 0.5),
         "rotate": lambda: rotate(heads, heads, angles, angles),
         "attend": lambda: attend(query, heads, heads, 0.5),
     }

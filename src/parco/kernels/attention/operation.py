@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from parco import _C, machine
 from parco.kernels import table
-from parco.kernels.cast.philox import random_bits
+from parco.kernels.cast.philox import dropout_factors
 from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate, undispatched
 
 HOW = "float scale, bool causal, Tensor? mask=None, Tensor? seed=None, float p=0.0"
@@ -124,11 +124,10 @@ def _whole(mask: Tensor, q: Tensor, keys: Tensor) -> Tensor:
 
 def _kept(scores: Tensor, how: How) -> Tensor | None:
     """What dropout multiplies the softmaxes of `scores` by: 1 / (1 - p) or 0; None without it."""
-    if not how.p:
+    if not how.p or how.seed is None:
         return None
-    rows = scores.shape[:-1].numel()
-    drawn = random_bits(_number(how.seed), range(rows), scores.shape[-1], device=scores.device)
-    return torch.where(drawn < int(how.p * 2**32), 0.0, 1 / (1 - how.p)).to(torch.float32).reshape(scores.shape)
+    sizes = scores.shape[:-1].numel(), scores.shape[-1]
+    return dropout_factors(how.seed, *sizes, how.p, device=scores.device).reshape(scores.shape)
 
 
 def _number(seed: Tensor | None) -> int:

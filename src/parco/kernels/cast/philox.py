@@ -58,3 +58,11 @@ def random_bits(
     counter = torch.broadcast_tensors(row & WORD, quad, row >> 32, torch.full_like(quad, call))
     words = philox4x32((counter[0], counter[1], counter[2], counter[3]), (seed & WORD, seed >> 32))
     return torch.stack(words, dim=-1).reshape(len(rows), -1)[:, skipped : skipped + len(columns)]
+
+
+def dropout_factors(seed: Tensor, rows: int, columns: int, p: float, *, device: torch.device | None = None) -> Tensor:
+    """What dropout multiplies numbers by, fp32 [rows, columns]: 0 where their bits under `seed`, one int64, are below
+    p·2**32, else 1 / (1 - p), p being below 1.
+    """
+    drawn = random_bits(int(seed) % (1 << 64), range(rows), columns, device=device)
+    return torch.where(drawn < int(p * 2**32), 0.0, 1 / (1 - p)).to(torch.float32)
