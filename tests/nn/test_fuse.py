@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ FUSED = {
     "mistral": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
     "qwen2 tied": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
     "qwen3": {"norm": 9, "gate": 2, "rotation": 2, "layer": 2},
-    "gpt2": {"attention": 2, "dense": 8, "activation": 2, "layer": 2},
+    "gpt2": {"attention": 2, "dense": 8, "activation": 2, "dropout": 7, "layer": 2},
     "gpt-neox": {"rotation": 2, "layer": 2},
     "gemma": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
     "gemma2": {"norm": 9, "gate": 2, "rotation": 2, "layer": 2},
@@ -197,7 +198,7 @@ def test_what_computes_something_else_is_left_and_named() -> None:
     }  # fmt: skip
     made = torch.nn.ModuleDict({**others, "norm": PlainRMSNorm(), "gate": PlainGate()})
     fusion = fuse_(made)
-    assert fusion.fused == {"norm": ("norm",), "gate": ("gate",)}
+    assert fusion.fused == {"norm": ("norm",), "gate": ("gate",), "dropout": ("dropped.dropout",)}
     assert set(fusion.left) == set(others)
     assert "none of silu" in fusion.left["soft"]
     assert "clamp" in fusion.left["clamped"]
@@ -419,6 +420,104 @@ def test_dropout_of_attention_trains_in_tiles(monkeypatch: pytest.MonkeyPatch) -
     # The first query has one key, so half of its draws are 0; the mean of many comes near to what there is without.
     each, mean = apart(found[1], whole), apart(torch.stack(found).mean(0), whole)
     assert 0.01 < mean < each / 2
+
+
+def dropping() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = {"vocab_size": 101, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return t.GPT2LMHeadModel(t.GPT2Config(**config, attn_pdrop=0.0, resid_pdrop=0.1, embd_pdrop=0.1))
+
+
+def operations(run: Callable[[], object]) -> set[str]:
+    """The operations of dropout that a call runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    names = {event.name for event in profile.events()}
+    return {name for name in names if "dropout" in name and name.startswith(("aten::", "parco::"))}
+
+
+def test_dropouts_train_without_a_mask() -> None:
+    made, plain = dropping(), dropping()
+    fusion = fuse_(made)
+    assert len(fusion.fused["dropout"]) == 5  # of embeddings, attention and feed-forward blocks; p of attention is 0
+    assert "dropout       5" in str(fusion)
+    assert list(made.state_dict()) == list(plain.state_dict())
+    tokens = torch.randint(0, 99, (2, 40))
+    whole = plain.eval()(tokens).logits
+    assert apart(made.eval()(tokens).logits, whole) < 2e-6
+    made.train()
+    assert operations(lambda: made(tokens).logits.sum().backward()) == {"parco::dropout"}
+    found, theirs = [], []
+    for seed in (1, 1, *range(2, 42)):
+        torch.manual_seed(seed)
+        found.append(made(tokens).logits.detach())
+        theirs.append(plain.train()(tokens).logits.detach())
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    # As far from what there is without as PyTorch's dropout brings it, each and the mean of many.
+    assert 0.8 < apart(found[1], whole) / apart(theirs[1], whole) < 1.25
+    means = [apart(torch.stack(each).mean(0), whole) for each in (found, theirs)]
+    assert 0.8 < means[0] / means[1] < 1.25
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_activations_drop_the_same_again(reentrant: bool) -> None:
+    made, tokens, gradients = dropping().train(), models.tokens(), []
+    assert fuse_(made).fused["dropout"]
+    for checkpointed in (False, True):
+        if checkpointed:
+            made.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        made.zero_grad()
+        torch.manual_seed(3)
+        made(tokens, labels=tokens, use_cache=False).loss.backward()
+        gradients.append([parameter.grad for parameter in made.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_copies_and_pickles_of_dropouts() -> None:
+    made = torch.nn.Sequential(torch.nn.Dropout(0.3))
+    fuse_(made)
+    x, results = torch.ones(40, 50), []
+    for each in (made, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert type(each[0]).__name__ == "Dropout" and isinstance(each[0], torch.nn.Dropout)
+        assert not fuse_(each).fused
+        torch.manual_seed(5)
+        results.append(each(x))
+        assert operations(lambda each=each: each(x)) == {"parco::dropout"}
+        assert torch.equal(each.eval()(x), x)
+    assert all(torch.equal(each, results[0]) for each in results[1:])
+
+
+class MyDropout(torch.nn.Dropout):
+    pass
+
+
+def test_dropouts_that_are_left() -> None:
+    kinds = {"none": torch.nn.Dropout(0.0), "own": MyDropout(0.5), "inside": torch.nn.Dropout(0.5, inplace=True)}
+    made = torch.nn.ModuleDict({**kinds, "fused": torch.nn.Dropout(0.5), "replaced": torch.nn.Dropout(0.5)})
+    made["replaced"].forward = lambda x: x
+    fusion = fuse_(made)
+    assert fusion.fused == {"dropout": ("fused",)}
+    assert set(fusion.left) == {"inside", "replaced"}
+    fused, plain, x = made["fused"], torch.nn.Dropout(0.5), torch.ones(30, 40)
+
+    def same(run: Callable[[torch.nn.Module], torch.Tensor]) -> bool:
+        results = []
+        for each in (fused, plain):
+            torch.manual_seed(2)
+            results.append(run(each))
+        return torch.equal(*results)
+
+    assert not same(lambda dropout: dropout(x))
+    assert same(lambda dropout: dropout(x.double()))
+    assert same(lambda dropout: torch.func.vmap(dropout, randomness="different")(x))
+    assert same(lambda dropout: torch.compile(dropout, backend="eager", fullgraph=True)(x))
+    assert same(lambda dropout: dropout.eval()(x))
+    fused.train().p = 0.0
+    assert torch.equal(fused(x), x)
+    fused.p, fused.inplace = 0.5, True
+    assert fused(x) is x
+    made["none"].p = 0.5
+    assert fuse_(made).fused == {"dropout": ("none",)}
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from parco.kernels.library import TYPES, transformed
+from parco.kernels.library import TYPES, transformed, untraced
 from parco.kernels.linear import linear_dense
-from parco.kernels.rowwise import ACTIVATIONS, rms_norm
+from parco.kernels.rowwise import ACTIVATIONS, dropout, rms_norm
 from parco.nn import decode, joined, proofs
 from parco.nn.attention import INTERFACES, Interfaces, known_in
 from parco.nn.linear import under_its_name
@@ -30,7 +30,7 @@ from parco.nn.prepared import groups
 from parco.nn.proofs import ROTARY, Rms, Unlike
 from parco.nn.together import keeps_its_input, standing_in
 
-Kind = Literal["norm", "gate", "rotation", "attention", "activation", "dense", "layer"]
+Kind = Literal["norm", "gate", "rotation", "attention", "activation", "dense", "dropout", "layer"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def fuse_(model: nn.Module) -> Fusion:
     in tiles, forward and backward) and GELUs written out in Python, in place; and decoder layers made of these and of
     layer norms, which then decode in one call. Linear layers that stayed PyTorch's own, in bf16 or fp16 on a CPU, are
     multiplied by `linear_dense` where no gradients are asked for; the matrices of Transformers' Conv1D are put into
-    memory by rows for it.
+    memory by rows for it. Dropouts (PyTorch's own modules, of a p above 0 now) keep no mask while they train, and drop
+    other numbers under a seed of PyTorch's generator than unfused ones.
 
     Fused results differ from unfused ones by roundings: what was rounded after every step is computed in fp32 and
     rounded once. Gradients flow as before. Stored matrices that read the same input (q, k and v; gate and up) are put
@@ -161,6 +162,8 @@ def _looks_like(module: nn.Module) -> Kind | None:
         return "dense" if module.weight.is_cpu and module.weight.dtype in proofs.HALVES else None
     if is_conv1d(module):
         return "dense" if module.weight.is_cpu and module.weight.dtype in TYPES else None
+    if type(module) is nn.Dropout:
+        return "dropout" if module.p > 0 else None
     if is_rms_norm(module):
         return "norm"
     if gated_names(module) is not None:
@@ -247,6 +250,13 @@ def _dense(module: Any) -> None:
         module.weight.data = module.weight.detach().t().contiguous().t()
 
 
+def _dropout_forward(module: Any, x: Tensor) -> Tensor:
+    drops = module.training and 0 < module.p <= 1 and not module.inplace
+    if not drops or not untraced(x) or x.dtype not in TYPES:
+        return module._original.forward(module, x)
+    return dropout(x, torch.randint(1 << 62, (1,), device="cpu"), module.p)
+
+
 def _activation_forward(module: Any, x: Tensor) -> Tensor:
     return ACTIVATIONS[module._fusion](x)
 
@@ -258,10 +268,12 @@ _CHECKS: dict[str, Callable[[nn.Module], Any]] = {
     "attention": _attention,
     "activation": proofs.activation,
     "dense": _dense,
+    "dropout": proofs.dropout,
 }
 _FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "norm": _norm_forward,
     "gate": _gate_forward,
     "activation": _activation_forward,
     "dense": _dense_forward,
+    "dropout": _dropout_forward,
 }

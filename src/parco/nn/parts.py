@@ -94,7 +94,7 @@ def parts(module: nn.Module) -> Parts | None:
         return None
     gate_up, down = multiplied
     others = [*(each for each in children.values() if each not in norms), *inner.values()]
-    dropouts = [each for each in (*others, *feed_forward.children()) if type(each) is nn.Dropout]
+    dropouts = [each for each in (*others, *feed_forward.children()) if kind_of(each) is nn.Dropout]
     linear = all(is_linear(each) for each in (*qkv, out, *gate_up, down))
     if not linear or any(each not in dropouts for each in others):
         return None

@@ -91,6 +91,12 @@ def dense(module: Any) -> None:
             raise Unlike("Conv1D computes something else than a linear layer")
 
 
+def dropout(module: Any) -> None:
+    """Of PyTorch's own dropout only its kind has to be shown, and that it leaves its input alone."""
+    if "forward" in module.__dict__ or module.inplace:
+        raise Unlike("this Dropout has another forward or works in place")
+
+
 ROUNDINGS = 2.0
 """How far apart two ways to compute the same may be, in units of the dtype's epsilon and relative to the whole. The
 unfused path's own roundings, a few of half a unit each, some of which cancel, stay below 1.
