@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parco.training import RECIPES, AdamW, Recipe, once_per_step, prepare_, products
-from parco.training.once import STORE
+from parco.training.once import LEAST_SEARCHED, STORE
 from parco.training.recipe import known
 
 SHAPES = {(40, 24), (24, 40)}
@@ -150,6 +150,27 @@ def test_a_matrix_of_which_a_weight_is_made_in_each_pass_is_never_taken_for_anot
             weight = torch.full((4, 32), float(number))
             found = products.Step(recipe, [], {}).write("output", 1, weight).numbers()
             assert torch.equal(found, weight)
+
+
+def test_what_was_made_of_weights_that_are_gone_is_not_held() -> None:
+    recipe = known("mxfp8")
+    stays = torch.ones(4, 32)
+    with once_per_step():
+        products.Step(recipe, [], {}).write("output", 1, stays)
+        for _ in range(3 * LEAST_SEARCHED):
+            products.Step(recipe, [], {}).write("output", 1, torch.ones(4, 32))
+        assert len(STORE.kept) <= LEAST_SEARCHED
+        before = len(STORE.kept)
+        products.Step(recipe, [], {}).write("output", 1, stays)
+        assert len(STORE.kept) == before
+
+
+def test_a_weight_that_is_its_own_operand_is_not_held() -> None:
+    with once_per_step():
+        made("bf16", torch.bfloat16)(torch.ones(2, 24, dtype=torch.bfloat16))
+        assert not STORE.kept
+        made("bf16")(torch.ones(2, 24))
+        assert len(STORE.kept) == 2
 
 
 def test_weights_of_inference_mode_are_written_in_each_pass(casts: Counter[tuple[int, ...]]) -> None:

@@ -1,7 +1,7 @@
 """What is written of a weight, kept until the weight changes: one cast for all passes of an optimizer's step.
 
-A weight is known by its memory, so it is found again from forward and backward, in graphs of torch.compile and where
-FSDP2 gathers it anew. What an entry was made of is held, so that no other tensor can come to lie there.
+A weight is known by its storage, so it is found again from forward and backward, in graphs of torch.compile and where
+FSDP2 gathers it anew. A weak reference to the storage sees to it that no other one takes its place unnoticed.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from parco.training.operands import Written
 from parco.training.recipe import Operand
 
+LEAST_SEARCHED = 256
+"""Entries from which those are looked for whose weights are gone."""
+
 
 class _Kept(NamedTuple):
-    weight: Tensor
+    storage: StorageWeakRef
     version: int
     written: Written
 
@@ -29,6 +33,7 @@ class _Store:
     def __init__(self) -> None:
         self.opened = 0
         self.kept: dict[tuple[Any, ...], _Kept] = {}
+        self._searched = LEAST_SEARCHED
 
     def forget(self, *_: Any) -> None:
         """What an optimizer's step calls."""
@@ -36,14 +41,23 @@ class _Store:
 
     def once(self, operand: Operand, weight: Tensor, transposed: bool, write: Callable[[], Written]) -> Written:
         """What `write` makes of `weight`, or made of it before."""
-        if not self.opened or not operand.is_fixed or weight.is_inference():
+        itself = operand.is_plain and operand.format.dtype == weight.dtype
+        if not self.opened or not operand.is_fixed or itself or weight.is_inference():
             return write()
-        place = weight.untyped_storage()._cdata, weight.storage_offset()  # pyright: ignore[reportPrivateUsage]
-        key = (*place, weight.shape, weight.stride(), weight.dtype, operand, transposed)
+        storage = StorageWeakRef(weight.untyped_storage())
+        place = storage.cdata, weight.storage_offset(), weight.shape, weight.stride()
+        key = (*place, weight.dtype, operand, transposed)
         found = self.kept.get(key)
-        if found is None or found.version != weight._version:
-            found = self.kept[key] = _Kept(weight, weight._version, write())
+        if found is None or found.version != weight._version or found.storage.expired():
+            if len(self.kept) >= self._searched:
+                self._search()
+            found = self.kept[key] = _Kept(storage, weight._version, write())
         return found.written
+
+    def _search(self) -> None:
+        """Forgets what was written of weights that are no more, such as those that a parametrization makes."""
+        self.kept = {key: each for key, each in self.kept.items() if not each.storage.expired()}
+        self._searched = max(LEAST_SEARCHED, 2 * len(self.kept))
 
 
 STORE = _Store()
