@@ -2,6 +2,7 @@
 // parco.kernels.cast.
 #include "cast/decode.h"
 #include "cast/digits.h"
+#include "cast/fingerprint.h"
 #include "linear/coded_bind.h"
 
 namespace nb = nanobind;
@@ -160,6 +161,13 @@ void bind_cast(nb::module_& module) {
   define_decode<decode_generic>(module, "decode_generic");
   define_decode<decode_avx2>(module, "decode_avx2");
   define_decode<decode_avx512>(module, "decode_avx512");
+  module.def(
+      "fingerprint",
+      [](std::uintptr_t bytes, std::int64_t count, int threads) {
+        nb::gil_scoped_release unlocked;
+        return fingerprint(address<const std::uint8_t>(bytes), count, threads);
+      },
+      nb::arg("bytes"), nb::arg("count"), nb::arg("threads"), "64 bits of so many bytes; csrc/cast/fingerprint.h.");
   define_digits<digits_to_bits>(module, "digits_to_bits");
   define_digits<bits_to_digits>(module, "bits_to_digits");
 }

@@ -132,15 +132,15 @@ template <int rows, Grouped grouped>
     while (!blocks[b].closes) quads += blocks[++b].dwords;
     quads = quads * unit / 4;
     const float* scale = outputs.scale + static_cast<std::int64_t>(group) * strips * Avx512::lanes;
-    const std::int32_t* zero = outputs.zero + static_cast<std::int64_t>(group) * strips * Avx512::lanes;
     __m512i sum[rows][strips];
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 2
       for (int v = 0; v < strips; v++) {
-        sum[m][v] = _mm512_set1_epi32(sums[m][open]);
         if constexpr (grouped == Grouped::zeros_and_scales)
-          sum[m][v] = _mm512_mullo_epi32(sum[m][v], _mm512_load_si512(zero + v * Avx512::lanes));
+          sum[m][v] = first_sum(outputs, blocks[open], v, sums[m][open]);
+        else
+          sum[m][v] = _mm512_set1_epi32(sums[m][open]);
       }
     for (std::int64_t q = 0; q < quads; q++, x += rows * 4, w0 += 64, w1 += 64) {
       const __m512i codes[2] = {_mm512_loadu_si512(w0), _mm512_loadu_si512(w1)};
@@ -157,9 +157,9 @@ template <int rows, Grouped grouped>
       const __m512 of_weights = plan.groups > 1 ? _mm512_load_ps(scale + v * Avx512::lanes) : _mm512_set1_ps(1.0f);
 #pragma GCC unroll 12
       for (int m = 0; m < rows; m++) {
-        __m512 exact = _mm512_cvtepi32_ps(sum[m][v]);
-        if constexpr (grouped == Grouped::both_scales) exact = _mm512_mul_ps(exact, _mm512_set1_ps(scales[m][group]));
-        total[m][v] = _mm512_fmadd_ps(exact, of_weights, total[m][v]);
+        __m512 both = of_weights;
+        if constexpr (grouped == Grouped::both_scales) both = _mm512_mul_ps(both, _mm512_set1_ps(scales[m][group]));
+        total[m][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][v]), both, total[m][v]);
       }
     }
   }
@@ -168,6 +168,10 @@ template <int rows, Grouped grouped>
 #pragma GCC unroll 2
     for (int v = 0; v < strips; v++) totals[m][v] = total[m][v];
 }
+
+// Bands of calls in groups have no more (run_bytes).
+template <int rows>
+constexpr int few = rows <= grouped_rows ? rows : grouped_rows;
 
 // The sums of `rows` whole rows of x from m0 on.
 template <int rows>
@@ -206,16 +210,11 @@ void multiply_band(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once>
   const std::int64_t left = std::min<std::int64_t>(rows, job.rows - m0);
   ask_for_addend(job.call, job.first + m0, left, outputs.first, outputs.count);
   __m512 total[rows][strips];
-  if (in_groups(job.call)) {
-    if constexpr (rows <= grouped_rows) {
-      const auto add = job.call.x_scale ? add_groups<rows, Grouped::both_scales>
-                       : outputs.zero   ? add_groups<rows, Grouped::zeros_and_scales>
-                                        : add_groups<rows, Grouped::scales>;
-      add(job, outputs, weights, x, m0, total);
-    }
-  } else {
-    add_row<rows>(job, outputs, weights, x, m0, total);
-  }
+  const auto add = !in_groups(job.call) || rows > grouped_rows ? add_row<rows>
+                   : job.call.x_scale                          ? add_groups<few<rows>, Grouped::both_scales>
+                   : outputs.zero                              ? add_groups<few<rows>, Grouped::zeros_and_scales>
+                                                               : add_groups<few<rows>, Grouped::scales>;
+  add(job, outputs, weights, x, m0, total);
   for (std::int64_t m = 0; m < left; m++)
     for (int v = 0; v < strips; v++) finish(job, outputs, m0 + m, v, total[m][v]);
 }

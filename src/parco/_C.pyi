@@ -76,6 +76,9 @@ def decode_avx2(*, codes: int, values: int, scale: int, zero: int, factor: int, 
 def decode_avx512(*, codes: int, values: int, scale: int, zero: int, factor: int, y: int, rows: int, columns: int, group: int, block_rows: int, scale_stride: int, bits: int, offset: int, pattern: int, y_type: int, scale_type: int, threads: int) -> None:
     """Codes into numbers; csrc/cast/decode.h."""
 
+def fingerprint(bytes: int, count: int, threads: int) -> int:
+    """64 bits of so many bytes; csrc/cast/fingerprint.h."""
+
 def digits_to_bits(source: int, target: int, rows: int, columns: int, threads: int) -> None:
     """Rows of ternary codes; csrc/cast/digits.h."""
 

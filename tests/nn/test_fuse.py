@@ -9,6 +9,7 @@ import torch
 import transformers as t
 from tests.nn import models
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import parco
 from parco import machine, nn
@@ -509,8 +510,14 @@ def test_dropouts_that_are_left() -> None:
 
     assert not same(lambda dropout: dropout(x))
     assert same(lambda dropout: dropout(x.double()))
+    turned = x.reshape(2, 15, 40).transpose(1, 2)
+    assert same(lambda dropout: dropout(turned).transpose(1, 2).view(30, 40))  # as x lies
+    assert same(lambda dropout: torch.nested.to_padded_tensor(dropout(torch.nested.nested_tensor([x, x])), 0.0))
     assert same(lambda dropout: torch.func.vmap(dropout, randomness="different")(x))
     assert same(lambda dropout: torch.compile(dropout, backend="eager", fullgraph=True)(x))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        assert same(lambda dropout: forward_ad.unpack_dual(dropout(dual)).tangent)
     assert same(lambda dropout: dropout.eval()(x))
     fused.train().p = 0.0
     assert torch.equal(fused(x), x)

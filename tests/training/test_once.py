@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from parco.training import RECIPES, AdamW, Recipe, once_per_step, prepare_, products
-from parco.training.once import LEAST_SEARCHED, STORE
+from parco.training.once import STORE
 from parco.training.recipe import known
 
 SHAPES = {(40, 24), (24, 40)}
@@ -96,9 +98,12 @@ def test_a_weight_is_written_once_a_step(recipe: str, writings: int, casts: Coun
             optimizer.step()
 
 
-@pytest.mark.parametrize("change", ["AdamW", "torch's AdamW, fused", "in place", "another tensor", "load_state_dict"])
+CHANGES = ("AdamW", "torch's AdamW, fused", "in place", "another tensor", "load_state_dict", "data", "numpy", "alias")
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_weight_that_changed_is_written_again(change: str) -> None:
-    def changed(model: torch.nn.Module) -> None:
+    def changed(model: torch.nn.Module, other: Tensor) -> None:
         first: Any = model.get_parameter("0.weight")
         if change == "AdamW":
             AdamW(model.parameters(), 0.1).step()
@@ -109,20 +114,66 @@ def test_a_weight_that_changed_is_written_again(change: str) -> None:
                 first.mul_(-1)
         elif change == "another tensor":
             first.data = first.data * -1
+        elif change == "data":
+            first.data.mul_(-1)
+        elif change == "numpy":
+            first.detach().numpy()[3, 5] = 9
+        elif change == "alias":
+            other.mul_(-1)
         else:
             model.load_state_dict({name: -each for name, each in model.state_dict().items()})
 
     def losses(once: bool) -> list[float]:
         model = made("mxfp8")
+        first = model.get_parameter("0.weight")
+        other = first.detach().clone()
+        first.data = other
         found = []
         with once_per_step() if once else contextlib.nullcontext():
             for _ in range(2):
                 found.append(one_pass(model, torch.ones(7, 24)))
-                changed(model)
+                changed(model, other)
         return found
 
     apart = losses(False)
     assert losses(True) == apart and apart[0] != apart[1]
+
+
+class Times(torch.nn.Module):
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.number
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["forward", "checkpointed"])
+def test_weights_that_a_compiled_graph_makes_in_one_buffer(trains: bool) -> None:
+    """Inductor puts one matrix where another was, under the same version."""
+
+    def losses(once: bool) -> list[float]:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = torch.nn.Sequential(*(torch.nn.Linear(32, 32, bias=False) for _ in range(3)))
+        prepare_(model, "mxfp8", filter_fn=lambda *_: True)
+        for i, layer in enumerate(model):
+            parametrize.register_parametrization(layer, "weight", Times(1.0 + i))
+
+        def run(x: Tensor) -> Tensor:
+            return checkpoint(model, x, use_reentrant=False) if trains else model(x)  # type: ignore[no-any-return]
+
+        compiled = torch.compile(run)
+        found = []
+        with once_per_step() if once else contextlib.nullcontext(), torch.set_grad_enabled(trains):
+            for _ in range(2):
+                y = compiled(torch.ones(8, 32)).square().mean()
+                if trains:
+                    y.backward()
+                found.append(y.item())
+        return found + [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
+
+    assert losses(True) == losses(False)
 
 
 def test_what_is_held_goes_with_the_step_and_the_last_of_those_who_asked() -> None:
@@ -156,27 +207,23 @@ def test_what_was_made_of_weights_that_are_gone_is_not_held() -> None:
     recipe = known("mxfp8")
     stays = torch.ones(4, 32)
     with once_per_step():
-        products.Step(recipe, [], {}).write("output", 1, stays)
-        for _ in range(3 * LEAST_SEARCHED):
-            products.Step(recipe, [], {}).write("output", 1, torch.ones(4, 32))
-        assert len(STORE.kept) <= LEAST_SEARCHED
-        before = len(STORE.kept)
-        products.Step(recipe, [], {}).write("output", 1, stays)
-        assert len(STORE.kept) == before
+        for number in range(40):
+            products.Step(recipe, [], {}).write("output", 1, stays)
+            products.Step(recipe, [], {}).write("output", 1, torch.full((4, 32), float(number)))
+            assert len(STORE.kept) <= 2
 
 
-def test_a_weight_that_is_its_own_operand_is_not_held() -> None:
+def test_what_is_only_rounded_to_16_bits_is_not_held() -> None:
     with once_per_step():
-        made("bf16", torch.bfloat16)(torch.ones(2, 24, dtype=torch.bfloat16))
+        for dtype in (torch.float32, torch.bfloat16):
+            made("bf16", dtype)(torch.ones(2, 24, dtype=dtype))
         assert not STORE.kept
-        made("bf16")(torch.ones(2, 24))
-        assert len(STORE.kept) == 2
 
 
-def test_weights_of_inference_mode_are_written_in_each_pass(casts: Counter[tuple[int, ...]]) -> None:
+def test_weights_of_inference_mode(casts: Counter[tuple[int, ...]]) -> None:
     with torch.inference_mode():
         model = made("mxfp8")
         with once_per_step():
             for _ in range(2):
                 model(torch.ones(7, 24))
-    assert casts[40, 24] == 2
+    assert casts[40, 24] == 1

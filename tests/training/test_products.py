@@ -450,3 +450,16 @@ def test_a_turned_operand_is_the_transpose_in_codes_too() -> None:
         assert {name: each.shape for name, each in codes.tensors.items()} == {
             name: spec.shape for name, spec in codes.format.tensors(shape[::-1]).items()
         }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.float64)], ids=str)
+def test_fp64_goes_through(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(48, 32))
+    prepare_(layer, name, filter_fn=lambda *_: True)
+    layer.to(dtypes[1])
+    x = torch.randn(32, 48, dtype=dtypes[0], requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.dtype == x.dtype and x.grad is not None
+    assert x.grad.dtype == x.dtype and all(each.grad.dtype == each.dtype for each in layer.parameters())

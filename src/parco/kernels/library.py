@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from parco.formats import Format, ScaleE4M3, ScaleE8M0
 
@@ -88,10 +89,12 @@ def untraced(*tensors: Tensor | None) -> bool:
 
 
 def transformed() -> bool:
-    """Whether one of torch.func's transforms is at work, for which parco's derivatives are not made."""
+    """Whether one of torch.func's transforms or forward-mode differentiation is at work, for which parco's derivatives
+    are not made.
+    """
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
 
 
 def undispatched(*tensors: Tensor | None) -> bool:

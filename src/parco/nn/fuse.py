@@ -252,7 +252,8 @@ def _dense(module: Any) -> None:
 
 def _dropout_forward(module: Any, x: Tensor) -> Tensor:
     drops = module.training and 0 < module.p <= 1 and not module.inplace
-    if not drops or not untraced(x) or x.dtype not in TYPES:
+    # The result lies by rows; PyTorch's lies as x does, which a view may count on.
+    if not drops or not untraced(x) or x.dtype not in TYPES or x.is_nested or not x.is_contiguous():
         return module._original.forward(module, x)
     return dropout(x, torch.randint(1 << 62, (1,), device="cpu"), module.p)
 

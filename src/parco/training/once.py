@@ -1,7 +1,8 @@
 """What is written of a weight, kept until the weight changes: one cast for all passes of an optimizer's step.
 
-A weight is known by its storage, so it is found again from forward and backward, in graphs of torch.compile and where
-FSDP2 gathers it anew. A weak reference to the storage sees to it that no other one takes its place unnoticed.
+A weight is known by its place in memory and by its bits, which are read again each time, so what was kept is found from
+forward and backward, in graphs of torch.compile and where FSDP2 gathers the weight anew, and is never that of another
+weight, whoever wrote there. A weak reference to the storage says when a weight is gone.
 """
 
 from __future__ import annotations
@@ -14,16 +15,14 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from parco.kernels.cast.fingerprint import fingerprint
 from parco.training.operands import Written
 from parco.training.recipe import Operand
-
-LEAST_SEARCHED = 256
-"""Entries from which those are looked for whose weights are gone."""
 
 
 class _Kept(NamedTuple):
     storage: StorageWeakRef
-    version: int
+    bits: int
     written: Written
 
 
@@ -33,7 +32,6 @@ class _Store:
     def __init__(self) -> None:
         self.opened = 0
         self.kept: dict[tuple[Any, ...], _Kept] = {}
-        self._searched = LEAST_SEARCHED
 
     def forget(self, *_: Any) -> None:
         """What an optimizer's step calls."""
@@ -41,23 +39,19 @@ class _Store:
 
     def once(self, operand: Operand, weight: Tensor, transposed: bool, write: Callable[[], Written]) -> Written:
         """What `write` makes of `weight`, or made of it before."""
-        itself = operand.is_plain and operand.format.dtype == weight.dtype
-        if not self.opened or not operand.is_fixed or itself or weight.is_inference():
+        # A cast to bf16 takes no longer than the reading.
+        bits = fingerprint(weight) if self.opened and operand.is_fixed and not operand.is_plain else None
+        if bits is None:
             return write()
         storage = StorageWeakRef(weight.untyped_storage())
         place = storage.cdata, weight.storage_offset(), weight.shape, weight.stride()
         key = (*place, weight.dtype, operand, transposed)
         found = self.kept.get(key)
-        if found is None or found.version != weight._version or found.storage.expired():
-            if len(self.kept) >= self._searched:
-                self._search()
-            found = self.kept[key] = _Kept(storage, weight._version, write())
+        if found is None or found.bits != bits:
+            # Those of weights that are no more, such as a parametrization makes, go now.
+            self.kept = {key: each for key, each in self.kept.items() if not each.storage.expired()}
+            found = self.kept[key] = _Kept(storage, bits, write())
         return found.written
-
-    def _search(self) -> None:
-        """Forgets what was written of weights that are no more, such as those that a parametrization makes."""
-        self.kept = {key: each for key, each in self.kept.items() if not each.storage.expired()}
-        self._searched = max(LEAST_SEARCHED, 2 * len(self.kept))
 
 
 STORE = _Store()
@@ -65,13 +59,13 @@ STORE = _Store()
 
 @contextmanager
 def once_per_step() -> Generator[None]:
-    """While open, weights of prepared layers are written in few bits once for all passes of an optimizer's step:
-    forward and backward, micro-batches, evaluations, and blocks whose activations are checkpointed.
+    """While open, weights of prepared layers on the CPU are written in few bits once for all passes of an optimizer's
+    step: forward and backward, micro-batches, evaluations, and blocks whose activations are checkpointed.
 
-    Numbers are the same to the bit. It takes the memory of each weight in the formats of its products, until
-    the next step of any `torch.optim.Optimizer`, or until autograd sees the weight change in place. A loop that writes
-    into `parameter.data`, which nothing sees, must not be inside. What is random (stochastic rounding, Hadamard
-    transforms) or changes within a step (delayed scales) is written in each pass as ever. May be nested.
+    Numbers are the same to the bit, whatever changes a weight and when: each pass reads it to see. It takes the memory
+    of each weight in the formats of its products, until the next step of any `torch.optim.Optimizer`. What is random
+    (stochastic rounding, Hadamard transforms) or changes within a step (delayed scales) is written in each pass as
+    ever, and so is what is only rounded to 16 bits. May be nested.
     """
     handle = register_optimizer_step_post_hook(STORE.forget)
     STORE.opened += 1

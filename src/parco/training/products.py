@@ -18,6 +18,7 @@ from torch import Tensor
 from parco import machine
 from parco.formats import Float
 from parco.kernels.cast import DelayedScaling, Encoded
+from parco.kernels.library import TYPES
 from parco.kernels.linear import linear_both, linear_coded_int8, linear_dense, takes_both, takes_int8
 from parco.training.once import STORE
 from parco.training.operands import Written, estimator, has_bf16, write
@@ -60,7 +61,8 @@ def multiply(left: Written, right: Written, dtype: torch.dtype) -> Tensor:
 
 def _multiply_codes(left: Encoded, right: Encoded, dtype: torch.dtype) -> Tensor:
     stored = [each.tensors.get(name) for each in (left, right) for name in ("codes", "scale", "global_scale")]
-    return linear_both(*stored, str(left.format), str(right.format), left.shape[1], dtype)  # type: ignore[arg-type]
+    own = dtype if dtype in TYPES else torch.float32
+    return linear_both(*stored, str(left.format), str(right.format), left.shape[1], own).to(dtype)  # type: ignore[arg-type]
 
 
 def _multiply_bf16(a: Tensor, rows: Tensor | None, b: Tensor, columns: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -82,7 +84,7 @@ def takes_bytes(pair: Pair) -> bool:
 
 def multiply_bytes(left: Tensor, right: Written, dtype: torch.dtype) -> Tensor:
     """As `multiply`, with the rows of `left` [M, R] rounded to int8 inside the call."""
-    left = left.contiguous() if left.dtype == dtype else left.to(torch.float32)
+    left = left.contiguous() if left.dtype == dtype and dtype in TYPES else left.to(torch.float32)
     stored = (right.tensors.get(name) for name in ("codes", "scale", "zero", "global_scale"))
     return linear_coded_int8(left, *stored, None, str(right.encoded.format), left.shape[1]).to(dtype)  # type: ignore[arg-type]
 

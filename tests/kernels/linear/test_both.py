@@ -11,6 +11,7 @@ from parco import decode, encode, explain, machine
 from parco.formats import Format
 from parco.kernels.cast import decode_tensors
 from parco.kernels.linear import linear_both, takes_both
+from parco.weights import Quantized
 
 PAIRS = (("nvfp4", "nvfp4"), ("nvfp4", "nvfp4:16x16"), ("mxfp4", "mxfp4"))
 SHAPES = ((1, 1, 1), (3, 5, 33), (7, 40, 16), (13, 17, 160), (50, 33, 129), (5, 7, 31))
@@ -72,8 +73,9 @@ def test_rows_and_threads_do_not_change_a_bit(pair: tuple[str, str]) -> None:
 
 def test_nan_and_the_ends_of_scales() -> None:
     x, w = torch.randn(4, 64), torch.randn(6, 64)
-    x[1, 40], x[2], x[3] = float("nan"), 2.0**-140, 2.0**120
-    w[5] = 0
+    x[1, 40], x[2], x[3] = float("nan"), 2.0**-140, 2.5e38
+    w[4], w[5] = 2.0**-100, 0
+    w[:4] *= 2.0**-20
     found = linear_both(*stored(x, "mxfp4"), *stored(w, "mxfp4"), "mxfp4", "mxfp4", 64)
     exact = decode(encode(x, "mxfp4")).double() @ decode(encode(w, "mxfp4")).double().T
     assert found[1].isnan().all() and not found[[0, 2, 3]].isnan().any()
@@ -107,6 +109,12 @@ def test_what_does_not_fit_is_named() -> None:
     call = arguments(PAIRS[0], (2, 3, 32), torch.float32)
     with pytest.raises(ValueError, match="linear_both, of x: codes has the shape"):
         linear_both(call[0][:, 1:], *call[1:])
+    with pytest.raises(ValueError, match=r"linear_both: x_codes has the shape .*; codes by rows, a matrix, are needed"):
+        linear_both(call[0][0, 0], *call[1:])
+    spec = Quantized("nvfp4", (16, 64))
+    packed = spec.pack(*spec.encode(torch.randn(16, 64)))
+    with pytest.raises(ValueError, match=r"linear_both: codes has the shape .*; codes by rows, a matrix, are needed"):
+        linear_both(*stored(torch.randn(2, 64), "nvfp4"), *packed, *PAIRS[0], 64)
     with pytest.raises(ValueError, match="linear_both: scale has the shape"):
         linear_both(*call[:4], call[4][1:], *call[5:])
     with pytest.raises(TypeError, match=r"dtype is torch\.int8"):

@@ -124,8 +124,9 @@ def _whole(mask: Tensor, q: Tensor, keys: Tensor) -> Tensor:
 
 def _kept(scores: Tensor, how: How) -> Tensor | None:
     """What dropout multiplies the softmaxes of `scores` by: 1 / (1 - p) or 0; None without it."""
-    if not how.p or how.seed is None:
+    if not how.p:
         return None
+    assert how.seed is not None
     sizes = scores.shape[:-1].numel(), scores.shape[-1]
     return dropout_factors(how.seed, *sizes, how.p, device=scores.device).reshape(scores.shape)
 

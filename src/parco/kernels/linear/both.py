@@ -1,6 +1,6 @@
 """linear_both: the product of two matrices that are both stored as 4-bit floats in groups along k (nvfp4, mxfp4).
 
-    y[m, n] = Σ over groups g of (Σ over k in g of u[m, k]·v[n, k]) · (s[m, g]·unit) · (t[n, g]·unit)
+    y[m, n] = Σ over groups g of (Σ over k in g of u[m, k]·v[n, k]) · ((s[m, g]·unit) · (t[n, g]·unit))
 
 u and v are the integers that fp4's numbers are in units of 1/2, s and t the scales. The inner sums are exact in int32,
 the outer ones fp32 in ascending order. Decoding both and multiplying in fp32 takes sixteen multiply-adds for a group
@@ -89,6 +89,9 @@ def check(
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
     if dtype not in TYPES:
         raise TypeError(f"{NAME}: dtype is {dtype}; float32, bfloat16 or float16 is needed")
+    for name, each in (("x_codes", x_codes), ("codes", codes)):
+        if each.ndim != 2:
+            raise ValueError(f"{NAME}: {name} has the shape {tuple(each.shape)}; codes by rows, a matrix, are needed")
     if not takes_both(Format.parse(x_format), Format.parse(format)):
         raise ValueError(
             f"{NAME}: x_format={x_format!r} by format={format!r}; both must be 4-bit floats in groups of as many "
@@ -196,7 +199,8 @@ def linear_both(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """y [M, N] = x @ W.T in `dtype` (fp32, bf16 or fp16), summed in fp32 and rounded once, of x [M, K] stored in
-    `x_format` and W [N, K] in `format`: nvfp4 or mxfp4 both, W also nvfp4:16x16; `columns` is K.
+    `x_format` and W [N, K] in `format`: both nvfp4, W also nvfp4:16x16, or both mxfp4, or fp4_e2m1 in groups of as many
+    columns under fp32 scales; `columns` is K.
 
     The tensors are those of `Format.tensors`, by rows. Not differentiable. Raises ValueError or TypeError naming the
     argument.

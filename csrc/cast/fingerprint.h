@@ -1,0 +1,11 @@
+// 64 bits that tell the bytes of a tensor from others.
+#pragma once
+#include <cstdint>
+
+namespace parco::cast {
+
+// As XXH64 mixes (github.com/Cyan4973/xxHash), of chunks of a megabyte, whose results are mixed in their order: the
+// same for any number of threads.
+std::uint64_t fingerprint(const std::uint8_t* bytes, std::int64_t count, int threads);
+
+}  // namespace parco::cast
