@@ -91,19 +91,19 @@ class Marks {
 template <class Random>
 class Factors {
  public:
-  explicit Factors(const Forward& call) : call_(call), kept_(call.p) {}
+  explicit Factors(const Forward& call) : call_(call), factors_(call.p) {}
 
   // Of the query in row `row` for the keys of a tile; null without dropout.
   const float* of_row(std::int64_t row, std::int64_t key) {
     if (call_.p <= 0) return nullptr;
     Random(call_.seed, row).template draw<tile>(key, bits_);
-    kept_.template factors<tile>(bits_, row_);
+    factors_.template of<tile>(bits_, row_);
     return row_;
   }
 
  private:
   const Forward& call_;
-  cast::Kept kept_;
+  cast::DropoutFactors factors_;
   alignas(64) std::uint32_t bits_[tile];
   alignas(64) float row_[tile];
 };

@@ -1,4 +1,4 @@
-// cast, amax and decode of parco._C. Tensors come as addresses, 0 for an absent one; what they must be is checked by
+// cast, amax, decode, digits and fingerprint of parco._C. Tensors come as addresses, 0 for an absent one; what they must be is checked by
 // parco.kernels.cast.
 #include "cast/decode.h"
 #include "cast/digits.h"

@@ -1,5 +1,5 @@
-// Random bits as parco.kernels.cast.philox has them, written for the compiler to vectorise. Unnamed: see
-// linear/floats.h.
+// Random bits as parco.kernels.cast.philox has them, in plain C++ and in vectors W, and what dropout makes of them.
+// Unnamed: see linear/floats.h.
 #pragma once
 #include <cstdint>
 
@@ -101,12 +101,12 @@ class VectorRandom {
 };
 
 // What dropout multiplies numbers by: 0 where their random bits are below p * 2^32, else 1 / (1 - p); p is below 1.
-class Kept {
+class DropoutFactors {
  public:
-  explicit Kept(double p)
+  explicit DropoutFactors(double p)
       : least_(static_cast<std::uint32_t>(p * 4294967296.0)), kept_(static_cast<float>(1 / (1 - p))) {}
   template <int count>
-  void factors(const std::uint32_t* bits, float* to) const {
+  void of(const std::uint32_t* bits, float* to) const {
     for (int k = 0; k < count; k++) to[k] = bits[k] < least_ ? 0.0f : kept_;
   }
 

@@ -1,9 +1,12 @@
 // The integer product of many rows of int8 for AVX-512: bands of rows against strips of 16 outputs.
 //
 // x lies in bands of up to 12 rows, 4 columns of each row after the other, so that a band is one stream whose dwords
-// are broadcast; 12 rows by 2 strips of sums, the weights and one broadcast fill the registers. Codes of 8 bits are
+// are broadcast; 12 rows by 2 strips of sums, the weights and one broadcast fill the registers, or 6 rows where groups
+// have scales. x may also be codes of 4 bits under scales of their own (CodedCall::x_scale). Codes of 8 bits are
 // used where they lie in panels; others become bytes, in the same order, in a panel that stays in the L2 cache.
 #pragma once
+#include <cassert>
+
 #include "linear/int_avx512.h"
 
 namespace parco::linear {
@@ -169,14 +172,11 @@ template <int rows, Grouped grouped>
     for (int v = 0; v < strips; v++) totals[m][v] = total[m][v];
 }
 
-// Bands of calls in groups have no more (run_bytes).
-template <int rows>
-constexpr int few = rows <= grouped_rows ? rows : grouped_rows;
-
 // The sums of `rows` whole rows of x from m0 on.
 template <int rows>
-void add_row(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once>& outputs, const std::uint8_t* const* weights,
-             const std::int8_t* x, std::int64_t m0, __m512 (*total)[strips_at_once]) {
+void add_whole_rows(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once>& outputs,
+                    const std::uint8_t* const* weights, const std::int8_t* x, std::int64_t m0,
+                    __m512 (*total)[strips_at_once]) {
   constexpr int strips = strips_at_once;
   const Plan& plan = job.plan;
   for (int m = 0; m < rows; m++)
@@ -210,10 +210,14 @@ void multiply_band(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once>
   const std::int64_t left = std::min<std::int64_t>(rows, job.rows - m0);
   ask_for_addend(job.call, job.first + m0, left, outputs.first, outputs.count);
   __m512 total[rows][strips];
-  const auto add = !in_groups(job.call) || rows > grouped_rows ? add_row<rows>
-                   : job.call.x_scale                          ? add_groups<few<rows>, Grouped::both_scales>
-                   : outputs.zero                              ? add_groups<few<rows>, Grouped::zeros_and_scales>
-                                                               : add_groups<few<rows>, Grouped::scales>;
+  auto add = add_whole_rows<rows>;
+  assert(!in_groups(job.call) || rows <= grouped_rows);
+  if constexpr (rows <= grouped_rows) {
+    if (in_groups(job.call))
+      add = job.call.x_scale ? add_groups<rows, Grouped::both_scales>
+            : outputs.zero   ? add_groups<rows, Grouped::zeros_and_scales>
+                             : add_groups<rows, Grouped::scales>;
+  }
   add(job, outputs, weights, x, m0, total);
   for (std::int64_t m = 0; m < left; m++)
     for (int v = 0; v < strips; v++) finish(job, outputs, m0 + m, v, total[m][v]);

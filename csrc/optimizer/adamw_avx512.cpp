@@ -1,4 +1,4 @@
-#include "cast/avx512_codes.h"
+#include "cast/philox_avx512.h"
 #include "optimizer/adamw_engine.h"
 
 namespace parco::optimizer {

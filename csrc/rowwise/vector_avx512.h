@@ -1,6 +1,7 @@
 // The vector type of AVX-512 for rowwise_engine.h and what is made of it. Unnamed: see linear/floats.h.
 #pragma once
-#include "cast/avx512_codes.h"
+#include "cast/philox_avx512.h"
+#include "linear/avx512.h"
 
 namespace parco::rowwise {
 namespace {

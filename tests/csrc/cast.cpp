@@ -9,6 +9,7 @@
 
 #include "cast/decode.h"
 #include "cast/digits.h"
+#include "cast/fingerprint.h"
 #include "machine/features.h"
 
 using namespace parco::cast;
@@ -211,6 +212,22 @@ void check_digits() {
     }
 }
 
+// Other bytes, and more of them, have other fingerprints; threads do not matter.
+void check_fingerprint() {
+  for (std::int64_t count : {0, 1, 7, 8, 31, 32, 33, 100, 3000001}) {
+    Bytes bytes(count);
+    for (std::int64_t i = 0; i < count; i++) bytes.data[i] = static_cast<char>(i * 37 + i / 251);
+    std::uint8_t* data = reinterpret_cast<std::uint8_t*>(bytes.data);
+    const std::uint64_t found = fingerprint(data, count, 1);
+    if (fingerprint(data, count, 3) != found || (count && fingerprint(data, count - 1, 1) == found)) failures++;
+    for (std::int64_t i = 0; i < count; i += 1 + count / 97) {
+      data[i] ^= 128;
+      if (fingerprint(data, count, 1) == found) failures++;
+      data[i] ^= 128;
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -284,6 +301,7 @@ int main() {
           checks++;
         }
   check_digits();
+  check_fingerprint();
   std::printf("%d casts, %d by tiles, %zu kernels, %d differences\n", checks, tiles, kernels.size(), failures);
   return failures != 0;
 }

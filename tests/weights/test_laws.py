@@ -107,7 +107,7 @@ def test_every_weight_is_under_the_laws():
 
 def test_every_kind_of_format_is_under_the_laws():
     def kind(format):
-        return type(format.element), type(format.scale)
+        return type(format.element), format.per_byte, type(format.scale)
 
     stored = [form for name in formats.NAMES if not (form := formats.parse(name)).is_dense]
     kinds = {kind(form) for form in stored if not isinstance(form.scale, formats.ScaleDelayed)}

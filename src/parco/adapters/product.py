@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from parco.kernels.library import TYPES, transformed
 from parco.kernels.linear import linear_lora
-from parco.kernels.linear.lora import dropped, masks
+from parco.kernels.linear.dropped import dropped, factors_of
 
 
 class Frozen(NamedTuple):
@@ -115,7 +115,7 @@ class _Enter(torch.autograd.Function):
         if grad is None:
             grad = grad_t.new_zeros(grad_t.shape[0], a.shape[1])
         if ctx.p:
-            for rows, factors in masks(grad, ctx.p, ctx.seed):
+            for rows, factors in factors_of(grad, ctx.p, ctx.seed):
                 assert factors is not None
                 grad[rows].addcmul_(torch.mm(grad_t[rows], a), factors)
         else:

@@ -113,7 +113,8 @@ class Integer:
 
     `bits` from 2 to 8. The offset of a symmetric integer is 2**(bits-1); asymmetric formats carry an offset ("zero")
     per block instead. `least` and `greatest` bound the symmetric integer; int8 leaves out -128, so that its range is
-    balanced. Stored codes are a stream of bits; where `per_byte` is not 0, so many share a byte, as digits.
+    balanced. Stored codes are a stream of bits where `per_byte` is 0; where it is 5, as many share a byte as digits of
+    base 3, and there is no other such packing. ValueError for another.
     """
 
     name: str
@@ -122,6 +123,10 @@ class Integer:
     greatest: int
     offset: int
     per_byte: int = 0
+
+    def __post_init__(self) -> None:
+        if self.per_byte and (self.per_byte, self.greatest - self.least) != (5, 2):
+            raise ValueError(f"per_byte={self.per_byte}: only ternary numbers share a byte, five of them")
 
     @property
     def codes(self) -> int:

@@ -2,7 +2,8 @@
 
 Nothing is known here of single architectures. A module whose parts suggest a fusion is fused where two things hold
 (`proofs`): its forward names nothing but what the fusion accounts for, and on random numbers of several magnitudes it
-gives what the operation gives, within the rounding of its dtype. A fused module gets a subclass of its own class, under
+gives what the operation gives, within the rounding of its dtype; PyTorch's own classes (Linear, Dropout) are known by
+their type. A fused module gets a subclass of its own class, under
 the same name, with another forward; its parameters, children and their names stay. So state dicts, saving, hooks,
 copies and the rest of the model see no difference, and what is not recognised goes on as it was.
 """
@@ -68,10 +69,10 @@ def fuse_(model: nn.Module) -> Fusion:
     memory by rows for it. Dropouts (PyTorch's own modules, of a p above 0 now) keep no mask while they train, and drop
     other numbers under a seed of PyTorch's generator than unfused ones.
 
-    Fused results differ from unfused ones by roundings: what was rounded after every step is computed in fp32 and
-    rounded once. Gradients flow as before. Stored matrices that read the same input (q, k and v; gate and up) are put
-    side by side in memory where they are stored alike. Modules on the meta device and those fused before are passed
-    over, but for what has come apart since. Raises TypeError when `model` is no module.
+    Fused results differ from unfused ones by roundings, but for which numbers are dropped: what was rounded after every
+    step is computed in fp32 and rounded once. Gradients flow as before. Stored matrices that read the same input (q, k
+    and v; gate and up) are put side by side in memory where they are stored alike. Modules on the meta device and those
+    fused before are passed over, but for what has come apart since. Raises TypeError when `model` is no module.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -92,7 +92,7 @@ def dense(module: Any) -> None:
 
 
 def dropout(module: Any) -> None:
-    """Of PyTorch's own dropout only its kind has to be shown, and that it leaves its input alone."""
+    """Of PyTorch's own dropout only that nobody replaced its forward, and that it leaves its input alone."""
     if "forward" in module.__dict__ or module.inplace:
         raise Unlike("this Dropout has another forward or works in place")
 

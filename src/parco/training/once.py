@@ -1,8 +1,9 @@
 """What is written of a weight, kept until the weight changes: one cast for all passes of an optimizer's step.
 
 A weight is known by its place in memory and by its bits, which are read again each time, so what was kept is found from
-forward and backward, in graphs of torch.compile and where FSDP2 gathers the weight anew, and is never that of another
-weight, whoever wrote there. A weak reference to the storage says when a weight is gone.
+forward and backward, in graphs of torch.compile and where FSDP2 gathers the weight anew, and is not that of another
+weight, whoever wrote there (but for a collision of 64 bits). A weak reference to the storage says when a weight is
+gone.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch import Tensor
 from parco.formats import BF16 as _BF16
 from parco.formats import Float, Format, ScaleE4M3, ScaleE8M0, Table, TensorSpec, Unscaled
 from parco.kernels.cast import Encoded, Hadamard, decode, decode_tensors, encode, encode_transposed
-from parco.kernels.cast.packing import pack, unpack
+from parco.kernels.cast.packing import read_codes, write_codes
 from parco.kernels.cast.scaling import scale_numbers
 from parco.kernels.cast.tiles import spread, tile, untile
 from parco.training.recipe import Operand
@@ -63,11 +63,14 @@ class Written:
 
     def in_codes(self) -> Encoded | None:
         """What it stands for, [M, R], as codes by rows; None where residuals are added to them."""
-        if self.columns is not None or not self.turned:
-            return None if self.columns is not None else self.encoded
+        if self.columns is not None:
+            return None
+        if not self.turned:
+            return self.encoded
         form, shape = self.encoded.format, self.encoded.shape
+        # Its blocks are square (`Operand.turns`), so scales turn too.
         tensors = {name: each if each.ndim == 1 else each.T.contiguous() for name, each in self.tensors.items()}
-        tensors["codes"] = pack(unpack(self.encoded.tensors["codes"], form.bits, shape[1]).T.contiguous(), form.bits)
+        tensors["codes"] = write_codes(read_codes(self.tensors["codes"], form, shape[1]).T.contiguous(), form)
         return Encoded(form, shape[::-1], tensors)
 
     def in_bf16(self) -> tuple[Tensor, Tensor | None] | None:

@@ -75,7 +75,8 @@ class Weight(abc.ABC):
 
     def pack(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tensors in the layout that the CPU's kernels read fastest: other shapes, the same bytes but for rows that
-        fill a panel. All that takes `tensors` here takes packed ones too. What gains nothing stays as it is.
+        fill a panel, and digits, which become bits. All that takes `tensors` here takes packed ones too. What gains
+        nothing stays as it is.
         """
         return self._of_parts(lambda part, own: part.pack(*own), tensors)
 

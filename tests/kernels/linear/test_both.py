@@ -13,7 +13,10 @@ from parco.kernels.cast import decode_tensors
 from parco.kernels.linear import linear_both, takes_both
 from parco.weights import Quantized
 
-PAIRS = (("nvfp4", "nvfp4"), ("nvfp4", "nvfp4:16x16"), ("mxfp4", "mxfp4"))
+PAIRS = (
+    *(("nvfp4", "nvfp4"), ("nvfp4", "nvfp4:16x16"), ("mxfp4", "mxfp4")),
+    *(("fp4_e2m1:1x32", "fp4_e2m1:32x32"), ("nvfp4", "fp4_e2m1:1x16")),
+)
 SHAPES = ((1, 1, 1), (3, 5, 33), (7, 40, 16), (13, 17, 160), (50, 33, 129), (5, 7, 31))
 """Rows, outputs, columns: odd ones, one group or less, more rows than a band has, ends of groups, bytes and vectors."""
 
@@ -101,7 +104,7 @@ def test_nothing_to_multiply() -> None:
 def test_other_formats_are_refused(x_format: str, format: str) -> None:
     assert not takes_both(Format.parse(x_format), Format.parse(format))
     call = arguments(PAIRS[0], (2, 2, 32), torch.float32)
-    with pytest.raises(ValueError, match=f"x_format='{x_format}' by format='{format}'; both must be 4-bit floats"):
+    with pytest.raises(ValueError, match=f"x_format='{x_format}' by format='{format}'; x must be a 4-bit float"):
         linear_both(*call[:6], x_format, format, 32)
 
 

@@ -11,7 +11,7 @@ from tests.laws.kernel_laws import KernelLaws
 from torch import Tensor
 
 from parco.kernels.linear import linear_lora
-from parco.kernels.linear.lora import ROWS, dropped
+from parco.kernels.linear.dropped import ROWS, dropped
 
 PLANS = ["bf16 37x96", "fp32 37x96", "int4:32 37x96", "nf4:32 37x16 * bf16 16x96", "int8:row 37x96 + bf16 37x96"]
 SCALE = 0.7

@@ -7,8 +7,8 @@ from parco import _C
 
 
 def fingerprint(x: Tensor) -> int | None:
-    """64 bits of the bytes of `x` [M, K], a matrix on the CPU by rows or by columns; None for one that lies otherwise.
-    Matrices that differ have the same with probability 2⁻⁶⁴.
+    """A hash of 64 bits of the bytes of `x` [M, K], a matrix on the CPU by rows or by columns; None for one that lies
+    otherwise. It is no proof, but two matrices that nobody made to collide are expected to share it once in 2⁶⁴.
     """
     if not x.is_cpu or not (x.is_contiguous() or x.T.is_contiguous()):
         return None

@@ -1,4 +1,4 @@
-"""linear_both: the product of two matrices that are both stored as 4-bit floats in groups along k (nvfp4, mxfp4).
+"""linear_both: the product of two matrices that are both stored as 4-bit floats in groups along k (nvfp4, mxfp4 …).
 
     y[m, n] = Σ over groups g of (Σ over k in g of u[m, k]·v[n, k]) · ((s[m, g]·unit) · (t[n, g]·unit))
 
@@ -94,8 +94,8 @@ def check(
             raise ValueError(f"{NAME}: {name} has the shape {tuple(each.shape)}; codes by rows, a matrix, are needed")
     if not takes_both(Format.parse(x_format), Format.parse(format)):
         raise ValueError(
-            f"{NAME}: x_format={x_format!r} by format={format!r}; both must be 4-bit floats in groups of as many "
-            "columns, such as nvfp4 by nvfp4"
+            f"{NAME}: x_format={x_format!r} by format={format!r}; x must be a 4-bit float in groups of one row, W "
+            "the same element in groups of as many columns, such as nvfp4 by nvfp4"
         )
     given = {"codes": x_codes, "scale": x_scale, "zero": None, "global_scale": x_global_scale}
     check_tensors(f"{NAME}, of x", x_format, columns, x_codes.shape[0], given)
@@ -177,9 +177,18 @@ LIBRARY.define(
 )
 
 
-def _fake(x_codes: Tensor, *others: object) -> Tensor:
-    codes, dtype = others[2], others[-1]
-    assert isinstance(codes, Tensor) and isinstance(dtype, torch.dtype)
+def _fake(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_global_scale: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    x_format: str,
+    format: str,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
     return x_codes.new_empty((x_codes.shape[0], codes.shape[0]), dtype=dtype)
 
 
@@ -199,8 +208,8 @@ def linear_both(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """y [M, N] = x @ W.T in `dtype` (fp32, bf16 or fp16), summed in fp32 and rounded once, of x [M, K] stored in
-    `x_format` and W [N, K] in `format`: both nvfp4, W also nvfp4:16x16, or both mxfp4, or fp4_e2m1 in groups of as many
-    columns under fp32 scales; `columns` is K.
+    `x_format` and W [N, K] in `format`: nvfp4, mxfp4 or fp4_e2m1, x in groups of one row and W in groups or blocks of
+    as many columns (`takes_both`); `columns` is K.
 
     The tensors are those of `Format.tensors`, by rows. Not differentiable. Raises ValueError or TypeError naming the
     argument.

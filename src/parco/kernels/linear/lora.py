@@ -5,13 +5,12 @@ t = x @ A.T and t @ B.T are computed in fp32, some rows at a time, and handed to
 sum is rounded once, and nothing of y's size stands beside it. Backwards g @ W and (scale·g @ B) @ A are added in fp32
 and rounded once. Kept for it are x, which is the caller's own, and the parameters.
 
-Dropout is on what A reads. Which numbers it takes, Philox says by row, column and `seed` alone, so the mask is the same
-for any number of threads, and made again, some rows at a time, for the backward pass.
+Dropout is on what A reads, and its mask is made again, some rows at a time, for the backward pass (`dropped`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,27 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parco import machine
-from parco.formats import parse as parse_format
 from parco.kernels import table
-from parco.kernels.cast import encode
-from parco.kernels.cast.codes import signed
 from parco.kernels.library import LIBRARY, check_float, differentiate
 from parco.kernels.linear import chain
-from parco.kernels.rowwise import dropout
+from parco.kernels.linear.dropped import ROWS, dropped, factors_of
 
 NAME = "linear_lora"
 BACKWARD = "linear_lora_backward"
-
-ROWS = 512
-"""Of x at a time, whose sums in fp32 stay in the cache. Others would be other masks."""
-
-_STEP = 0x9E3779B97F4A7C15
-"""Between the seeds of blocks of ROWS: 2⁶⁴ over the golden ratio, as Philox steps its keys. By steps of 1 the second
-block under one seed would be the first under the next.
-"""
-
-_WHOLE = parse_format("int8:row")
-"""Whole numbers, where the scale is 1; codes are 128 above them."""
 
 
 class LoraCall(NamedTuple):
@@ -54,41 +39,6 @@ class LoraCall(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.rows} rows of {self.dtype} x ({self.plan} + rank {self.rank})"
-
-
-def masks(like: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor | None]]:
-    """(rows, factors 0 or 1/(1 - p)) of a matrix of the shape of `like`, some rows at a time; None for factors where p
-    is 0. They are fp32 at least: 1/(1 - p) in bf16 would be up to 2⁻⁹ off, and all of what is kept with it.
-
-    On CUDA they are 1 - p rounded stochastically to whole numbers: the casts draw random bits in Triton.
-    """
-    count, columns = like.shape
-    height = min(count, ROWS)
-    device = like.device
-    whole = torch.full((height, columns), 1 - p if device.type == "cuda" else 1.0, device=device) if p else None
-    unit = torch.ones(height, 1, device=device)
-    wide = torch.promote_types(like.dtype, torch.float32)
-    for index, first in enumerate(range(0, count, ROWS)):
-        size = min(ROWS, count - first)
-        factors = None
-        if whole is not None:
-            own = (seed + index * _STEP) % (1 << 64)
-            if device.type == "cuda":
-                drawn = encode(whole[:size], _WHOLE, rounding="stochastic", seed=own, scale=unit[:size])
-                factors = (drawn.tensors["codes"] & 1).to(wide).mul_(1 / (1 - p))
-            else:
-                factors = dropout(whole[:size], torch.tensor([signed(own)], device="cpu"), p)
-                if wide != torch.float32:
-                    factors = (factors > 0).to(wide).mul_(1 / (1 - p))
-        yield slice(first, first + size), factors
-
-
-def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """x [M, K] with each number 0 with probability `p` and divided by 1 - p otherwise, rounded once."""
-    found = torch.empty_like(x)
-    for rows, factors in masks(x, p, seed):
-        found[rows] = x[rows] if factors is None else x[rows] * factors
-    return found
 
 
 def describe(
@@ -174,7 +124,7 @@ def _blocked(
         right, left = a.float().t(), b.float().t() * scale
         whole = chain.apart(rows, tensors, bias, plan) if x.dtype == torch.float32 else None
         y = x.new_empty(rows.shape[0], b.shape[0]) if whole is None and rows.shape[0] > ROWS else whole
-        for own, factors in masks(rows, p, _number(seed)):
+        for own, factors in factors_of(rows, p, _number(seed)):
             t = _read(rows[own], factors) @ right
             if whole is not None:
                 whole[own].addmm_(t, left)
@@ -294,7 +244,7 @@ def _blocked_backward(
         grad_a, grad_b = torch.zeros_like(narrow), torch.zeros_like(b, dtype=torch.float32)
         rows = None if x is None else x.reshape(-1, columns)
         like = wide.new_empty(()).expand(wide.shape[0], columns)
-        for own, factors in masks(like, p, _number(seed)):
+        for own, factors in factors_of(like, p, _number(seed)):
             if rows is not None:
                 read = _read(rows[own], factors)
                 grad_a.addmm_(back[own].t(), read)
