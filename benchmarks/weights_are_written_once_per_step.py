@@ -1,5 +1,5 @@
 """Claim: under gradient accumulation `parco.training.once_per_step` saves each pass the casts of the weights: a step of
-few tokens a pass takes less time, with the same numbers.
+few tokens a pass takes less time by nvfp4, int8 and bitnet, with the same numbers.
 
     python benchmarks/weights_are_written_once_per_step.py [--threads N] [--rounds R] [--tokens T ...] [--passes P]
 

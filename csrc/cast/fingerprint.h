@@ -4,8 +4,8 @@
 
 namespace parco::cast {
 
-// As XXH64 mixes (github.com/Cyan4973/xxHash), of chunks of a megabyte, whose results are mixed in their order: the
-// same for any number of threads.
+// Chunks of a megabyte are mixed as XXH3 does (github.com/Cyan4973/xxHash), with other constants, and their results in
+// their order: the same for any number of threads.
 std::uint64_t fingerprint(const std::uint8_t* bytes, std::int64_t count, int threads);
 
 }  // namespace parco::cast

@@ -1,4 +1,5 @@
 #include "cast/philox_avx512.h"
+#include "linear/avx512.h"
 #include "optimizer/adamw_engine.h"
 
 namespace parco::optimizer {

@@ -166,7 +166,7 @@ def test_passes_of_a_step_write_a_weight_once(
         return write(operand, x, **how)
 
     monkeypatch.setattr(products, "write", counting)
-    given = settings(folder, text, recipe="mxfp8", steps=2, batch=8)
+    given = settings(folder, text, recipe="int8", steps=2, batch=8)
     counts = []
     for passes in (1, 4):
         backwards.clear()

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from parco.formats import ScaleE8M0
 from parco.kernels.cast.fingerprint import fingerprint
 from parco.training.operands import Written
 from parco.training.recipe import Operand
@@ -40,8 +41,7 @@ class _Store:
 
     def once(self, operand: Operand, weight: Tensor, transposed: bool, write: Callable[[], Written]) -> Written:
         """What `write` makes of `weight`, or made of it before."""
-        # A cast to bf16 takes no longer than the reading.
-        bits = fingerprint(weight) if self.opened and operand.is_fixed and not operand.is_plain else None
+        bits = fingerprint(weight) if self.opened and _pays(operand) else None
         if bits is None:
             return write()
         storage = StorageWeakRef(weight.untyped_storage())
@@ -55,6 +55,13 @@ class _Store:
         return found.written
 
 
+def _pays(operand: Operand) -> bool:
+    """Whether what is written stays the same, and takes longer than reading the weight: a cast to 16 bits, and one to
+    MX, whose scales are those of 32 neighbours, is hardly more than that.
+    """
+    return operand.is_fixed and not operand.is_plain and not isinstance(operand.format.scale, ScaleE8M0)
+
+
 STORE = _Store()
 
 
@@ -64,9 +71,9 @@ def once_per_step() -> Generator[None]:
     step: forward and backward, micro-batches, evaluations, and blocks whose activations are checkpointed.
 
     Numbers are the same to the bit, whatever changes a weight and when: each pass reads it to see. It takes the memory
-    of each weight in the formats of its products, until the next step of any `torch.optim.Optimizer`. What is random
-    (stochastic rounding, Hadamard transforms) or changes within a step (delayed scales) is written in each pass as
-    ever, and so is what is only rounded to 16 bits. May be nested.
+    of each weight in the formats of its products, until the next step of any `torch.optim.Optimizer`. Written in each
+    pass as ever is what is random (stochastic rounding, Hadamard transforms) or changes within a step (delayed scales),
+    and what takes no longer than the reading: 16 bits and MX. May be nested.
     """
     handle = register_optimizer_step_post_hook(STORE.forget)
     STORE.opened += 1
