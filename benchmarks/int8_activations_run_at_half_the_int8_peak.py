@@ -1,6 +1,6 @@
 """Claim: x rounded to int8 inside the call, rounding and packing counted, multiplies int8 rows and int4 groups of 128
 at half of what the machine's int8 instructions do at best, or more, from 64 rows on; and 8 cold rows take at most
-1.5 times as long as one. Groups of 32 stay below: 0.4 and 1.8.
+1.5 times as long as one. Groups of 32 stay below: 0.42 to 0.51, and 1.7.
 
 `of_peak` is the share of the int8 peak that parco.machine measures on operands in L1 (before and after, the better).
 Peers run in the same rounds: torch._int_mm on int8 that is there already (no rounding, no scales), torchao's int8
