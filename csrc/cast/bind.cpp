@@ -1,5 +1,5 @@
-// cast, amax, decode, digits and fingerprint of parco._C. Tensors come as addresses, 0 for an absent one; what they must be is checked by
-// parco.kernels.cast.
+// cast, amax, decode, digits and fingerprint of parco._C. Tensors come as addresses, 0 for an absent one; what they
+// must be is checked by parco.kernels.cast.
 #include "cast/decode.h"
 #include "cast/digits.h"
 #include "cast/fingerprint.h"

@@ -1,5 +1,5 @@
-// linear_coded, linear_both, linear_dense and linear_chain of parco._C. Tensors come as addresses; what they must be is checked by
-// parco.kernels.linear.
+// linear_coded, linear_both, linear_dense and linear_chain of parco._C. Tensors come as addresses; what they must be is
+// checked by parco.kernels.linear.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
