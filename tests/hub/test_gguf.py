@@ -205,11 +205,12 @@ def test_llama_cpp_computes_what_transformers_does(architecture: str, changes: d
 
 
 def test_llama_cpp_computes_with_the_stored_numbers(tmp_path: Path) -> None:
-    """It rounds activations to 8 bits in groups of 32 (256 for TQ2_0): 2⁻⁸ of the greatest of a group, about 1% in all.
-    Other numbers than those stored would differ by tens of percent."""
+    """It rounds activations to 8 bits in groups of 32 (256 for TQ1_0 and TQ2_0): 2⁻⁸ of the greatest of a group, about
+    1% in all. Other numbers than those stored would differ by tens of percent.
+    """
     pytest.importorskip("llama_cpp")
     ids = tiny.inputs()[0].tolist()
-    for format in ("int8:32", "int4:32", "int4:32:asym", "ternary", "mxfp4"):
+    for format in ("int8:32", "int4:32", "int4:32:asym", "ternary", "ternary5", "mxfp4"):
         made = tiny.model("llama", **{**SIZES, "dtype": torch.float32})
         convert_(made, format)
         file = hub.save_gguf(made, None, tmp_path / "model.gguf", round_scales=True)
