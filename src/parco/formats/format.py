@@ -82,9 +82,13 @@ class Format:
         """Codes that share a byte as digits of base 3; 0 where a row is a stream of bits."""
         return self.element.per_byte if isinstance(self.element, Integer) else 0
 
+    def bit_bytes(self, columns: int) -> int:
+        """Bytes of a row of `columns` codes as a stream of bits."""
+        return -(-columns * self.bits // 8)
+
     def row_bytes(self, columns: int) -> int:
         """Bytes of a stored row of `columns` codes."""
-        return -(-columns // self.per_byte) if self.per_byte else -(-columns * self.bits // 8)
+        return -(-columns // self.per_byte) if self.per_byte else self.bit_bytes(columns)
 
     @property
     def is_dense(self) -> bool:

@@ -219,7 +219,7 @@ def launch(
 ) -> Tensor:
     """Run a compiled cast and return the codes. All tensors are contiguous; `scale` is written unless it is given."""
     shape = (x.shape[0], x.shape[1])
-    written = torch.empty(shape[0], -(-shape[1] * form.bits // 8), dtype=torch.uint8)
+    written = torch.empty(shape[0], form.bit_bytes(shape[1]), dtype=torch.uint8)
     function(prepare(form, x, shape, written, scale, zero, global_scale, rounding, seed, rule))
     return of_bits(written, form, shape[1])
 

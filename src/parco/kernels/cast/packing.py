@@ -93,7 +93,7 @@ def to_bits(stored: Tensor, form: Format, columns: int) -> Tensor:
         return pack(read_codes(stored, form, columns), form.bits)
     assert stored.shape[1] == form.row_bytes(columns)
     stored = stored.contiguous()
-    bits = stored.new_empty(stored.shape[0], -(-columns * form.bits // 8))
+    bits = stored.new_empty(stored.shape[0], form.bit_bytes(columns))
     _C.digits_to_bits(stored.data_ptr(), bits.data_ptr(), len(stored), columns, torch.get_num_threads())
     return bits
 
@@ -104,7 +104,7 @@ def of_bits(bits: Tensor, form: Format, columns: int) -> Tensor:
         return bits
     if not untraced(bits):
         return write_codes(unpack(bits, form.bits, columns), form)
-    assert bits.shape[1] == -(-columns * form.bits // 8)
+    assert bits.shape[1] == form.bit_bytes(columns)
     bits = bits.contiguous()
     stored = bits.new_empty(bits.shape[0], form.row_bytes(columns))
     _C.bits_to_digits(bits.data_ptr(), stored.data_ptr(), len(bits), columns, torch.get_num_threads())

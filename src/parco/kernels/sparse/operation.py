@@ -38,7 +38,7 @@ class SparseCall(NamedTuple):
         return (
             f"{self.rows} rows of {self.dtype} x {self.format} {self.outputs}x{self.columns}, {self.kept} kept of "
             f"each row{blocks}, {torch.get_num_threads()} threads"
-            f"{', digits written as bits first' if Format.parse(self.format).per_byte else ''}"
+            f"{', digits written as bits first' if _digits(self.format) else ''}"
         )
 
 
@@ -91,6 +91,13 @@ def codes(format: str, kept: int, scale_dtype: torch.dtype | None) -> _C.SparseC
     )
 
 
+@functools.cache
+def _digits(format: str) -> Format | None:
+    """The format, where its rows are digits, which are written as bits before a kernel reads them."""
+    form = Format.parse(format)
+    return form if form.per_byte else None
+
+
 def compiled(kernel: Callable[..., int], name: str) -> Callable[..., Tensor]:
     """A compiled kernel as a function of the operation's arguments."""
 
@@ -112,7 +119,9 @@ def compiled(kernel: Callable[..., int], name: str) -> Callable[..., Tensor]:
         block = 0 if where.dtype == torch.uint8 else size
         kept = where.shape[1] * block if block else size
         outputs = values.shape[0]
-        values = to_bits(values, Format.parse(format), kept)
+        digits = _digits(format)
+        if digits is not None:
+            values = to_bits(values, digits, kept)
         y = x.new_empty((*x.shape[:-1], outputs))
         stored = codes(format, kept, None if scale is None else scale.dtype)
         wrong = kernel(
