@@ -23,6 +23,7 @@ import parco
 from parco import hub
 from parco.fitting.measure import decode_seconds, lower_quartile, prefill_seconds
 from parco.nn.parts import is_linear
+from parco.nn.sites import EXPERT_PARAMETERS, is_experts
 
 COMMON = {"vocab_size": 32000, "max_position_embeddings": 2048}
 SMALL = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -34,6 +35,14 @@ SHAPES = {
         {
             "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
             "num_key_value_heads": 4,
+        },
+    ),
+    "Qwen3 MoE 1.5B, 0.6B of it a token": (
+        "qwen3_moe",
+        {
+            "hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 32,
+            "num_key_value_heads": 4, "head_dim": 128, "num_experts": 32, "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
         },
     ),
     "NeoX 134M": ("gpt_neox", {**SMALL, "intermediate_size": 3072}),
@@ -60,8 +69,14 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 
 
 def bytes_of_a_token(model: torch.nn.Module) -> int:
-    """Bytes of the matrices that every token is multiplied by."""
-    return sum(module.weight.nbytes for module in model.modules() if is_linear(module))
+    """Bytes of the matrices that a token is multiplied by: of experts a share."""
+    always = sum(module.weight.nbytes for module in model.modules() if is_linear(module))
+    for module in model.modules():
+        if is_experts(module):
+            held = [getattr(module, name) for name in EXPERT_PARAMETERS]
+            size = sum(matrix.nbytes for stack in held for matrix in stack)
+            always += size * model.config.num_experts_per_tok // module.num_experts
+    return always
 
 
 def generate_seconds(model: torch.nn.Module) -> float:

@@ -11,6 +11,7 @@
 namespace nb = nanobind;
 using namespace parco::decode;
 using parco::linear::address;
+using parco::linear::Chain;
 
 namespace {
 
@@ -19,20 +20,32 @@ Scaling scaling(std::uintptr_t weight, std::uintptr_t bias, float epsilon, float
 }
 
 Layer make(const std::string& isa, std::int64_t columns, std::int64_t heads, std::int64_t key_heads, std::int64_t head,
-           std::int64_t turning, std::int64_t inner, float scale, float softcap, int type, int activation, bool gated,
-           bool parallel, bool interleaved, const Scaling& before, const std::vector<Scaling>& between,
-           const std::vector<Scaling>& after, const std::vector<Scaling>& of_heads) {
+           std::int64_t turning, float scale, float softcap, int type, bool parallel, bool interleaved,
+           const Scaling& before, const std::vector<Scaling>& between, const std::vector<Scaling>& after,
+           const std::vector<Scaling>& of_heads) {
   if (between.size() > 1 || after.size() % 2 || after.size() > 2 || of_heads.size() % 2 || of_heads.size() > 2)
     throw std::invalid_argument("DecoderLayer: at most one norm between, none or two after and of heads");
   Layer layer{};
   layer.columns = columns, layer.heads = heads, layer.key_heads = key_heads;
-  layer.head = head, layer.turning = turning, layer.inner = inner, layer.scale = scale, layer.softcap = softcap;
+  layer.head = head, layer.turning = turning, layer.scale = scale, layer.softcap = softcap;
   layer.type = static_cast<Type>(type);
-  layer.activation = static_cast<parco::rowwise::Activation>(activation);
-  layer.gated = gated, layer.parallel = parallel, layer.interleaved = interleaved;
+  layer.parallel = parallel, layer.interleaved = interleaved;
   layer.rowwise = rowwise_of(isa);
   layer.before = before, layer.between = between, layer.after = after, layer.of_heads = of_heads;
   return layer;
+}
+
+// Whether every dictionary still holds, under its key, the very value. A layer of many experts has thousands of them.
+bool unchanged(const nb::tuple& owners, const nb::tuple& keys, const nb::tuple& values) {
+  const Py_ssize_t count = PyTuple_Size(owners.ptr());
+  if (PyTuple_Size(keys.ptr()) != count || PyTuple_Size(values.ptr()) != count)
+    throw std::invalid_argument("unchanged: every dictionary needs its key and its value");
+  for (Py_ssize_t i = 0; i < count; i++) {
+    PyObject* const found = PyDict_GetItemWithError(PyTuple_GetItem(owners.ptr(), i), PyTuple_GetItem(keys.ptr(), i));
+    if (!found && PyErr_Occurred()) throw nb::python_error();
+    if ((found ? found : Py_None) != PyTuple_GetItem(values.ptr(), i)) return false;
+  }
+  return true;
 }
 
 using Numbers = std::vector<std::int64_t>;
@@ -62,16 +75,30 @@ void bind_decode(nb::module_& module) {
            nb::arg("rounded"), nb::arg("centered"));
   nb::class_<Layer>(module, "DecoderLayer", "A decoder's layer for one token; csrc/decode/layer.h.")
       .def(nb::new_(&make), nb::kw_only(), nb::arg("isa"), nb::arg("columns"), nb::arg("heads"), nb::arg("key_heads"),
-           nb::arg("head"), nb::arg("turning"), nb::arg("inner"), nb::arg("scale"), nb::arg("softcap"), nb::arg("type"),
-           nb::arg("activation"), nb::arg("gated"), nb::arg("parallel"), nb::arg("interleaved"), nb::arg("before"),
-           nb::arg("between"), nb::arg("after"), nb::arg("of_heads"))
+           nb::arg("head"), nb::arg("turning"), nb::arg("scale"), nb::arg("softcap"), nb::arg("type"),
+           nb::arg("parallel"), nb::arg("interleaved"), nb::arg("before"), nb::arg("between"), nb::arg("after"),
+           nb::arg("of_heads"))
       .def(
           "multiply",
-          [](Layer& layer, int place, const parco::linear::Chain& chain) {
-            std::vector<parco::linear::Chain>* const all[] = {&layer.qkv, &layer.out, &layer.gate_up, &layer.down};
+          [](Layer& layer, int place, const Chain& chain) {
+            std::vector<Chain>* const all[] = {&layer.qkv, &layer.out, &layer.router.logits, &layer.router.gate};
             all[place]->push_back(chain);
           },
-          nb::arg("place"), nb::arg("chain"), "Adds a product: 0 q, k, v, 1 out, 2 gate, up, 3 down.");
+          nb::arg("place"), nb::arg("chain"),
+          "Adds a product: 0 q, k, v, 1 out, 2 the router's logits, 3 the gate of the block that all tokens take.")
+      .def(
+          "feed", [](Layer& layer, const parco::experts::Experts& blocks) { layer.blocks = blocks; }, nb::arg("blocks"),
+          "Sets the feed-forward block, or those of the router.")
+      .def(
+          "route",
+          [](Layer& layer, std::int64_t choices, bool normalized) {
+            layer.router.choices = choices, layer.router.normalized = normalized;
+          },
+          nb::arg("choices"), nb::arg("normalized"), "Sets how many blocks a token takes, and how they are weighed.");
+  module.def("unchanged", &unchanged, nb::arg("owners"), nb::arg("keys"), nb::arg("values"),
+             nb::sig("def unchanged(owners: tuple[dict[str, object], ...], keys: tuple[str, ...], values: "
+                     "tuple[object, ...]) -> bool"),
+             "Whether owner.get(key) is value for all of them.");
   module.def("run_layers", &run_layers, nb::arg("layers"), nb::arg("x"), nb::arg("cos"), nb::arg("sin"), nb::arg("y"),
              nb::arg("keys"), nb::arg("values"), nb::arg("known"), nb::arg("key_stride"), nb::arg("value_stride"),
              nb::arg("threads"),

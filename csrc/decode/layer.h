@@ -7,10 +7,15 @@
 // gate and up are of norm(x), the same one or another. k, turned, and v are first written behind the keys and values of
 // the tokens before. Intermediate results are rounded to the type of x, as they are where each step is an operation of
 // its own; the kernels are the same.
+//
+// The feed-forward block is one of csrc/experts, or some of many, which a router chooses by the logits that it
+// multiplies the block's input to: those of the greatest logits, the first of equal ones, with the weights that a
+// softmax over all of them gives.
 #pragma once
 #include <string>
 #include <vector>
 
+#include "experts/experts.h"
 #include "linear/chain.h"
 #include "rowwise/rowwise.h"
 
@@ -28,23 +33,31 @@ struct Scaling {
 // The operations of csrc/rowwise for one instruction set.
 struct Rowwise {
   void (*norm)(const rowwise::Norm&);
-  void (*gate)(const rowwise::Gate&);
   void (*rotate)(const rowwise::Rotation&);
   void (*attend)(const rowwise::Attention&);
   void (*add)(const rowwise::Sum&);
 };
 
+// Which blocks a token takes, `choices` of those that the router has a logit for, with weights that add up to 1 where
+// they are `normalized`. One block more, where there is one, is taken by all, with the logistic function of `gate`'s
+// result as its weight, or 1.
+struct Router {
+  std::vector<linear::Chain> logits, gate;  // one, and one or none
+  std::int64_t choices;
+  bool normalized;
+};
+
 struct Layer {
-  std::int64_t columns, heads, key_heads, head, turning, inner;  // numbers in x, a head, those that turn, gate
-  float scale, softcap;                                          // of scores
+  std::int64_t columns, heads, key_heads, head, turning;  // numbers in x, a head, those that turn
+  float scale, softcap;                                   // of scores
   Type type;
-  rowwise::Activation activation;
-  bool gated;
-  bool parallel;     // gate and up read x, not h
+  bool parallel;     // the feed-forward block reads x, not h
   bool interleaved;  // the results of qkv: those of a head, then those of the next one
   Rowwise rowwise;
   // Products of one input: their results lie one after the other.
-  std::vector<linear::Chain> qkv, out, gate_up, down;
+  std::vector<linear::Chain> qkv, out;
+  experts::Experts blocks;  // one, or those of the router
+  Router router;            // without logits where there is one block
   Scaling before;
   std::vector<Scaling> between;   // one, or none where gate and up read what q, k, v do
   std::vector<Scaling> after;     // of what is added to x, and to h, or none

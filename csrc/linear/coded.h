@@ -100,7 +100,7 @@ struct CodedCall {
 };
 
 // Those that call one another, from the innermost out: each has memory of its own.
-enum class Caller : int { kernel, chain, layer };
+enum class Caller : int { kernel, chain, layer, experts };
 
 // Memory of the calling thread that only grows and is reused by the caller's next call; aligned to 64 bytes. Throws
 // std::bad_alloc.

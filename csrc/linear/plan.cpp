@@ -16,7 +16,7 @@ struct Aligned {
 }  // namespace
 
 void* scratch(std::size_t bytes, Caller caller) {
-  thread_local Aligned held_by[3];
+  thread_local Aligned held_by[4];
   Aligned& held = held_by[static_cast<int>(caller)];
   if (bytes > held.bytes) {
     std::free(held.memory);

@@ -88,15 +88,16 @@ template <void (*kernel)(const Gate&)>
 void define_gate(nb::module_& module, const char* name) {
   module.def(
       name,
-      [](std::uintptr_t gate, std::uintptr_t up, std::uintptr_t y, std::int64_t count, int activation, int type,
-         int threads) {
+      [](std::uintptr_t gate, std::uintptr_t up, std::uintptr_t y, std::int64_t rows, std::int64_t count,
+         std::int64_t stride, int activation, int type, int threads) {
         run(kernel,
             Gate{address<const void>(gate), address<const void>(up), address<void>(y), count,
-                 static_cast<Activation>(activation), static_cast<Type>(type), threads},
-            count);
+                 static_cast<Activation>(activation), static_cast<Type>(type), threads, rows, stride},
+            rows * count);
       },
-      nb::arg("gate"), nb::arg("up"), nb::arg("y"), nb::arg("count"), nb::arg("activation"), nb::arg("type"),
-      nb::arg("threads"), "y = activation(gate) * up.");
+      nb::arg("gate"), nb::arg("up"), nb::arg("y"), nb::arg("rows"), nb::arg("count"), nb::arg("stride"),
+      nb::arg("activation"), nb::arg("type"), nb::arg("threads"),
+      "y = activation(gate) * up, of rows that are `stride` numbers apart.");
 }
 
 template <void (*kernel)(const GateGrad&)>

@@ -34,7 +34,8 @@ struct NormGrad {
 };
 constexpr std::int64_t rows_of_a_sum = 64;
 
-// y = activation(gate) * up, `count` numbers; without `up` the activation alone.
+// y = activation(gate) * up, `count` numbers; without `up` the activation alone. Of several rows those of gate and up
+// begin `stride` numbers apart, and those of y follow one another.
 struct Gate {
   const void *gate, *up;
   void* y;
@@ -42,6 +43,7 @@ struct Gate {
   Activation activation;
   Type type;
   int threads;
+  std::int64_t rows = 1, stride = 0;
 };
 
 // Of a gate and the gradient of its y: those of gate and up.
@@ -109,6 +111,18 @@ struct Attention {
   float softcap = 0;
 };
 
+// Every row of y is the sum of `count` rows of x, those at its `places`, times its factors, in this order and rounded
+// once. A place below 0 is of no row and adds nothing.
+struct Mix {
+  const void* x;               // [.., columns]
+  const std::int64_t* places;  // [rows, count]
+  const float* factors;        // [rows, count]
+  void* y;                     // [rows, columns]
+  std::int64_t rows, count, columns;
+  Type type;
+  int threads;
+};
+
 // y = a + b, `count` numbers.
 struct Sum {
   const void *a, *b;
@@ -142,7 +156,10 @@ void attend_generic(const Attention& call);
 void attend_avx2(const Attention& call);
 void attend_avx512(const Attention& call);
 void add_generic(const Sum& call);
+void mix_generic(const Mix& call);
 void add_avx2(const Sum& call);
+void mix_avx2(const Mix& call);
 void add_avx512(const Sum& call);
+void mix_avx512(const Mix& call);
 
 }  // namespace parco::rowwise

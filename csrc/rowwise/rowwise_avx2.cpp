@@ -16,5 +16,6 @@ void dropout_avx2(const Dropout& call) { dropout<V256>(call); }
 void rotate_avx2(const Rotation& call) { rotate<V256>(call); }
 void attend_avx2(const Attention& call) { attend<V256>(call); }
 void add_avx2(const Sum& call) { add<V256>(call); }
+void mix_avx2(const Mix& call) { mix<V256>(call); }
 
 }  // namespace parco::rowwise

@@ -16,5 +16,6 @@ void dropout_avx512(const Dropout& call) { dropout<V512>(call); }
 void rotate_avx512(const Rotation& call) { rotate<V512>(call); }
 void attend_avx512(const Attention& call) { attend<V512>(call); }
 void add_avx512(const Sum& call) { add<V512>(call); }
+void mix_avx512(const Mix& call) { mix<V512>(call); }
 
 }  // namespace parco::rowwise

@@ -56,12 +56,27 @@ void norm_rows(const Norm& call, std::int64_t first, std::int64_t last) {
   }
 }
 
+// Numbers `first` to `last` of a row.
 template <class V, Type type, Activation activation>
-void gate_part(const Gate& call, std::int64_t first, std::int64_t last) {
+void gate_part(const Gate& call, std::int64_t row, std::int64_t first, std::int64_t last) {
+  const std::int64_t from = row * call.stride + first, to = row * call.count + first;
   each_vector<V>(last - first, [&](std::int64_t k, int count) {
-    typename V::F value = activate<V, activation>(V::template load<type>(call.gate, first + k, count));
-    if (call.up) value = V::multiply(value, V::template load<type>(call.up, first + k, count));
-    V::template store<type>(call.y, first + k, count, value);
+    typename V::F value = activate<V, activation>(V::template load<type>(call.gate, from + k, count));
+    if (call.up) value = V::multiply(value, V::template load<type>(call.up, from + k, count));
+    V::template store<type>(call.y, to + k, count, value);
+  });
+}
+
+template <class V, Type type>
+void mix_row(const Mix& call, std::int64_t row) {
+  const std::int64_t* places = call.places + row * call.count;
+  const float* factors = call.factors + row * call.count;
+  each_vector<V>(call.columns, [&](std::int64_t k, int count) {
+    typename V::F sum = V::set(0.0f);
+    for (std::int64_t i = 0; i < call.count; i++)
+      if (places[i] >= 0)
+        sum = V::fma(V::template load<type>(call.x, places[i] * call.columns + k, count), V::set(factors[i]), sum);
+    V::template store<type>(call.y, row * call.columns + k, count, sum);
   });
 }
 
@@ -99,12 +114,27 @@ void run_norm(const Norm& call) {
 
 template <class V, Type type, Activation activation>
 void run_gate(const Gate& call) {
-  const int threads = useful_threads(call.count, call.threads);
-  const std::int64_t vectors = (call.count + V::lanes - 1) / V::lanes;
+  const int threads = useful_threads(call.rows * call.count, call.threads);
+  const std::int64_t vectors = (call.count + V::lanes - 1) / V::lanes, all = call.rows * vectors;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int t = 0; t < threads; t++) {
+    const std::int64_t last = all * (t + 1) / threads;
+    for (std::int64_t at = all * t / threads; at < last;) {
+      const std::int64_t row = at / vectors, end = std::min(last, (row + 1) * vectors);
+      gate_part<V, type, activation>(call, row, at % vectors * V::lanes,
+                                     std::min(call.count, (end - row * vectors) * V::lanes));
+      at = end;
+    }
+  }
+}
+
+template <class V, Type type>
+void run_mix(const Mix& call) {
+  const int threads = useful_threads(call.rows * call.count * call.columns, call.threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int t = 0; t < threads; t++)
-    gate_part<V, type, activation>(call, vectors * t / threads * V::lanes,
-                                   std::min(call.count, vectors * (t + 1) / threads * V::lanes));
+    for (std::int64_t row = call.rows * t / threads; row < call.rows * (t + 1) / threads; row++)
+      mix_row<V, type>(call, row);
 }
 
 template <class V, Type type>
@@ -153,6 +183,11 @@ void gate(const Gate& call) {
       if constexpr (activation() != Activation::none) run_gate<V, type(), activation()>(call);
     });
   });
+}
+
+template <class V>
+void mix(const Mix& call) {
+  with_type(call.type, [&](auto type) { run_mix<V, type()>(call); });
 }
 
 template <class V>

@@ -16,5 +16,6 @@ void dropout_generic(const Dropout& call) { dropout<V1>(call); }
 void rotate_generic(const Rotation& call) { rotate<V1>(call); }
 void attend_generic(const Attention& call) { attend<V1>(call); }
 void add_generic(const Sum& call) { add<V1>(call); }
+void mix_generic(const Mix& call) { mix<V1>(call); }
 
 }  // namespace parco::rowwise

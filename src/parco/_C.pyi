@@ -93,10 +93,21 @@ class Scaling:
 class DecoderLayer:
     """A decoder's layer for one token; csrc/decode/layer.h."""
 
-    def __init__(self, *, isa: str, columns: int, heads: int, key_heads: int, head: int, turning: int, inner: int, scale: float, softcap: float, type: int, activation: int, gated: bool, parallel: bool, interleaved: bool, before: Scaling, between: Sequence[Scaling], after: Sequence[Scaling], of_heads: Sequence[Scaling]) -> None: ...
+    def __init__(self, *, isa: str, columns: int, heads: int, key_heads: int, head: int, turning: int, scale: float, softcap: float, type: int, parallel: bool, interleaved: bool, before: Scaling, between: Sequence[Scaling], after: Sequence[Scaling], of_heads: Sequence[Scaling]) -> None: ...
 
     def multiply(self, place: int, chain: Chain) -> None:
-        """Adds a product: 0 q, k, v, 1 out, 2 gate, up, 3 down."""
+        """
+        Adds a product: 0 q, k, v, 1 out, 2 the router's logits, 3 the gate of the block that all tokens take.
+        """
+
+    def feed(self, blocks: Experts) -> None:
+        """Sets the feed-forward block, or those of the router."""
+
+    def route(self, choices: int, normalized: bool) -> None:
+        """Sets how many blocks a token takes, and how they are weighed."""
+
+def unchanged(owners: tuple[dict[str, object], ...], keys: tuple[str, ...], values: tuple[object, ...]) -> bool:
+    """Whether owner.get(key) is value for all of them."""
 
 def run_layers(layers: Sequence[DecoderLayer], x: int, cos: int, sin: int, y: int, keys: Sequence[int], values: Sequence[int], known: Sequence[int], key_stride: Sequence[int], value_stride: Sequence[int], threads: int) -> None:
     """
@@ -106,6 +117,19 @@ def run_layers(layers: Sequence[DecoderLayer], x: int, cos: int, sin: int, y: in
 def embedding_generic(settled: CodedCall, indices: int, codes: int, scale: int, zero: int, factor: int, y: int, threads: int) -> int:
     """
     Expands rows of a stored matrix; returns the position of the first index outside it, or -1.
+    """
+
+class Experts:
+    """Feed-forward blocks; csrc/experts/experts.h."""
+
+    def __init__(self, *, isa: str, columns: int, type: int) -> None: ...
+
+    def add(self, gate_up: Sequence[Chain], down: Chain, gated: bool, activation: int) -> None:
+        """Adds a block."""
+
+def run_experts(experts: Experts, x: int, blocks: int, weights: int, y: int, rows: int, choices: int, threads: int) -> None:
+    """
+    x [rows, columns] to y: for each row the weighted sum of the results of its chosen blocks.
     """
 
 class CodedCall:
@@ -332,14 +356,14 @@ def layer_norm_avx512(x: int, weight: int, bias: int, y: int, rows: int, columns
     y = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, by rows; csrc/rowwise/rowwise.h.
     """
 
-def gated_generic(gate: int, up: int, y: int, count: int, activation: int, type: int, threads: int) -> None:
-    """y = activation(gate) * up."""
+def gated_generic(gate: int, up: int, y: int, rows: int, count: int, stride: int, activation: int, type: int, threads: int) -> None:
+    """y = activation(gate) * up, of rows that are `stride` numbers apart."""
 
-def gated_avx2(gate: int, up: int, y: int, count: int, activation: int, type: int, threads: int) -> None:
-    """y = activation(gate) * up."""
+def gated_avx2(gate: int, up: int, y: int, rows: int, count: int, stride: int, activation: int, type: int, threads: int) -> None:
+    """y = activation(gate) * up, of rows that are `stride` numbers apart."""
 
-def gated_avx512(gate: int, up: int, y: int, count: int, activation: int, type: int, threads: int) -> None:
-    """y = activation(gate) * up."""
+def gated_avx512(gate: int, up: int, y: int, rows: int, count: int, stride: int, activation: int, type: int, threads: int) -> None:
+    """y = activation(gate) * up, of rows that are `stride` numbers apart."""
 
 def norm_grad_generic(grad: int, x: int, weight: int, grad_x: int, grad_weight: int, grad_bias: int, rows: int, columns: int, epsilon: float, offset: float, centered: bool, type: int, weight_type: int, y_type: int, threads: int) -> None:
     """

@@ -1,5 +1,6 @@
 // A decoder's layer for one token on every instruction set, of odd sizes, in buffers of exactly their size and at odd
 // addresses, against the same in double; built with sanitizers too.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -8,6 +9,7 @@
 #include "machine/features.h"
 
 using namespace parco::decode;
+using parco::rowwise::Activation;
 
 namespace {
 
@@ -67,9 +69,35 @@ Chain product(const std::string& isa, Values& matrix, std::int64_t columns) {
   return {{{factor(isa, matrix, columns)}}, Type::fp32};
 }
 
+// A feed-forward block.
+struct Fed {
+  Fed(std::int64_t columns, std::int64_t inner)
+      : gate(static_cast<std::size_t>(inner * columns)),
+        up(gate.count),
+        down(gate.count),
+        columns(columns),
+        inner(inner) {}
+  parco::experts::Block block(const std::string& isa, bool gated) {
+    parco::experts::Block made{{product(isa, gate, columns)}, {product(isa, down, inner)}, gated, Activation::relu};
+    if (gated) made.gate_up.push_back(product(isa, up, columns));
+    return made;
+  }
+  Numbers run(const Numbers& x, bool gated) const {
+    const Numbers gates = times(gate, x), ups = times(up, x);
+    Numbers between(gates.size());
+    for (std::size_t i = 0; i < between.size(); i++) between[i] = gates[i] > 0 ? gates[i] * (gated ? ups[i] : 1) : 0;
+    return times(down, between);
+  }
+  Values gate, up, down;
+  std::int64_t columns, inner;
+};
+
 struct Kind {
   bool joined, interleaved, gated, centered, parallel;
   int norms;
+  int experts = 0;          // of which two are chosen, and one more for all tokens where `shared`
+  bool normalized = false;  // the weights of the two
+  bool shared = false, gate = false;
 };
 
 void layers(const std::string& isa, const Kind& kind) {
@@ -79,7 +107,9 @@ void layers(const std::string& isa, const Kind& kind) {
   Values x(columns), y(columns), cos(head), sin(head);
   Values q(heads * head * columns), k(shared * head * columns), v(shared * head * columns);
   Values all(q.count + k.count + v.count), out(columns * heads * head);
-  Values gate(inner * columns), up(inner * columns), down(columns * inner);
+  std::vector<Fed> fed;
+  for (int i = 0; i < kind.experts + (kind.experts == 0 || kind.shared); i++) fed.emplace_back(columns, inner + i % 2);
+  Values logits(static_cast<std::size_t>(kind.experts) * columns), shared_gate(columns);
   std::size_t at = 0;
   const std::size_t parts = kind.interleaved ? heads : 1;
   for (std::size_t part = 0; part < parts; part++)
@@ -91,12 +121,11 @@ void layers(const std::string& isa, const Kind& kind) {
 
   Layer layer{};
   layer.columns = columns, layer.heads = heads, layer.key_heads = shared, layer.head = layer.turning = head;
-  layer.inner = inner, layer.scale = 0.3f, layer.type = Type::fp32;
-  layer.activation = parco::rowwise::Activation::relu, layer.rowwise = rowwise_of(isa);
+  layer.scale = 0.3f, layer.type = Type::fp32, layer.rowwise = rowwise_of(isa);
   const auto scaling = [&](Values& weight) {
     return Scaling{weight.data(), kind.centered ? weight.data() : nullptr, 1e-3f, 0, false, kind.centered};
   };
-  layer.gated = kind.gated, layer.parallel = kind.parallel, layer.interleaved = kind.interleaved;
+  layer.parallel = kind.parallel, layer.interleaved = kind.interleaved;
   layer.before = scaling(before);
   if (kind.norms > 1) layer.between = {scaling(between)};
   if (kind.norms > 2) layer.after = {scaling(after[0]), scaling(after[1])};
@@ -104,13 +133,15 @@ void layers(const std::string& isa, const Kind& kind) {
     layer.qkv = {product(isa, all, columns)};
   else
     layer.qkv = {product(isa, q, columns), product(isa, k, columns), product(isa, v, columns)};
-  layer.out = {product(isa, out, heads * head)}, layer.down = {product(isa, down, inner)};
+  layer.out = {product(isa, out, heads * head)};
   // A correction of low rank, and another of three factors.
   Values left(columns * 5), right(5 * heads * head), up_to(columns * 3), middle(3 * 4), last_factor(4 * heads * head);
   layer.out[0].terms.push_back({factor(isa, left, 5), factor(isa, right, heads * head)});
   layer.out[0].terms.push_back({factor(isa, up_to, 3), factor(isa, middle, 4), factor(isa, last_factor, heads * head)});
-  layer.gate_up = {product(isa, gate, columns)};
-  if (kind.gated) layer.gate_up.push_back(product(isa, up, columns));
+  layer.blocks = {{}, columns, Type::fp32, parco::experts::rowwise_of(isa)};
+  for (Fed& each : fed) layer.blocks.blocks.push_back(each.block(isa, kind.gated));
+  if (kind.experts) layer.router = {{product(isa, logits, columns)}, {}, 2, kind.normalized};
+  if (kind.gate) layer.router.gate = {product(isa, shared_gate, columns)};
   run(layer,
       {x.data(), cos.data(), sin.data(), y.data(), keys.data(), values.data(), known, room * head, room * head, 2});
 
@@ -145,10 +176,27 @@ void layers(const std::string& isa, const Kind& kind) {
   if (kind.norms > 2) attended = normalized(after[0], attended, kind.centered);
   for (std::size_t i = 0; i < columns; i++) h[i] += attended[i];
   const Numbers second = kind.norms > 1 ? normalized(between, kind.parallel ? first : h, kind.centered) : normed;
-  const Numbers gates = times(gate, second), ups = times(up, second);
-  Numbers gated(inner);
-  for (std::size_t i = 0; i < inner; i++) gated[i] = gates[i] > 0 ? gates[i] * (kind.gated ? ups[i] : 1) : 0;
-  Numbers last = times(down, gated);
+  Numbers last(columns);
+  const auto add = [&](const Fed& of, double weight) {
+    const Numbers result = of.run(second, kind.gated);
+    for (std::size_t i = 0; i < columns; i++) last[i] += weight * result[i];
+  };
+  if (kind.experts) {
+    Numbers shares = times(logits, second);
+    double sum = 0;
+    for (double& share : shares) sum += share = std::exp(share);
+    const auto best = std::max_element(shares.begin(), shares.end());
+    const std::size_t one = static_cast<std::size_t>(best - shares.begin());
+    std::size_t two = one == 0;
+    for (std::size_t i = 0; i < shares.size(); i++)
+      if (i != one && shares[i] > shares[two]) two = i;
+    const double all_of_it = kind.normalized ? shares[one] + shares[two] : sum;
+    add(fed[one], shares[one] / all_of_it);
+    add(fed[two], shares[two] / all_of_it);
+    if (kind.shared) add(fed.back(), kind.gate ? 1 / (1 + std::exp(-times(shared_gate, second)[0])) : 1);
+  } else {
+    add(fed[0], 1);
+  }
   if (kind.norms > 2) last = normalized(after[1], last, kind.centered);
 
   const auto expect = [&](const char* what, double mine, double wanted) {
@@ -174,7 +222,10 @@ int main() {
                         {true, false, true, false, false, 4},
                         {true, true, false, true, true, 2},
                         {false, false, false, true, true, 1},
-                        {true, false, false, true, false, 2}};
+                        {true, false, false, true, false, 2},
+                        {true, false, true, false, false, 2, 4, true},
+                        {true, false, true, false, false, 4, 5, false, true, true},
+                        {true, false, true, false, true, 2, 2, true, true, false}};
   for (const Kind& kind : kinds) {
     layers("generic", kind);
     if (parco::features().avx2) layers("avx2", kind);

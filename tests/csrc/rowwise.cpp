@@ -88,6 +88,19 @@ void gates(const char* name, void (*kernel)(const Gate&), Type type) {
         wanted[i] = activated(static_cast<Activation>(activation), gate.exact[i]) * up.exact[i];
       expect(name, y, wanted, type, 1e-5);
     }
+    // The halves of rows, as one product gives them.
+    for (std::int64_t count : {1, 19, 1001}) {
+      const std::int64_t rows = 77, size = type == Type::fp32 ? 4 : 2;
+      Values both(rows * 2 * count, type), y(rows * count, type);
+      kernel({both.data(), both.data() + count * size, y.data(), count, static_cast<Activation>(activation), type, 3,
+              rows, 2 * count});
+      std::vector<double> wanted(rows * count);
+      for (std::int64_t m = 0; m < rows; m++)
+        for (std::int64_t k = 0; k < count; k++)
+          wanted[m * count + k] = activated(static_cast<Activation>(activation), both.exact[2 * m * count + k]) *
+                                  both.exact[(2 * m + 1) * count + k];
+      expect(name, y, wanted, type, 1e-5);
+    }
   }
 }
 
@@ -287,6 +300,26 @@ void sums(const char* name, void (*kernel)(const Sum&), Type type) {
   }
 }
 
+void mixes(const char* name, void (*kernel)(const Mix&), Type type) {
+  for (std::int64_t columns : {1, 16, 37, 3001}) {
+    const std::int64_t rows = 9, count = 4, all = 6;
+    Values x(all * columns, type), y(rows * columns, type);
+    std::vector<std::int64_t> places(rows * count);
+    std::vector<float> factors(rows * count);
+    for (std::int64_t i = 0; i < rows * count; i++) {
+      places[i] = static_cast<std::int64_t>(random_bits() % (all + 1)) - 1;
+      factors[i] = static_cast<float>(random_bits() % 64) / 64;
+    }
+    kernel({x.data(), places.data(), factors.data(), y.data(), rows, count, columns, type, 3});
+    std::vector<double> wanted(rows * columns);
+    for (std::int64_t m = 0; m < rows; m++)
+      for (std::int64_t i = m * count; i < (m + 1) * count; i++)
+        for (std::int64_t k = 0; k < columns && places[i] >= 0; k++)
+          wanted[m * columns + k] += static_cast<double>(factors[i]) * x.exact[places[i] * columns + k];
+    expect(name, y, wanted, type, 1e-5);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -300,6 +333,7 @@ int main() {
     rotations("rotate generic", rotate_generic, type);
     attentions("attend generic", attend_generic, type);
     sums("add generic", add_generic, type);
+    mixes("mix generic", mix_generic, type);
     if (parco::features().avx2) {
       norms("norm avx2", norm_avx2, type);
       gates("gate avx2", gate_avx2, type);
@@ -310,6 +344,7 @@ int main() {
       rotations("rotate avx2", rotate_avx2, type);
       attentions("attend avx2", attend_avx2, type);
       sums("add avx2", add_avx2, type);
+      mixes("mix avx2", mix_avx2, type);
     }
     if (parco::features().avx512) {
       norms("norm avx512", norm_avx512, type);
@@ -321,6 +356,7 @@ int main() {
       rotations("rotate avx512", rotate_avx512, type);
       attentions("attend avx512", attend_avx512, type);
       sums("add avx512", add_avx512, type);
+      mixes("mix avx512", mix_avx512, type);
     }
   }
   std::printf("%d checks, %d differences\n", checks, failures);

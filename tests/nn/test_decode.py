@@ -20,7 +20,7 @@ from parco.nn.prepared import groups
 from parco.weights import Dense, LowRank, Quantized, Sum, Weight
 
 WHOLE = ["llama", "llama tied", "llama odd", "mistral", "qwen2 tied", "qwen3", "gemma"]
-WHOLE += ["gpt2", "gpt-neox", "phi", "phi3", "gemma2", "gemma3"]
+WHOLE += ["gpt2", "gpt-neox", "phi", "phi3", "gemma2", "gemma3", "mixtral", "qwen2-moe", "qwen3-moe"]
 TOKENS = models.tokens(1, 12)
 
 

@@ -29,8 +29,8 @@ FUSED = {
     "gemma3": {"norm": 13, "gate": 2, "rotation": 2, "layer": 2},
     "phi": {"rotation": 2, "activation": 2, "layer": 2},
     "phi3": {"norm": 5, "gate": 2, "rotation": 2, "layer": 2},
-    "mixtral": {"norm": 5, "rotation": 2},
-    "qwen2-moe": {"norm": 5, "gate": 2, "rotation": 2, "layer": 1},
+    "mixtral": {"norm": 5, "experts": 2, "rotation": 2, "layer": 2},
+    "qwen2-moe": {"norm": 5, "gate": 2, "experts": 1, "rotation": 2, "layer": 2},
     "opt": {"attention": 2},
 }
 

@@ -13,6 +13,7 @@ hands out its own result when it is asked, and computes anew when it is asked fo
 from __future__ import annotations
 
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -24,7 +25,18 @@ from parco import _C
 from parco.kernels.library import undispatched
 from parco.nn import proofs
 from parco.nn.linear import kind_of
-from parco.nn.parts import HEAD_NORMS, OUT, PROJECTIONS, SOFTCAP, TOGETHER, Parts, is_rms_norm, parts
+from parco.nn.parts import (
+    HEAD_NORMS,
+    OUT,
+    PROJECTIONS,
+    SOFTCAP,
+    TOGETHER,
+    Block,
+    Mixture,
+    Parts,
+    is_rms_norm,
+    parts,
+)
 from parco.nn.prepared import Prepared, Settings, Wiring, kinds, prepare
 from parco.nn.proofs import Unlike
 from parco.nn.room import Room, appendable, room_for_one, written
@@ -53,7 +65,7 @@ _ARGUMENTS = {
     *("attention_mask", "position_embeddings", "position_ids", "past_key_values", "use_cache", "cache_position"),
     "layer_past",
 }
-"""What a model hands to its layers while it decodes, besides None."""
+"""What a model hands to its layers while it decodes, besides None and what is not wanted."""
 
 
 def _unwrapped(kind: type) -> Any:
@@ -84,35 +96,49 @@ def _settings(found: Parts, proven: Mapping[nn.Module, Any]) -> Iterator[Setting
     """Every way in which these parts may make a layer. Raises Unlike where one of them is not proven."""
     named = proofs.named_by(kind_of(found.attention))
     turns = proofs.ROTARY in named
-    gated = (found.feed_forward,) if found.is_gated else ()
+    blocks = _to_be_proven(found.block)
     layer_norms = {each: proofs.layer_norm(each) for each in (*found.norms, *found.of_heads) if not is_rms_norm(each)}
     proven = {**proven, **layer_norms}
-    for part in (*found.norms, *found.of_heads, *gated, *((found.attention,) if turns else ())):
+    for part in (*found.norms, *found.of_heads, *blocks, *((found.attention,) if turns else ())):
         if part not in proven:
             raise Unlike(f"its {type(part).__name__} is not fused")
-    if any(dropout.training for dropout in found.dropouts):
-        raise Unlike("it is being trained, with dropout")
+    if any(part.training for part in found.training):
+        raise Unlike("it is being trained, with dropout or noise")
     turning = 0
     if turns:
         rotation: Any = getattr(found.attention.config, "rope_parameters", None) or {}
         part = float(rotation.get("partial_rotary_factor") or 1.0)
         turning = found.attention.__dict__.get("rotary_ndims", int(found.width * part))
         turning += turning % 2  # as frequencies for pairs are made
-    activation = proven[found.feed_forward] if gated else proofs.plain(found.feed_forward)
+    if isinstance(found.block, Mixture):
+        proofs.routed(found.block)
+    activations = {proven[block] for block in blocks} if blocks else {proofs.plain(found.block.module)}
+    if len(activations) != 1:
+        raise Unlike("its feed-forward blocks have several activations")
+    (activation,) = activations
+    weighed = (True, False) if isinstance(found.block, Mixture) else (False,)
     heads, key_heads = found.heads
     mixed = len(found.qkv) == 1 and heads == key_heads and not found.of_heads
-    for parallel in _PARALLEL[len(found.norms)]:
-        for interleaved in (False, True) if mixed else (False,):
-            yield Settings(
-                norms=tuple(proven[norm] for norm in found.norms),
-                of_heads=tuple(proven[norm] for norm in found.of_heads),
-                wiring=Wiring(parallel, interleaved),
-                activation=activation,
-                turning=turning,
-                softcap=(dict(found.flags)[SOFTCAP] or 0.0) if SOFTCAP in named else 0.0,
-                kinds=kinds(found),
-                flags=found.flags,
-            )
+    interleavings = (False, True) if mixed else (False,)
+    for parallel, interleaved, normalized in itertools.product(_PARALLEL[len(found.norms)], interleavings, weighed):
+        yield Settings(
+            norms=tuple(proven[norm] for norm in found.norms),
+            of_heads=tuple(proven[norm] for norm in found.of_heads),
+            wiring=Wiring(parallel, interleaved),
+            activation=activation,
+            normalized=normalized,
+            turning=turning,
+            softcap=(dict(found.flags)[SOFTCAP] or 0.0) if SOFTCAP in named else 0.0,
+            kinds=kinds(found),
+            flags=found.flags,
+        )
+
+
+def _to_be_proven(block: Block | Mixture) -> tuple[nn.Module, ...]:
+    """The gated feed-forward blocks that have been fused by themselves."""
+    if isinstance(block, Mixture):
+        return (block.experts, *(() if block.shared is None else (block.shared.module,)))
+    return (block.module,) if block.is_gated else ()
 
 
 def layer(module: nn.Module, proven: Mapping[nn.Module, Any]) -> Settings:
@@ -133,25 +159,35 @@ def _proved(module: nn.Module, proven: Mapping[nn.Module, Any]) -> Settings:
     if not found.fit():
         raise Unlike("its matrices have other shapes than those of attention and of a feed-forward block")
     with proofs.distinct((*found.norms, *found.of_heads)):
-        inputs = [proofs.random(1, 1, weight.shape[0], like=weight) * magnitude for magnitude in proofs.MAGNITUDES]
-        expected = None
+        inputs = [
+            [proofs.random(1, 1, found.columns, like=weight, seed=seed) * magnitude for seed in _seeds(found)]
+            for magnitude in proofs.MAGNITUDES
+        ]
+        expected: dict[int, tuple[Tensor, ...]] = {}
         for settings in _settings(found, proven):
             module.__dict__.pop(proofs.STATE, None)  # prepared for other settings
             if prepare(module, settings, weight.dtype).call is None:
                 raise Unlike("no compiled kernel takes its matrices or norms")
-            if expected is None:
-                expected = [
-                    _probed(found, x, settings.turning, lambda x, named: type(module).forward(module, x, **named))
-                    for x in inputs
-                ]
-            ours = (
-                _probed(found, x, settings.turning, lambda x, named, s=settings: decoded(module, s, x, named))
-                for x in inputs
-            )
-            pairs = (pair for probes in zip(ours, expected, strict=True) for pair in zip(*probes, strict=True))
-            if all(proofs.apart(mine, theirs) < LAYER_ROUNDINGS for mine, theirs in pairs):
+
+            def agree(x: Tensor, settings: Settings = settings) -> bool:
+                if id(x) not in expected:
+                    expected[id(x)] = _probed(
+                        found, x, settings.turning, lambda x, named: type(module).forward(module, x, **named)
+                    )
+                ours = _probed(found, x, settings.turning, lambda x, named: decoded(module, settings, x, named))
+                pairs = zip(ours, expected[id(x)], strict=True)
+                return all(proofs.apart(mine, theirs) < LAYER_ROUNDINGS for mine, theirs in pairs)
+
+            if all(any(map(agree, of_magnitude)) for of_magnitude in inputs):
                 return settings
     raise Unlike(f"{type(module).__name__} computes something else than its parts in any known order")
+
+
+def _seeds(found: Parts) -> range:
+    """Of the numbers that are tried. One try must agree: where experts are chosen, a rounding before them may choose
+    others, which has nothing to do with how a layer is made.
+    """
+    return range(4 if isinstance(found.block, Mixture) else 1)
 
 
 LAYER_ROUNDINGS = 8.0
@@ -263,7 +299,7 @@ def decoded(module: Any, settings: Settings, x: Tensor, named: dict[str, Any]) -
         cache = named.get("layer_past")
     if cache is None or (angles is None) != (settings.turning == 0):
         return None
-    if not named.keys() <= _ARGUMENTS and any(named[name] is not None for name in named.keys() - _ARGUMENTS):
+    if not named.keys() <= _ARGUMENTS and any(map(_asks, named.keys() - _ARGUMENTS, itertools.repeat(named))):
         return None
     mask = named.get("attention_mask")
     before: tuple[Token, int] | None = getattr(x, "_parco_token", None)
@@ -292,6 +328,12 @@ def decoded(module: Any, settings: Settings, x: Tensor, named: dict[str, Any]) -
     token = Token(layers[: len(ready)], _run(ready, rooms, x, angles), rooms, cache, angles)
     _state(module).token = token
     return token.take()
+
+
+def _asks(name: str, named: dict[str, Any]) -> bool:
+    """Whether this argument asks for more than a result."""
+    value = named[name]
+    return value is not None and not (value is False and name == "output_router_logits")
 
 
 def _hides_nothing(mask: Any) -> bool:
@@ -366,7 +408,7 @@ def _ready(
     if ready.call is None or any(ready.hooks) or x.shape[-1] != ready.columns:
         return None
     attention = ready.attention
-    if module.training or attention.training or any(dropout.training for dropout in ready.dropouts):
+    if module.training or attention.training or any(part.training for part in ready.training):
         return None
     implementation = attention.config._attn_implementation
     if implementation != "eager" and (implementation != "sdpa" or settings.softcap):

@@ -23,15 +23,16 @@ from torch import Tensor, nn
 from parco.kernels.library import TYPES, transformed, untraced
 from parco.kernels.linear import linear_dense
 from parco.kernels.rowwise import ACTIVATIONS, dropout, rms_norm
-from parco.nn import decode, joined, proofs
+from parco.nn import decode, joined, mixture, proofs
 from parco.nn.attention import INTERFACES, Interfaces, known_in
 from parco.nn.linear import under_its_name
 from parco.nn.parts import PROJECTIONS, gated_names, is_conv1d, is_rms_norm, rows
 from parco.nn.prepared import groups
 from parco.nn.proofs import ROTARY, Rms, Unlike
+from parco.nn.sites import is_experts
 from parco.nn.together import keeps_its_input, standing_in
 
-Kind = Literal["norm", "gate", "rotation", "attention", "activation", "dense", "dropout", "layer"]
+Kind = Literal["norm", "gate", "rotation", "attention", "activation", "dense", "dropout", "experts", "layer"]
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ def _is_fused(module: Any) -> bool:
 @torch.no_grad()
 def fuse_(model: nn.Module) -> Fusion:
     """Fuse RMS norms, gated feed-forward blocks, rotary embeddings, attention (PyTorch's on a CPU, which then computes
-    in tiles, forward and backward) and GELUs written out in Python, in place; and decoder layers made of these and of
-    layer norms, which then decode in one call. Linear layers that stayed PyTorch's own, in bf16 or fp16 on a CPU, are
-    multiplied by `linear_dense` where no gradients are asked for; the matrices of Transformers' Conv1D are put into
-    memory by rows for it. Dropouts (PyTorch's own modules, of a p above 0 now) keep no mask while they train, and drop
-    other numbers under a seed of PyTorch's generator than unfused ones.
+    in tiles, forward and backward), the experts of a mixture and GELUs written out in Python, in place; and decoder
+    layers made of these and of layer norms, which then decode in one call. Linear layers that stayed PyTorch's own, in
+    bf16 or fp16 on a CPU, are multiplied by `linear_dense` where no gradients are asked for; the matrices of
+    Transformers' Conv1D are put into memory by rows for it. Dropouts (PyTorch's own modules, of a p above 0 now) keep
+    no mask while they train, and drop other numbers under a seed of PyTorch's generator than unfused ones.
 
     Fused results differ from unfused ones by roundings, but for which numbers are dropped: what was rounded after every
     step is computed in fp32 and rounded once. Gradients flow as before. Stored matrices that read the same input (q, k
@@ -116,6 +117,8 @@ def _class_of(original: type[nn.Module], kind: Kind) -> type[nn.Module]:
     """The subclass of `original` that computes in one pass."""
     if kind in ("rotation", "attention"):
         forward = _attending(original)
+    elif kind == "experts":
+        forward = mixture.forward(original)
     elif kind == "layer":
         forward = decode.layer_forward(original)
     else:
@@ -167,6 +170,8 @@ def _looks_like(module: nn.Module) -> Kind | None:
         return "dropout" if module.p > 0 else None
     if is_rms_norm(module):
         return "norm"
+    if is_experts(module):
+        return "experts"
     if gated_names(module) is not None:
         return "gate"
     if ROTARY in proofs.named_by(type(module)):
@@ -271,6 +276,7 @@ _CHECKS: dict[str, Callable[[nn.Module], Any]] = {
     "activation": proofs.activation,
     "dense": _dense,
     "dropout": proofs.dropout,
+    "experts": mixture.experts,
 }
 _FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "norm": _norm_forward,

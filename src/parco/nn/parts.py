@@ -5,12 +5,14 @@ Only what the children are is decided here; in which order they are applied, the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from parco.nn.linear import Linear, kind_of
+from parco.nn.sites import is_experts
 from parco.nn.stored import StoredWeight
 
 ATTENTION = ("self_attn", "attn", "attention")
@@ -20,18 +22,71 @@ OUT = ("o_proj", "c_proj", "dense", "out_proj")
 HEAD_NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
 GATED = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))
 SOFTCAP = "attn_logit_softcapping"
+SHARED = ("shared_expert", "shared_expert_gate")
 FLAGS = {
     *("scaling", "head_dim", "head_size", "rotary_ndims", SOFTCAP, "split_size"),
     *("qk_layernorm", "use_parallel_residual", "num_key_value_heads"),
+    *("top_k", "norm_topk_prob", "num_experts", "_is_expert_parallel"),
 }
-"""Attributes of a layer and of its attention that tell what they compute."""
+"""Attributes of a layer, of its attention, its router and its experts that tell what they compute."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A feed-forward block: `gate_up`, gate and up, one matrix for both, or up alone; and `down`."""
+
+    module: Any
+    gate_up: tuple[Any, ...]
+    down: Any
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether there is a gate beside up."""
+        return gated_names(self.module) is not None
+
+    @property
+    def modules(self) -> tuple[Any, ...]:
+        """Those whose forwards are not run."""
+        return (self.module,)
+
+    def fit(self, columns: int) -> bool:
+        """Whether the matrices have the shapes of such a block."""
+        outputs, inner = shape(self.down)
+        wide = (1 + self.is_gated) * inner // len(self.gate_up)
+        return outputs == columns and all(shape(each) == (wide, columns) for each in self.gate_up)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A block of `experts`, of which a `router` (`weight` [E, H], `top_k`) chooses some for each token; perhaps one
+    that all tokens take, and a gate for it.
+    """
+
+    module: Any
+    router: Any
+    experts: Any
+    shared: Block | None
+    shared_gate: Any
+
+    @property
+    def modules(self) -> tuple[Any, ...]:
+        """Those whose forwards are not run."""
+        return self.module, self.router, self.experts, *(() if self.shared is None else (self.shared.module,))
+
+    def fit(self, columns: int) -> bool:
+        """Whether the matrices have the shapes of such a block."""
+        count, weight = self.experts.num_experts, self.router.weight
+        logits = weight.ndim == 2 and tuple(weight.shape) == (count, columns) and 0 < self.router.top_k <= count
+        gate = self.shared_gate is None or shape(self.shared_gate) == (1, columns)
+        shared = self.shared is None or (self.shared.is_gated and self.shared.fit(columns))
+        return logits and gate and shared and self.experts.down_proj[0].shape[0] == columns
 
 
 @dataclass(frozen=True)
 class Parts:
     """A decoder's layer: its attention, its feed-forward block, the `norms` of both in the order of their registration
-    and those of queries and keys; what is multiplied: `qkv` (three matrices or one), `out`, `gate_up` (gate and up, one
-    for both, or up alone), `down`; dropouts, which do nothing where nobody trains.
+    and those of queries and keys; what is multiplied: `qkv` (three matrices or one), `out`, and the blocks that it
+    may be fed through, one unless a `router` chooses; what does something else, or nothing, where nobody trains.
     """
 
     attention: Any
@@ -40,9 +95,8 @@ class Parts:
     of_heads: tuple[Any, ...]
     qkv: tuple[Any, ...]
     out: Any
-    gate_up: tuple[Any, ...]
-    down: Any
-    dropouts: tuple[nn.Module, ...]
+    block: Block | Mixture
+    training: tuple[nn.Module, ...]
     flags: tuple[tuple[str, Any], ...]
 
     @property
@@ -59,21 +113,18 @@ class Parts:
         return heads, (shape(self.qkv[0])[0] // self.width - heads) // 2
 
     @property
-    def is_gated(self) -> bool:
-        """Whether there is a gate beside up."""
-        return gated_names(self.feed_forward) is not None
+    def columns(self) -> int:
+        """Numbers in x."""
+        return shape(self.out)[0]
 
     def fit(self) -> bool:
-        """Whether the matrices have the shapes of attention and of a feed-forward block."""
-        width, (heads, key_heads) = self.width, self.heads
-        columns, inner = shape(self.down)
+        """Whether the matrices have the shapes of attention and of feed-forward blocks."""
+        width, (heads, key_heads), columns = self.width, self.heads, self.columns
         of_keys = key_heads * width
         rows = [heads * width, of_keys, of_keys] if len(self.qkv) == 3 else [heads * width + 2 * of_keys]
-        wide = (1 + self.is_gated) * inner // len(self.gate_up)
-        wanted = [(count, columns) for count in (*rows, *(wide for _ in self.gate_up))]
-        found = [shape(each) for each in (*self.qkv, *self.gate_up)]
+        found, wanted = [shape(each) for each in self.qkv], [(count, columns) for count in rows]
         whole = key_heads > 0 and heads % key_heads == 0
-        return whole and found == wanted and shape(self.out) == (columns, heads * width)
+        return whole and found == wanted and shape(self.out)[1] == heads * width and self.block.fit(columns)
 
 
 def parts(module: nn.Module) -> Parts | None:
@@ -89,19 +140,47 @@ def parts(module: nn.Module) -> Parts | None:
     qkv = tuple(inner.pop(name) for name in names if name in inner)
     out = next((inner.pop(name) for name in OUT if name in inner), None)
     of_heads = tuple(inner.pop(name) for pair in HEAD_NORMS if set(pair) <= inner.keys() for name in pair)
-    multiplied = matrices(feed_forward)
-    if len(qkv) not in (1, 3) or out is None or multiplied is None:
+    found = mixture(feed_forward) or block(feed_forward)
+    if len(qkv) not in (1, 3) or out is None or found is None or not all(is_linear(each) for each in (*qkv, out)):
         return None
-    gate_up, down = multiplied
     others = [*(each for each in children.values() if each not in norms), *inner.values()]
-    dropouts = [each for each in (*others, *feed_forward.children()) if kind_of(each) is nn.Dropout]
-    linear = all(is_linear(each) for each in (*qkv, out, *gate_up, down))
-    if not linear or any(each not in dropouts for each in others):
+    training = [each for each in (*others, *feed_forward.children()) if kind_of(each) is nn.Dropout]
+    if any(each not in training for each in others):
         return None
-    flags = tuple(
-        (n, owner.__dict__[n]) for owner in (module, attention) for n in sorted(FLAGS & owner.__dict__.keys())
-    )
-    return Parts(attention, feed_forward, norms, of_heads, qkv, out, gate_up, down, tuple(dropouts), flags)
+    if isinstance(found, Mixture):
+        training.append(feed_forward)
+    flags = tuple((name, owner.__dict__[name]) for owner, name in flagged(module, attention, found))
+    return Parts(attention, feed_forward, norms, of_heads, qkv, out, found, tuple(training), flags)
+
+
+def flagged(module: Any, attention: Any, found: Block | Mixture) -> Iterator[tuple[Any, str]]:
+    """The attributes of a layer's parts that tell what they compute, by owner and name."""
+    owners = (module, attention, *((found.router, found.experts) if isinstance(found, Mixture) else ()))
+    for owner in owners:
+        for name in sorted(FLAGS & owner.__dict__.keys()):
+            yield owner, name
+
+
+def block(feed_forward: nn.Module) -> Block | None:
+    """The block's matrices, where all of them are linear layers."""
+    found = matrices(feed_forward)
+    if found is None or not all(is_linear(each) for each in (*found[0], found[1])):
+        return None
+    return Block(feed_forward, *found)
+
+
+def mixture(feed_forward: nn.Module) -> Mixture | None:
+    """The parts of a block of experts, or None where it is none or has others."""
+    children: dict[str, Any] = dict(feed_forward.named_children())
+    router = children.pop("gate", None)
+    experts, shared, gate = (children.pop(name, None) for name in ("experts", *SHARED))
+    if children or experts is None or not is_experts(experts) or "top_k" not in getattr(router, "__dict__", {}):
+        return None
+    held = None if shared is None else block(shared)
+    if (shared is not None and held is None) or (gate is not None and not is_linear(gate)):
+        return None
+    weight: Any = getattr(router, "weight", None)
+    return Mixture(feed_forward, router, experts, held, gate) if isinstance(weight, Tensor) else None
 
 
 def _width(attention: Any) -> int:

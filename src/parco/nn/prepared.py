@@ -5,7 +5,7 @@ are still right.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from parco import _C, machine
-from parco.formats.scales import DTYPE_NAMES
 from parco.kernels.activations import NUMBERS
 from parco.kernels.library import TYPES
-from parco.kernels.linear.prepared import prepared
-from parco.nn import joined
-from parco.nn.linear import Linear, carries_adapters, kind_of
-from parco.nn.parts import FLAGS, PROJECTIONS, Parts, parts, rows, shape
+from parco.nn.chains import chain, chains, dense
+from parco.nn.linear import carries_adapters, kind_of
+from parco.nn.mixture import add_experts, compiled_isa
+from parco.nn.parts import PROJECTIONS, Block, Mixture, Parts, flagged, parts
 from parco.nn.proofs import Centered, Rms, activation_of
-from parco.products.how import NATIVE, Product
-from parco.weights import Dense, Weight
 
 
 @dataclass(frozen=True)
@@ -39,14 +36,15 @@ class Wiring:
 @dataclass(frozen=True)
 class Settings:
     """How a layer is computed: its norms and those of queries and keys, as in Parts; its wiring; the feed-forward
-    block's activation; how many numbers of a head turn; the classes of attention, feed-forward block and norms, before
-    they were fused; the flags of its Parts.
+    block's activation, and whether the weights of chosen experts add up to 1; how many numbers of a head turn; the
+    classes of the parts whose forwards are not run, before they were fused; the flags of its Parts.
     """
 
     norms: tuple[Rms | Centered, ...]
     of_heads: tuple[Rms | Centered, ...]
     wiring: Wiring
     activation: str
+    normalized: bool
     turning: int
     softcap: float
     kinds: tuple[type, ...]
@@ -74,12 +72,12 @@ class Prepared:
     kinds: tuple[type, ...]
     hooks: tuple[Any, ...]
     attention: Any
-    dropouts: tuple[nn.Module, ...]
+    training: tuple[nn.Module, ...]
 
     @property
     def holds(self) -> bool:
         return (
-            all(map(operator.is_, map(dict.get, self.owners, self.keys), self.values))
+            _C.unchanged(self.owners, self.keys, self.values)
             and all(map(operator.is_, map(type, self.parts), self.kinds))
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
             and machine.isa() == self.isa
@@ -110,17 +108,17 @@ def prepare(module: Any, settings: Settings, dtype: torch.dtype) -> Prepared:
     whole = parts(module)
     call = None
     if whole is not None:
-        owners = (module.__dict__, whole.attention.__dict__)
-        found += [(owner, name, owner[name]) for owner in owners for name in sorted(FLAGS & owner.keys())]
+        flags = flagged(module, whole.attention, whole.block)
+        found += [(owner.__dict__, name, owner.__dict__[name]) for owner, name in flags]
         replaced = any("forward" in part.__dict__ or carries_adapters(part) for part in inside)
         same = kinds(whole) == settings.kinds and whole.flags == settings.flags
-        if not replaced and same and whole.fit() and activation_of(whole.feed_forward) == settings.activation:
+        if not replaced and same and whole.fit() and activations(whole.block) == {settings.activation}:
             call = _call(settings, dtype, whole, tensors)
     owners, keys, values = zip(*found, strict=True)
     return Prepared(
         call,
         dtype,
-        shape(whole.down)[0] if whole else 0,
+        whole.columns if whole else 0,
         whole.heads[1] if whole else 0,
         whole.width if whole else 0,
         machine.isa(),
@@ -133,41 +131,45 @@ def prepare(module: Any, settings: Settings, dtype: torch.dtype) -> Prepared:
         tuple(map(type, inside)),
         tuple(hooks for part in inside for hooks in (part._forward_hooks, part._forward_pre_hooks)),
         whole.attention if whole else None,
-        whole.dropouts if whole else (),
+        whole.training if whole else (),
     )
 
 
 def kinds(whole: Parts) -> tuple[type, ...]:
     """The classes of the parts whose forwards are not run."""
-    return tuple(map(kind_of, (whole.attention, whole.feed_forward, *whole.norms, *whole.of_heads)))
+    return tuple(map(kind_of, (whole.attention, *whole.block.modules, *whole.norms, *whole.of_heads)))
+
+
+def activations(block: Block | Mixture) -> set[str | None]:
+    """Those of all blocks that a token may take."""
+    if isinstance(block, Block):
+        return {activation_of(block.module)}
+    return {activation_of(block.experts), *(set() if block.shared is None else activations(block.shared))}
 
 
 def _call(settings: Settings, dtype: torch.dtype, whole: Parts, tensors: tuple[Tensor, ...]) -> _C.DecoderLayer | None:
     """The compiled layer; None where a matrix is of a kind, or somewhere, that no compiled kernel reads."""
     if dtype not in TYPES or not all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in tensors):
         return None
-    (heads, key_heads), width = whole.heads, whole.width
-    columns, inner = shape(whole.down)
-    products = [_products(place, dtype) for place in (whole.qkv, (whole.out,), whole.gate_up, (whole.down,))]
+    (heads, key_heads), width, columns = whole.heads, whole.width, whole.columns
+    products = [chains(place, dtype) for place in (whole.qkv, (whole.out,))]
+    blocks = _blocks(whole.block, columns, settings.activation, dtype)
     norms = [_scaling(norm, how, columns, dtype) for norm, how in zip(whole.norms, settings.norms, strict=True)]
     of_heads = [_scaling(norm, how, width, dtype) for norm, how in zip(whole.of_heads, settings.of_heads, strict=True)]
     scalings = [scaling for scaling in (*norms, *of_heads) if scaling is not None]
-    if None in products or len(scalings) != len(norms) + len(of_heads):
+    if blocks is None or len(scalings) != len(norms) + len(of_heads):
         return None
     before, *others = scalings[: len(norms)]
     call = _C.DecoderLayer(
-        isa="avx512" if machine.isa() == "amx" else machine.isa(),
+        isa=compiled_isa(),
         columns=columns,
         heads=heads,
         key_heads=key_heads,
         head=width,
         turning=settings.turning,
-        inner=inner,
         scale=whole.attention.scaling,
         softcap=settings.softcap,
         type=TYPES[dtype],
-        activation=NUMBERS[settings.activation],
-        gated=whole.is_gated,
         parallel=settings.wiring.parallel,
         interleaved=settings.wiring.interleaved,
         before=before,
@@ -175,9 +177,32 @@ def _call(settings: Settings, dtype: torch.dtype, whole: Parts, tensors: tuple[T
         after=others[::2] if len(norms) == 4 else [],
         of_heads=scalings[len(norms) :],
     )
+    call.feed(blocks)
+    if isinstance(whole.block, Mixture):
+        mixture = whole.block
+        logits = chain(*dense(mixture.router.weight), None, dtype)
+        products.append(None if logits is None else [logits])
+        products.append([] if mixture.shared_gate is None else chains((mixture.shared_gate,), dtype))
+        call.route(mixture.router.top_k, settings.normalized)
+    if None in products:
+        return None
     for place, together in enumerate(products):
         for product in together or ():
             call.multiply(place, product)
+    return call
+
+
+def _blocks(block: Block | Mixture, columns: int, activation: str, dtype: torch.dtype) -> _C.Experts | None:
+    """The blocks of a layer; None where no compiled kernel reads one of their matrices."""
+    call = _C.Experts(isa=compiled_isa(), columns=columns, type=TYPES[dtype])
+    if isinstance(block, Mixture) and not add_experts(call, block.experts, activation, dtype, 1):
+        return None
+    plain = block if isinstance(block, Block) else block.shared
+    if plain is not None:
+        gate_up, down = chains(plain.gate_up, dtype), chains((plain.down,), dtype)
+        if gate_up is None or down is None:
+            return None
+        call.add(gate_up, down[0], plain.is_gated, NUMBERS[activation])
     return call
 
 
@@ -192,30 +217,3 @@ def _scaling(norm: Any, how: Rms | Centered, columns: int, dtype: torch.dtype) -
     epsilon, offset, rounded = how if isinstance(how, Rms) else (how.epsilon, 0.0, False)
     address = 0 if bias is None else bias.data_ptr()
     return _C.Scaling(norm.weight.data_ptr(), address, epsilon, offset, rounded, isinstance(how, Centered))
-
-
-def _products(layers: Sequence[Any], dtype: torch.dtype) -> list[_C.Chain] | None:
-    """One product for all of `layers` where they lie side by side, else one each; None without a compiled kernel, or
-    where a layer multiplies by a recipe of its own (`parco.training`).
-    """
-    if any("_recipe" in layer.__dict__ for layer in layers):
-        return None
-    whole = joined.joined(layers) if len(layers) > 1 else None
-    if whole is not None:
-        products = [_product(*whole, dtype, layers[0].weight.product)]
-    else:
-        products = [
-            _product(layer.weight.spec, layer.weight.tensors(), layer.bias, dtype, layer.weight.product)
-            if isinstance(layer, Linear)
-            else _product(Dense(shape(layer), DTYPE_NAMES[layer.weight.dtype]), (rows(layer),), layer.bias, dtype)
-            for layer in layers
-        ]
-    found = [product for product in products if product is not None]
-    return found if len(found) == len(products) else None
-
-
-def _product(
-    spec: Weight, tensors: tuple[Tensor, ...], bias: Tensor | None, dtype: torch.dtype, product: Product = NATIVE
-) -> _C.Chain | None:
-    plan = spec.plan(product)
-    return None if plan is None else prepared(dtype, tensors, bias, plan)

@@ -18,7 +18,7 @@ from torch.nn.modules import module as module_hooks
 
 from parco.kernels.library import TYPES, transformed
 from parco.kernels.rowwise import ACTIVATIONS, gated, rms_norm, rotate
-from parco.nn.parts import gated_names, is_conv1d, is_linear, matrices, shape
+from parco.nn.parts import Mixture, gated_names, is_conv1d, is_linear, matrices, shape
 
 ROTARY = "apply_rotary_pos_emb"
 
@@ -34,6 +34,16 @@ NORM_NAMES = {
 }
 GATE_NAMES = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "act_fn", "activation_fn", "act", "chunk"}
 """What the forward of a norm or of a gated block may name. A clamp, a dropout, a factor or a flag is none of it."""
+
+
+MIXTURE_NAMES = {
+    *("shape", "view", "reshape", "torch", "empty_like", "uniform_", "training", "jitter_noise", "F", "sigmoid"),
+}
+ROUTER_NAMES = {
+    *("reshape", "hidden_dim", "F", "nn", "functional", "linear", "weight", "torch", "softmax", "float", "topk"),
+    *("top_k", "sum", "norm_topk_prob", "to", "dtype"),
+}
+"""The same of a block of experts, besides its children, and of what chooses among them."""
 
 
 class Rms(NamedTuple):
@@ -116,16 +126,22 @@ def apart(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / size) / torch.finfo(expected.dtype).eps
 
 
+def tells(result: Tensor) -> bool:
+    """Whether others can be compared with this: it is finite, and not so small that all of it is rounding."""
+    size = result.double().square().mean().sqrt()
+    return bool(result.isfinite().all() and size >= torch.finfo(result.dtype).tiny)
+
+
 def alike(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """The greatest distance between module and `run` over the magnitudes at which the module's result is finite."""
+    """The greatest distance between module and `run` over the magnitudes at which the module's result tells."""
     distances: list[float] = []
     for magnitude in MAGNITUDES:
         scaled = x * magnitude
         expected: Any = type(module).forward(module, scaled)
         if not isinstance(expected, Tensor) or expected.dtype != x.dtype:
             raise Unlike(f"{type(module).__name__} returns something else")
-        if expected.isfinite().all() and scaled.isfinite().all():
-            distances.append(apart(run(scaled), expected) if expected.any() else float("inf"))
+        if tells(expected) and scaled.isfinite().all():
+            distances.append(apart(run(scaled), expected))
     return max(distances, default=float("inf"))
 
 
@@ -170,6 +186,12 @@ def gate(module: nn.Module) -> str:
     """The activation of a gated feed-forward block: gate, up (or both in one), down."""
     require(module, GATE_NAMES, set())
     return _activation_in(module, gated_block)
+
+
+def routed(mixture: Mixture) -> None:
+    """A block of experts whose router takes the greatest of a softmax; what it does with them the layer shows."""
+    require(mixture.module, MIXTURE_NAMES | set(dict(mixture.module.named_children())), set())
+    require(mixture.router, ROUTER_NAMES, {"weight"})
 
 
 def plain(module: nn.Module) -> str:

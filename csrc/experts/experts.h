@@ -1,0 +1,63 @@
+// The feed-forward block of a transformer, and many of them of which a router gives every row a few (Shazeer et al.,
+// arXiv 1701.06538): y = the sum of the chosen blocks' results, each times its weight.
+//
+// Rows of one block are multiplied together. What stands between two products is rounded to the type of x, as it is
+// where each is an operation of its own; the weighted sum is fp32, in the order of a row's choices, and rounded once.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "linear/chain.h"
+#include "rowwise/rowwise.h"
+
+namespace parco::experts {
+
+using linear::Type;
+
+// The operations of csrc/rowwise for one instruction set.
+struct Rowwise {
+  void (*gate)(const rowwise::Gate&);
+  void (*mix)(const rowwise::Mix&);
+};
+
+// down(activation(gate) * up); where it is not gated, down(activation(up)). Gate and up are the two halves of one
+// product's result, or of two products.
+struct Block {
+  std::vector<linear::Chain> gate_up;
+  std::vector<linear::Chain> down;  // one
+  bool gated;
+  rowwise::Activation activation;
+
+  // Numbers between its products, for one row.
+  std::int64_t inner() const { return down[0].columns(); }
+};
+
+// Numbers for which `run` of a block needs room for each row, besides some bytes.
+std::int64_t numbers_of(const Block& block);
+constexpr std::size_t room_beside = 64;
+
+// x [rows, columns] to y [rows, columns]. Throws std::bad_alloc.
+void run(const Block& block, const Rowwise& rowwise, const void* x, void* y, std::int64_t rows, char* room,
+         int threads);
+
+struct Experts {
+  std::vector<Block> blocks;
+  std::int64_t columns;
+  Type type;
+  Rowwise rowwise;
+};
+
+// The blocks of every row, `choices` of them, and their weights. A number that is none of a block's adds nothing.
+struct Routes {
+  const std::int64_t* blocks;  // [rows, choices]
+  const float* weights;        // [rows, choices]
+  std::int64_t choices;
+};
+
+// x [rows, columns] to y [rows, columns]. Throws std::bad_alloc.
+void run(const Experts& experts, const Routes& routes, const void* x, void* y, std::int64_t rows, int threads);
+
+// The operations of an instruction set by its name in parco.machine.
+Rowwise rowwise_of(const std::string& isa);
+
+}  // namespace parco::experts

@@ -1,0 +1,304 @@
+"""Fused experts: one call gives what the module gives, and whatever else is asked of them is the module's."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tests.laws.weight_laws import stored_tensors
+from tests.nn import models
+from tests.nn.conftest import Calls
+from tests.nn.test_decode import TOKENS, agree, low_rank, steps
+from tests.nn.test_fuse import apart
+
+import parco
+from parco import _C, nn
+from parco.nn import fuse_
+from parco.weights import Dense, Quantized, SemiSparse
+
+STORED = [None, "bf16", "int4:16", "int8:row", "fp8_e4m3:row", "nf4:16"]
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """How many tokens each compiled call of experts had."""
+    found, run = Calls(), _C.run_experts
+
+    def counted(*arguments: Any) -> None:
+        found.append(arguments[5])
+        run(*arguments)
+
+    monkeypatch.setattr(_C, "run_experts", counted)
+    return found
+
+
+def mixtral(stored: str | None = None, dtype: torch.dtype = torch.float32, **changed: Any) -> Any:
+    torch.manual_seed(3)
+    config = models.t.MixtralConfig(**{**models.COMMON, "num_local_experts": 5, **changed})
+    made = models.t.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in made.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    made = made.to(dtype)
+    if stored:
+        parco.convert_(made, stored)
+    return made
+
+
+def routes(tokens: int, choices: int = 2, count: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    made = torch.Generator().manual_seed(tokens)
+    scores = torch.rand(tokens, count, generator=made)
+    weights, index = scores.topk(choices)
+    return index, weights
+
+
+def pair(stored: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The experts of one model, plain and fused."""
+    made = mixtral(stored, dtype)
+    plain = copy.deepcopy(made)
+    assert len(fuse_(made).fused["experts"]) == 2
+    return plain.model.layers[0].mlp.experts, made.model.layers[0].mlp.experts
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 150])
+@pytest.mark.parametrize("stored", STORED)
+def test_experts_are_the_same_in_one_call(stored: str | None, tokens: int, runs: Calls) -> None:
+    plain, fused = pair(stored)
+    x, (index, weights) = torch.randn(tokens, 48), routes(tokens)
+    runs.clear()
+    with torch.inference_mode():
+        assert apart(fused(x, index, weights), plain(x, index, weights)) < 2e-6
+    assert runs == ([tokens] if tokens < 150 or stored else [])  # many rows of fp32 are PyTorch's
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stored", [None, "int4:16"])
+def test_in_few_bits_they_are_no_further_from_the_truth(stored: str | None, dtype: torch.dtype, runs: Calls) -> None:
+    plain, fused = pair(stored, dtype)
+    x, (index, weights) = torch.randn(3, 48, dtype=dtype), routes(3)
+    weights = weights.to(dtype)
+    with torch.inference_mode():
+        truth = copy.deepcopy(plain).float()(x.float(), index, weights.float())
+        runs.clear()
+        assert apart(fused(x, index, weights), truth) < 1.1 * apart(plain(x, index, weights), truth)
+    assert runs == [3]
+
+
+def test_one_token_and_many_are_the_same_bits() -> None:
+    """Products in integers are; the weighted sum is by token and in its choices' order."""
+    _, fused = pair("int4:16")
+    x, (index, weights) = torch.randn(40, 48), routes(40)
+    with torch.inference_mode():
+        together = fused(x, index, weights)
+        for m in range(40):
+            assert torch.equal(fused(x[m : m + 1], index[m : m + 1], weights[m : m + 1])[0], together[m])
+
+
+def test_experts_held_elsewhere_add_nothing(runs: Calls) -> None:
+    plain, fused = pair("int4:16")
+    x, weights = torch.randn(3, 48), torch.ones(3, 2)
+    index = torch.tensor([[1, 5], [2, 7], [5, 5]])
+    with torch.inference_mode():
+        runs.clear()
+        found = fused(x, index, weights)
+        assert apart(found[:2], plain(x, torch.tensor([[1, 5], [2, 5], [5, 5]]), weights)[:2]) < 2e-6
+        assert not found[2].any()
+        assert runs == [3]
+        assert not fused(x[2:], index[2:], weights[2:]).any()
+        assert fused(x[:0], index[:0], weights[:0]).shape == (0, 48)
+
+
+def test_gradients_autocast_and_other_arguments_take_the_module(runs: Calls) -> None:
+    plain, fused = pair()
+    x, (index, weights) = torch.randn(3, 48), routes(3)
+    runs.clear()
+    grads = []
+    for each in (plain, fused):
+        own = x.clone().requires_grad_()
+        each(own, index, weights).sum().backward()
+        grads.append(own.grad)
+    assert torch.equal(*grads)
+    with torch.inference_mode():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(fused(x, index, weights), plain(x, index, weights))
+        named = {"hidden_states": x, "top_k_index": index, "top_k_weights": weights}
+        assert torch.equal(fused(**named), plain(**named))
+        assert torch.equal(fused(x, index.int(), weights), plain(x, index.int(), weights))
+    assert not runs
+
+
+def test_hooks_and_changes_are_seen(runs: Calls) -> None:
+    _, fused = pair("int4:16")
+    x, (index, weights) = torch.randn(4, 48), routes(4)
+    chosen = int(index[0, 0])
+    with torch.inference_mode():
+        before, seen = fused(x, index, weights), []
+        runs.clear()
+        hook = fused.down_proj[chosen].register_forward_hook(lambda *_: seen.append(1))
+        assert apart(fused(x, index, weights), before) < 2e-6
+        assert seen
+        assert not runs
+        hook.remove()
+        zeros = nn.StoredWeight.encode(Dense((48, 88), "fp32"), torch.zeros(48, 88))
+        kept, fused.down_proj[chosen] = fused.down_proj[chosen], zeros
+        changed = fused(x, index, weights)
+        assert apart(changed, before) > 1e-2
+        fused.down_proj[chosen] = kept
+        for parameter in fused.parameters():
+            parameter.data = parameter.data.clone()
+        assert torch.equal(fused(x, index, weights), before)
+        kept.unpack_()
+        assert torch.equal(fused(x, index, weights), before)
+        kept.product = parco.products.parse("activations(int8)")
+        rounded = fused(x, index, weights)
+        assert 1e-5 < apart(rounded, before) < 1e-1
+        kept.product = parco.products.parse("native")
+        assert torch.equal(fused(x, index, weights), before)
+        fused.act_fn = torch.nn.ReLU()
+        assert apart(fused(x, index, weights), before) > 1e-2
+
+
+def test_a_parameter_of_other_numbers_is_seen(runs: Calls) -> None:
+    plain, fused = pair()
+    x, (index, weights) = torch.randn(1, 48), routes(1)
+    with torch.inference_mode():
+        fused(x, index, weights)
+        for each in (plain, fused):
+            each.down_proj.data = each.down_proj.data * 2
+        runs.clear()
+        assert apart(fused(x, index, weights), plain(x, index, weights)) < 2e-6
+        assert runs == [1]
+
+
+def test_weights_of_other_kinds_are_multiplied_too_or_left() -> None:
+    made = mixtral()
+    experts = "model.layers.{}.mlp.experts.{}_proj[{}]"
+    for index in range(5):
+        for name, shape in (("gate_up", (176, 48)), ("down", (48, 88))):
+            spec = low_rank(shape, None) if index % 2 else Quantized("int8:row", shape)
+            other = SemiSparse("fp32", shape) if (index, name) == (2, "down") else Quantized("int4:16", shape)
+            for layer, each in enumerate((spec, other)):
+                held = nn.StoredWeight(each, stored_tensors(each))
+                nn.replace_(made, experts.format(layer, name, index), held)
+    expected = steps(made)
+    fusion = fuse_(made)
+    assert fusion.fused["experts"] == ("model.layers.0.mlp.experts",)
+    assert "no compiled kernel" in fusion.left["model.layers.1.mlp.experts"]
+    agree(steps(made), expected)
+
+
+def test_experts_that_compute_something_else_are_left() -> None:
+    made = mixtral()
+    first, second = (layer.mlp.experts for layer in made.model.layers)
+
+    class Doubled(type(first)):
+        def forward(self, *inputs: Any) -> torch.Tensor:
+            return 2 * super().forward(*inputs)
+
+    first.__class__ = Doubled
+    second.act_fn = torch.nn.Sigmoid()
+    expected = steps(made)
+    fusion = fuse_(made)
+    assert "experts" not in fusion.fused
+    assert "replaced" in fusion.left["model.layers.0.mlp.experts"]
+    assert "activation" in fusion.left["model.layers.1.mlp.experts"]
+    agree(steps(made), expected)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_either_weighing_decodes_in_one_call_a_token(normalized: bool, calls: Calls) -> None:
+    config = models.t.Qwen3MoeConfig(**models.COMMON, **models.MIXTURE, **models.HEADS, norm_topk_prob=normalized)
+    torch.manual_seed(0)
+    made = models.t.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    expected = steps(made)
+    fuse_(made)
+    calls.clear()
+    agree(steps(made), expected)
+    assert calls == [1, 1, 2, 2, 2, 2]
+    routers = [layer.mlp.gate for layer in made.model.layers]
+    for router in routers:
+        router.norm_topk_prob = not normalized
+    assert apart(steps(made)[0], expected[0]) > 1e-4
+    for router in routers:
+        router.norm_topk_prob = normalized
+        router.top_k = 3
+    assert apart(steps(made)[0], expected[0]) > 1e-4
+
+
+def test_the_routers_logits_are_still_given(calls: Calls) -> None:
+    made = mixtral("int4:16")
+    plain = copy.deepcopy(made)
+    fuse_(made)
+    calls.clear()
+    found = []
+    for model in (made, plain):
+        with torch.inference_mode():
+            out = model(TOKENS[:, :4], use_cache=True)
+            for i in range(4, 7):
+                out = model(TOKENS[:, i : i + 1], past_key_values=out.past_key_values, output_router_logits=True)
+        found.append(out.router_logits)
+    agree(list(found[0]), list(found[1]))
+    assert not calls
+    agree(steps(made), steps(plain))
+
+
+def test_noise_of_a_router_in_training_is_the_modules(calls: Calls) -> None:
+    made = mixtral(router_jitter_noise=0.5)
+    fuse_(made)
+    steps(made)
+    made.model.layers[0].mlp.train()
+    calls.clear()
+    noisy = steps(made)
+    assert 2 not in calls
+    assert apart(steps(made)[0], noisy[0]) > 1e-4
+
+
+def test_other_routers_layers_are_left_and_their_experts_fused(runs: Calls) -> None:
+    config = models.t.Glm4MoeConfig(
+        **models.COMMON, **models.HEADS, moe_intermediate_size=24, n_routed_experts=5, num_experts_per_tok=2, n_group=1,
+        topk_group=1, first_k_dense_replace=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    made = models.t.AutoModelForCausalLM.from_config(config).eval()
+    expected = steps(made)
+    fusion = fuse_(made)
+    assert fusion.fused["experts"] == ("model.layers.1.mlp.experts",)
+    assert fusion.fused.get("layer", ()) in ((), ("model.layers.0",))
+    runs.clear()
+    agree(steps(made), expected)
+    assert runs == [4, 1, 1, 1, 1, 1]
+
+
+def test_copies_compute_alike_and_keep_no_addresses(runs: Calls) -> None:
+    _, fused = pair("int4:16")
+    x, (index, weights) = torch.randn(2, 48), routes(2)
+    with torch.inference_mode():
+        expected = fused(x, index, weights)
+        twin = copy.deepcopy(fused)
+        for parameter in fused.parameters():
+            parameter.data.zero_()
+        runs.clear()
+        assert torch.equal(twin(x, index, weights), expected)
+        assert runs == [2]
+
+
+def test_every_instruction_set(monkeypatch: pytest.MonkeyPatch, runs: Calls) -> None:
+    from tests.laws.kernel_laws import forget_choices
+
+    from parco import machine
+
+    plain, fused = pair("int4:16")
+    x, (index, weights) = torch.randn(9, 48), routes(9)
+    try:
+        for isa in machine.detect().isas:
+            monkeypatch.setenv("PARCO_ISA", isa)
+            forget_choices()
+            runs.clear()
+            with torch.inference_mode():
+                assert apart(fused(x, index, weights), plain(x, index, weights)) < 2e-6
+            assert runs == [9]
+    finally:
+        monkeypatch.delenv("PARCO_ISA")
+        forget_choices()
