@@ -1,5 +1,6 @@
 // DecoderLayer of parco._C: one token through a decoder's layer. Tensors come in as addresses; parco.nn.decode keeps
 // them alive and right.
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -22,10 +23,13 @@ Scaling scaling(std::uintptr_t weight, std::uintptr_t bias, float epsilon, float
 Layer make(const std::string& isa, std::int64_t columns, std::int64_t heads, std::int64_t key_heads, std::int64_t head,
            std::int64_t turning, float scale, float softcap, int type, bool parallel, bool interleaved,
            const Scaling& before, const std::vector<Scaling>& between, const std::vector<Scaling>& after,
-           const std::vector<Scaling>& of_heads) {
+           const std::vector<Scaling>& of_heads, const std::optional<parco::experts::Block>& block,
+           const std::optional<parco::experts::Mixture>& mixture) {
   if (between.size() > 1 || after.size() % 2 || after.size() > 2 || of_heads.size() % 2 || of_heads.size() > 2)
     throw std::invalid_argument("DecoderLayer: at most one norm between, none or two after and of heads");
+  if (block.has_value() == mixture.has_value()) throw std::invalid_argument("DecoderLayer: a block or a mixture");
   Layer layer{};
+  layer.block = block, layer.mixture = mixture;
   layer.columns = columns, layer.heads = heads, layer.key_heads = key_heads;
   layer.head = head, layer.turning = turning, layer.scale = scale, layer.softcap = softcap;
   layer.type = static_cast<Type>(type);
@@ -77,24 +81,14 @@ void bind_decode(nb::module_& module) {
       .def(nb::new_(&make), nb::kw_only(), nb::arg("isa"), nb::arg("columns"), nb::arg("heads"), nb::arg("key_heads"),
            nb::arg("head"), nb::arg("turning"), nb::arg("scale"), nb::arg("softcap"), nb::arg("type"),
            nb::arg("parallel"), nb::arg("interleaved"), nb::arg("before"), nb::arg("between"), nb::arg("after"),
-           nb::arg("of_heads"))
+           nb::arg("of_heads"), nb::arg("block").none(), nb::arg("mixture").none())
       .def(
           "multiply",
           [](Layer& layer, int place, const Chain& chain) {
-            std::vector<Chain>* const all[] = {&layer.qkv, &layer.out, &layer.router.logits, &layer.router.gate};
+            std::vector<Chain>* const all[] = {&layer.qkv, &layer.out};
             all[place]->push_back(chain);
           },
-          nb::arg("place"), nb::arg("chain"),
-          "Adds a product: 0 q, k, v, 1 out, 2 the router's logits, 3 the gate of the block that all tokens take.")
-      .def(
-          "feed", [](Layer& layer, const parco::experts::Experts& blocks) { layer.blocks = blocks; }, nb::arg("blocks"),
-          "Sets the feed-forward block, or those of the router.")
-      .def(
-          "route",
-          [](Layer& layer, std::int64_t choices, bool normalized) {
-            layer.router.choices = choices, layer.router.normalized = normalized;
-          },
-          nb::arg("choices"), nb::arg("normalized"), "Sets how many blocks a token takes, and how they are weighed.");
+          nb::arg("place"), nb::arg("chain"), "Adds a product: 0 q, k, v, 1 out.");
   module.def("unchanged", &unchanged, nb::arg("owners"), nb::arg("keys"), nb::arg("values"),
              nb::sig("def unchanged(owners: tuple[dict[str, object], ...], keys: tuple[str, ...], values: "
                      "tuple[object, ...]) -> bool"),

@@ -1,10 +1,6 @@
 #include "decode/layer.h"
 
-#include <algorithm>
-#include <cmath>
 #include <cstring>
-
-#include "linear/floats.h"
 
 namespace parco::decode {
 namespace {
@@ -13,20 +9,13 @@ namespace {
 class Buffers {
  public:
   Buffers(char* memory, std::size_t size) : next_(memory), size_(size) {}
-  // Numbers of the type of x.
-  char* take(std::int64_t numbers) { return take_bytes(static_cast<std::size_t>(numbers) * size_); }
-  template <class T>
-  T* take_as(std::int64_t numbers) {
-    return reinterpret_cast<T*>(take_bytes(static_cast<std::size_t>(numbers) * sizeof(T)));
-  }
-
- private:
-  char* take_bytes(std::size_t bytes) {
+  char* take(std::int64_t numbers) {
     char* found = next_;
-    next_ += linear::rounded(bytes);
+    next_ += linear::rounded(static_cast<std::size_t>(numbers) * size_);
     return found;
   }
 
+ private:
   char* next_;
   std::size_t size_;
 };
@@ -93,46 +82,14 @@ void attention(const Layer& layer, const Token& token, char* qkv, char* turned, 
                         layer.softcap});
 }
 
-// Which blocks a token takes and with which weights, written where there is room for all of them. How many there are.
-std::int64_t route(const Layer& layer, const void* x, char* logits, float* shares, std::int64_t* blocks, float* weights,
-                   int threads) {
-  const Router& router = layer.router;
-  const std::int64_t all = router.logits[0].outputs();
-  const auto load = [&](std::int64_t i) { return linear::load_float(logits, layer.type, i); };
-  linear::run(router.logits[0], x, logits, 1, threads);
-  float most = load(0), total = 0, chosen = 0;
-  for (std::int64_t i = 1; i < all; i++) most = std::max(most, load(i));
-  for (std::int64_t i = 0; i < all; i++) total += shares[i] = std::exp(load(i) - most);
-  for (std::int64_t c = 0; c < router.choices; c++) {
-    std::int64_t best = 0;
-    for (std::int64_t i = 1; i < all; i++)
-      if (shares[i] > shares[best]) best = i;
-    blocks[c] = best;
-    chosen += weights[c] = shares[best];
-    shares[best] = -1;
-  }
-  for (std::int64_t c = 0; c < router.choices; c++) weights[c] /= router.normalized ? chosen : total;
-  if (static_cast<std::int64_t>(layer.blocks.blocks.size()) == all) return router.choices;
-  blocks[router.choices] = all, weights[router.choices] = 1;
-  if (!router.gate.empty()) {
-    linear::run(router.gate[0], x, logits, 1, threads);
-    weights[router.choices] = 1 / (1 + std::exp(-load(0)));
-  }
-  return router.choices + 1;
-}
-
 }  // namespace
 
 void run(const Layer& layer, const Token& token) {
   const std::size_t size = static_cast<std::size_t>(linear::size_of(layer.type));
   const std::int64_t queries = layer.heads * layer.head, all = queries + 2 * layer.key_heads * layer.head;
-  const std::vector<experts::Block>& blocks = layer.blocks.blocks;
-  const bool routed = !layer.router.logits.empty();
-  const std::int64_t inner = routed ? 0 : experts::numbers_of(blocks[0]);
-  const std::int64_t routes = routed ? static_cast<std::int64_t>(blocks.size()) : 0;
-  const std::int64_t numbers = 3 * layer.columns + all + 2 * queries + inner + routes;
-  const std::size_t bytes =
-      static_cast<std::size_t>(numbers) * size + static_cast<std::size_t>(routes) * 16 + 10 * 64 + experts::room_beside;
+  const std::int64_t inner = layer.block ? experts::numbers_of(*layer.block) : 0;
+  const std::int64_t numbers = 3 * layer.columns + all + 2 * queries + inner;
+  const std::size_t bytes = static_cast<std::size_t>(numbers) * size + 7 * 64 + experts::room_beside;
   Buffers buffers(static_cast<char*>(linear::scratch(bytes, linear::Caller::layer)), size);
   char *const normed = buffers.take(layer.columns), *const part = buffers.take(layer.columns);
   char *const h = buffers.take(layer.columns), *const qkv = buffers.take(all);
@@ -152,15 +109,10 @@ void run(const Layer& layer, const Token& token) {
 
   if (!layer.between.empty())
     normalize(layer, layer.between[0], layer.parallel ? token.x : h, normed, 1, layer.columns);
-  if (routed) {
-    char* const logits = buffers.take(routes);
-    float *const shares = buffers.take_as<float>(routes), *const weights = buffers.take_as<float>(routes);
-    std::int64_t* const chosen = buffers.take_as<std::int64_t>(routes);
-    const std::int64_t choices = route(layer, normed, logits, shares, chosen, weights, threads);
-    experts::run(layer.blocks, {chosen, weights, choices}, normed, part, 1, threads);
-  } else {
-    experts::run(blocks[0], layer.blocks.rowwise, normed, part, 1, buffers.take(inner), threads);
-  }
+  if (layer.mixture)
+    experts::run(*layer.mixture, normed, part, threads);
+  else
+    experts::run(*layer.block, normed, part, 1, buffers.take(inner), threads);
   if (!layer.after.empty()) normalize(layer, layer.after[1], part, part, 1, layer.columns);
   if (layer.parallel) add(h, part, part);
   add(layer.parallel ? token.x : h, part, token.y);

@@ -8,14 +8,13 @@
 // the tokens before. Intermediate results are rounded to the type of x, as they are where each step is an operation of
 // its own; the kernels are the same.
 //
-// The feed-forward block is one of csrc/experts, or some of many, which a router chooses by the logits that it
-// multiplies the block's input to: those of the greatest logits, the first of equal ones, with the weights that a
-// softmax over all of them gives.
+// down(..) may stand for a mixture of experts, with its router.
 #pragma once
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "experts/experts.h"
+#include "experts/mixture.h"
 #include "linear/chain.h"
 #include "rowwise/rowwise.h"
 
@@ -38,15 +37,6 @@ struct Rowwise {
   void (*add)(const rowwise::Sum&);
 };
 
-// Which blocks a token takes, `choices` of those that the router has a logit for, with weights that add up to 1 where
-// they are `normalized`. One block more, where there is one, is taken by all, with the logistic function of `gate`'s
-// result as its weight, or 1.
-struct Router {
-  std::vector<linear::Chain> logits, gate;  // one, and one or none
-  std::int64_t choices;
-  bool normalized;
-};
-
 struct Layer {
   std::int64_t columns, heads, key_heads, head, turning;  // numbers in x, a head, those that turn
   float scale, softcap;                                   // of scores
@@ -56,8 +46,8 @@ struct Layer {
   Rowwise rowwise;
   // Products of one input: their results lie one after the other.
   std::vector<linear::Chain> qkv, out;
-  experts::Experts blocks;  // one, or those of the router
-  Router router;            // without logits where there is one block
+  std::optional<experts::Block> block;  // this or a mixture
+  std::optional<experts::Mixture> mixture;
   Scaling before;
   std::vector<Scaling> between;   // one, or none where gate and up read what q, k, v do
   std::vector<Scaling> after;     // of what is added to x, and to h, or none

@@ -6,90 +6,101 @@
 namespace parco::experts {
 namespace {
 
-// Rows at a time, so that what they are multiplied to does not grow with a prompt, and enough of them for every block
-// to repay reading it.
-constexpr std::int64_t most_bytes = 64 << 20, least_rows = 256;
+using Numbers = std::vector<std::int64_t>;
+
+// What rows are multiplied to, and between products, does not grow with a prompt: so many bytes at a time, but enough
+// rows to repay reading a block.
+constexpr std::int64_t most_bytes = 64 << 20, piece_bytes = 16 << 20, least_rows = 256;
 
 std::size_t bytes_of(std::int64_t numbers, Type type) {
   return static_cast<std::size_t>(numbers) * static_cast<std::size_t>(linear::size_of(type));
 }
 
-// One after the other, each at an address that vectors like.
-char* take(char*& next, std::size_t bytes) {
-  char* found = next;
-  next += linear::rounded(bytes);
-  return found;
+// How many parts of nearly one size `rows` are cut into, of about `bytes` where a row takes `of_row`: kernels for few
+// rows add in another order than those for many.
+std::int64_t parts_of(std::int64_t rows, std::int64_t bytes, std::size_t of_row) {
+  const std::int64_t fit = bytes / static_cast<std::int64_t>(std::max<std::size_t>(1, of_row));
+  const std::int64_t most = std::max(least_rows, fit);
+  return (rows + most - 1) / most;
 }
 
-// What a slab of rows takes of memory.
-struct Sizes {
-  std::size_t places, starts, order, gathered, room, results;
-  std::size_t total() const {
-    return linear::rounded(places) + linear::rounded(starts) + linear::rounded(order) + linear::rounded(gathered) +
-           linear::rounded(room) + linear::rounded(results);
-  }
-};
-
-// Results for a slab of rows, those of one block together: where each lies, and which row and block it is of.
-void run_slab(const Experts& experts, const Routes& routes, const char* x, char* y, std::int64_t rows, int threads,
-              const Sizes& sizes, char* memory) {
-  const std::int64_t pairs = rows * routes.choices, count = static_cast<std::int64_t>(experts.blocks.size());
-  const std::size_t row_bytes = bytes_of(experts.columns, experts.type);
-  auto* const places = reinterpret_cast<std::int64_t*>(take(memory, sizes.places));
-  auto* const starts = reinterpret_cast<std::int64_t*>(take(memory, sizes.starts));
-  auto* const order = reinterpret_cast<std::int64_t*>(take(memory, sizes.order));
-  char *const gathered = take(memory, sizes.gathered), *const room = take(memory, sizes.room);
-  char* const results = take(memory, sizes.results);
-
-  const auto is_block = [&](std::int64_t block) { return block >= 0 && block < count; };
-  std::fill_n(starts, count + 1, 0);
-  for (std::int64_t i = 0; i < pairs; i++)
-    if (is_block(routes.blocks[i])) starts[routes.blocks[i] + 1]++;
-  for (std::int64_t block = 0; block < count; block++) starts[block + 1] += starts[block];
-  for (std::int64_t i = 0; i < pairs; i++) {
-    places[i] = is_block(routes.blocks[i]) ? starts[routes.blocks[i]]++ : -1;
-    if (places[i] >= 0) order[places[i]] = i / routes.choices;
-  }
-  // Now starts[block] is where its results end.
-  for (std::int64_t block = 0, first = 0; block < count; first = starts[block++]) {
-    const std::int64_t own = starts[block] - first;
-    if (own == 0) continue;
-    const char* from = x + order[first] * static_cast<std::int64_t>(row_bytes);
-    if (own > 1) {
-      const bool many = own * experts.columns >= 1 << 18;
+// The rows of x that take one block, one after the other, to the results of them.
+void run_own(const Block& block, const char* x, const std::int64_t* rows, std::int64_t count, char* results,
+             char* gathered, char* room, int threads) {
+  const std::size_t row_bytes = bytes_of(block.columns(), block.type());
+  const char* from = x + static_cast<std::size_t>(rows[0]) * row_bytes;
+  if (count > 1) {
+    const bool many = count * block.columns() >= 1 << 18;
 #pragma omp parallel for schedule(static) num_threads(threads) if (many && threads > 1)
-      for (std::int64_t i = 0; i < own; i++)
-        std::memcpy(gathered + static_cast<std::size_t>(i) * row_bytes,
-                    x + static_cast<std::size_t>(order[first + i]) * row_bytes, row_bytes);
-      from = gathered;
-    }
-    run(experts.blocks[static_cast<std::size_t>(block)], experts.rowwise, from,
-        results + static_cast<std::size_t>(first) * row_bytes, own, room, threads);
+    for (std::int64_t i = 0; i < count; i++)
+      std::memcpy(gathered + static_cast<std::size_t>(i) * row_bytes, x + static_cast<std::size_t>(rows[i]) * row_bytes,
+                  row_bytes);
+    from = gathered;
   }
-  experts.rowwise.mix(
-      {results, places, routes.weights, y, rows, routes.choices, experts.columns, experts.type, threads});
+  run(block, from, results, count, room, threads);
 }
 
-Sizes sizes_of(const Experts& experts, std::int64_t choices, std::int64_t rows) {
-  std::int64_t numbers = 0;
-  for (const Block& block : experts.blocks) numbers = std::max(numbers, numbers_of(block));
-  // All choices of a row may be one block.
-  const std::int64_t pairs = rows * choices;
-  const std::size_t of_pairs = static_cast<std::size_t>(pairs) * sizeof(std::int64_t);
-  const std::size_t of_rows = bytes_of(pairs * experts.columns, experts.type);
-  return {of_pairs, (experts.blocks.size() + 1) * sizeof(std::int64_t),    of_pairs,
-          of_rows,  bytes_of(pairs * numbers, experts.type) + room_beside, of_rows};
+void run_slab(const std::vector<const Block*>& blocks, const Block& any, const Routes& routes, const char* x, char* y,
+              std::int64_t rows, int threads) {
+  const std::int64_t pairs = rows * routes.choices, count = static_cast<std::int64_t>(blocks.size());
+  const std::size_t row_bytes = bytes_of(any.columns(), any.type());
+  const auto block_of = [&](std::int64_t pair) {
+    const std::int64_t number = routes.blocks[pair];
+    return number >= 0 && number < count && blocks[static_cast<std::size_t>(number)] ? number : -1;
+  };
+  // Where the results of a block begin, those of one row after those of the other; which row each is of.
+  Numbers starts(static_cast<std::size_t>(count) + 1), places(static_cast<std::size_t>(pairs));
+  Numbers order(static_cast<std::size_t>(pairs));
+  for (std::int64_t i = 0; i < pairs; i++)
+    if (block_of(i) >= 0) starts[static_cast<std::size_t>(block_of(i)) + 1]++;
+  for (std::size_t block = 0; block < blocks.size(); block++) starts[block + 1] += starts[block];
+  Numbers next = starts;
+  for (std::int64_t i = 0; i < pairs; i++) {
+    const std::int64_t block = block_of(i);
+    const std::int64_t place = block < 0 ? -1 : next[static_cast<std::size_t>(block)]++;
+    places[static_cast<std::size_t>(i)] = place;
+    if (place >= 0) order[static_cast<std::size_t>(place)] = i / routes.choices;
+  }
+
+  const auto own_of = [&](std::size_t block) { return starts[block + 1] - starts[block]; };
+  const auto bytes_of_row = [&](const Block& block) { return row_bytes + bytes_of(numbers_of(block), block.type()); };
+  const auto pieces_of = [&](std::size_t block) {
+    return parts_of(own_of(block), piece_bytes, bytes_of_row(*blocks[block]));
+  };
+  std::size_t gathered_bytes = 0, room_bytes = 0;
+  for (std::size_t block = 0; block < blocks.size(); block++) {
+    if (own_of(block) == 0) continue;
+    const std::int64_t most = (own_of(block) + pieces_of(block) - 1) / pieces_of(block);
+    gathered_bytes = std::max(gathered_bytes, static_cast<std::size_t>(most) * row_bytes);
+    room_bytes = std::max(room_bytes, bytes_of(most * numbers_of(*blocks[block]), any.type()) + room_beside);
+  }
+  gathered_bytes = linear::rounded(gathered_bytes), room_bytes = linear::rounded(room_bytes);
+  const std::size_t all = gathered_bytes + room_bytes + static_cast<std::size_t>(pairs) * row_bytes;
+  char* const gathered = static_cast<char*>(linear::scratch(all, linear::Caller::experts));
+  char *const room = gathered + gathered_bytes, *const results = room + room_bytes;
+  for (std::size_t block = 0; block < blocks.size(); block++) {
+    const std::int64_t own = own_of(block);
+    const std::int64_t pieces = own == 0 ? 0 : pieces_of(block);
+    for (std::int64_t piece = 0; piece < pieces; piece++) {
+      const std::int64_t begin = own * piece / pieces, end = own * (piece + 1) / pieces;
+      const std::size_t first = static_cast<std::size_t>(starts[block] + begin);
+      run_own(*blocks[block], x, order.data() + first, end - begin, results + first * row_bytes, gathered, room,
+              threads);
+    }
+  }
+  any.rowwise.mix(
+      {results, places.data(), routes.weights, y, rows, routes.choices, any.columns(), any.type(), threads});
 }
 
 }  // namespace
 
 std::int64_t numbers_of(const Block& block) { return (2 + block.gated) * block.inner(); }
 
-void run(const Block& block, const Rowwise& rowwise, const void* x, void* y, std::int64_t rows, char* room,
-         int threads) {
-  const Type type = block.down[0].type;
+void run(const Block& block, const void* x, void* y, std::int64_t rows, char* room, int threads) {
+  const Type type = block.type();
   const std::int64_t inner = block.inner();
-  char* const gated = take(room, bytes_of(rows * inner, type));
+  char* const gated = room;
+  room += linear::rounded(bytes_of(rows * inner, type));
   const char* const gate = room;
   for (const linear::Chain& chain : block.gate_up) {
     linear::run(chain, x, room, rows, threads);
@@ -99,23 +110,21 @@ void run(const Block& block, const Rowwise& rowwise, const void* x, void* y, std
   const bool together = block.gate_up.size() == 1;
   const char* const up = block.gated ? gate + bytes_of(together ? inner : rows * inner, type) : nullptr;
   const std::int64_t stride = block.gated && together ? 2 * inner : inner;
-  rowwise.gate({gate, up, gated, inner, block.activation, type, threads, rows, stride});
-  linear::run(block.down[0], gated, y, rows, threads);
+  block.rowwise.gate({gate, up, gated, inner, block.activation, type, threads, rows, stride});
+  linear::run(block.down, gated, y, rows, threads);
 }
 
-void run(const Experts& experts, const Routes& routes, const void* x, void* y, std::int64_t rows, int threads) {
-  const Sizes of_one = sizes_of(experts, routes.choices, 1);
-  const std::int64_t fit = most_bytes / static_cast<std::int64_t>(std::max<std::size_t>(1, of_one.results));
-  const std::int64_t slab = std::clamp<std::int64_t>(rows, 1, std::max(least_rows, fit));
-  const std::int64_t slabs = (rows + slab - 1) / slab;
-  const Sizes sizes = sizes_of(experts, routes.choices, slab);
-  char* memory = static_cast<char*>(linear::scratch(sizes.total(), linear::Caller::experts));
+void run(const std::vector<const Block*>& blocks, const Routes& routes, const void* x, void* y, std::int64_t rows,
+         int threads) {
+  const Block& any = **std::find_if(blocks.begin(), blocks.end(), [](const Block* block) { return block; });
+  const std::size_t row_bytes = bytes_of(any.columns(), any.type());
+  const std::int64_t slabs = parts_of(rows, most_bytes, static_cast<std::size_t>(routes.choices) * row_bytes);
   for (std::int64_t i = 0; i < slabs; i++) {
     const std::int64_t first = rows * i / slabs, count = rows * (i + 1) / slabs - first;
-    const std::size_t at = bytes_of(first * experts.columns, experts.type);
+    const std::size_t at = static_cast<std::size_t>(first) * row_bytes;
     const std::int64_t pair = first * routes.choices;
-    run_slab(experts, {routes.blocks + pair, routes.weights + pair, routes.choices}, static_cast<const char*>(x) + at,
-             static_cast<char*>(y) + at, count, threads, sizes, memory);
+    run_slab(blocks, any, {routes.blocks + pair, routes.weights + pair, routes.choices},
+             static_cast<const char*>(x) + at, static_cast<char*>(y) + at, count, threads);
   }
 }
 

@@ -93,18 +93,10 @@ class Scaling:
 class DecoderLayer:
     """A decoder's layer for one token; csrc/decode/layer.h."""
 
-    def __init__(self, *, isa: str, columns: int, heads: int, key_heads: int, head: int, turning: int, scale: float, softcap: float, type: int, parallel: bool, interleaved: bool, before: Scaling, between: Sequence[Scaling], after: Sequence[Scaling], of_heads: Sequence[Scaling]) -> None: ...
+    def __init__(self, *, isa: str, columns: int, heads: int, key_heads: int, head: int, turning: int, scale: float, softcap: float, type: int, parallel: bool, interleaved: bool, before: Scaling, between: Sequence[Scaling], after: Sequence[Scaling], of_heads: Sequence[Scaling], block: Block | None, mixture: Mixture | None) -> None: ...
 
     def multiply(self, place: int, chain: Chain) -> None:
-        """
-        Adds a product: 0 q, k, v, 1 out, 2 the router's logits, 3 the gate of the block that all tokens take.
-        """
-
-    def feed(self, blocks: Experts) -> None:
-        """Sets the feed-forward block, or those of the router."""
-
-    def route(self, choices: int, normalized: bool) -> None:
-        """Sets how many blocks a token takes, and how they are weighed."""
+        """Adds a product: 0 q, k, v, 1 out."""
 
 def unchanged(owners: tuple[dict[str, object], ...], keys: tuple[str, ...], values: tuple[object, ...]) -> bool:
     """Whether owner.get(key) is value for all of them."""
@@ -119,18 +111,23 @@ def embedding_generic(settled: CodedCall, indices: int, codes: int, scale: int, 
     Expands rows of a stored matrix; returns the position of the first index outside it, or -1.
     """
 
-class Experts:
-    """Feed-forward blocks; csrc/experts/experts.h."""
+class Block:
+    """A feed-forward block; csrc/experts/experts.h."""
 
-    def __init__(self, *, isa: str, columns: int, type: int) -> None: ...
+    def __init__(self, *, isa: str, gate_up: Sequence[Chain], down: Chain, gated: bool, activation: int) -> None: ...
 
-    def add(self, gate_up: Sequence[Chain], down: Chain, gated: bool, activation: int) -> None:
-        """Adds a block."""
+class Mixture:
+    """Blocks and what chooses among them; csrc/experts/mixture.h."""
 
-def run_experts(experts: Experts, x: int, blocks: int, weights: int, y: int, rows: int, choices: int, threads: int) -> None:
+    def __init__(self, *, blocks: Sequence[Block], router: Chain, choices: int, normalized: bool, shared: Block | None, shared_gate: Chain | None) -> None: ...
+
+def run_experts(blocks: Sequence[Block], numbers: Sequence[int], x: int, chosen: int, weights: int, y: int, rows: int, choices: int, threads: int) -> None:
     """
-    x [rows, columns] to y: for each row the weighted sum of the results of its chosen blocks.
+    x [rows, columns] to y: for each row the weighted sum of the results of its chosen blocks, by number.
     """
+
+def run_mixture(mixture: Mixture, x: int, y: int, threads: int) -> None:
+    """One row x [columns] to y."""
 
 class CodedCall:
     """A product with stored codes, but for its tensors; csrc/linear/coded.h."""

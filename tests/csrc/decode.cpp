@@ -78,7 +78,11 @@ struct Fed {
         columns(columns),
         inner(inner) {}
   parco::experts::Block block(const std::string& isa, bool gated) {
-    parco::experts::Block made{{product(isa, gate, columns)}, {product(isa, down, inner)}, gated, Activation::relu};
+    parco::experts::Block made{{product(isa, gate, columns)},
+                               product(isa, down, inner),
+                               gated,
+                               Activation::relu,
+                               parco::experts::rowwise_of(isa)};
     if (gated) made.gate_up.push_back(product(isa, up, columns));
     return made;
   }
@@ -138,10 +142,14 @@ void layers(const std::string& isa, const Kind& kind) {
   Values left(columns * 5), right(5 * heads * head), up_to(columns * 3), middle(3 * 4), last_factor(4 * heads * head);
   layer.out[0].terms.push_back({factor(isa, left, 5), factor(isa, right, heads * head)});
   layer.out[0].terms.push_back({factor(isa, up_to, 3), factor(isa, middle, 4), factor(isa, last_factor, heads * head)});
-  layer.blocks = {{}, columns, Type::fp32, parco::experts::rowwise_of(isa)};
-  for (Fed& each : fed) layer.blocks.blocks.push_back(each.block(isa, kind.gated));
-  if (kind.experts) layer.router = {{product(isa, logits, columns)}, {}, 2, kind.normalized};
-  if (kind.gate) layer.router.gate = {product(isa, shared_gate, columns)};
+  if (kind.experts) {
+    layer.mixture = parco::experts::Mixture{{}, product(isa, logits, columns), 2, kind.normalized, {}, {}};
+    for (int i = 0; i < kind.experts; i++) layer.mixture->blocks.push_back(fed[i].block(isa, kind.gated));
+    if (kind.shared) layer.mixture->shared = fed.back().block(isa, kind.gated);
+    if (kind.gate) layer.mixture->shared_gate = product(isa, shared_gate, columns);
+  } else {
+    layer.block = fed[0].block(isa, kind.gated);
+  }
   run(layer,
       {x.data(), cos.data(), sin.data(), y.data(), keys.data(), values.data(), known, room * head, room * head, 2});
 

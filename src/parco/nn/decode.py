@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from parco import _C
 from parco.kernels.library import undispatched
-from parco.nn import proofs
+from parco.nn import mixture, proofs
 from parco.nn.linear import kind_of
 from parco.nn.parts import (
     HEAD_NORMS,
@@ -110,17 +110,15 @@ def _settings(found: Parts, proven: Mapping[nn.Module, Any]) -> Iterator[Setting
         part = float(rotation.get("partial_rotary_factor") or 1.0)
         turning = found.attention.__dict__.get("rotary_ndims", int(found.width * part))
         turning += turning % 2  # as frequencies for pairs are made
-    if isinstance(found.block, Mixture):
-        proofs.routed(found.block)
     activations = {proven[block] for block in blocks} if blocks else {proofs.plain(found.block.module)}
     if len(activations) != 1:
         raise Unlike("its feed-forward blocks have several activations")
     (activation,) = activations
-    weighed = (True, False) if isinstance(found.block, Mixture) else (False,)
+    normalized = isinstance(found.block, Mixture) and mixture.weighs(found.block, activation)
     heads, key_heads = found.heads
     mixed = len(found.qkv) == 1 and heads == key_heads and not found.of_heads
     interleavings = (False, True) if mixed else (False,)
-    for parallel, interleaved, normalized in itertools.product(_PARALLEL[len(found.norms)], interleavings, weighed):
+    for parallel, interleaved in itertools.product(_PARALLEL[len(found.norms)], interleavings):
         yield Settings(
             norms=tuple(proven[norm] for norm in found.norms),
             of_heads=tuple(proven[norm] for norm in found.of_heads),
@@ -147,9 +145,8 @@ def layer(module: nn.Module, proven: Mapping[nn.Module, Any]) -> Settings:
     """
     try:
         return _proved(module, proven)
-    except BaseException:
-        module.__dict__.pop(proofs.STATE, None)  # which cannot be copied with a module that is not fused
-        raise
+    finally:
+        module.__dict__.pop(proofs.STATE, None)  # which holds tensors, and cannot be copied with an unfused module
 
 
 def _proved(module: nn.Module, proven: Mapping[nn.Module, Any]) -> Settings:
@@ -176,7 +173,8 @@ def _proved(module: nn.Module, proven: Mapping[nn.Module, Any]) -> Settings:
                     )
                 ours = _probed(found, x, settings.turning, lambda x, named: decoded(module, settings, x, named))
                 pairs = zip(ours, expected[id(x)], strict=True)
-                return all(proofs.apart(mine, theirs) < LAYER_ROUNDINGS for mine, theirs in pairs)
+                most = proofs.most_apart(LAYER_ROUNDINGS, x.dtype)
+                return all(proofs.apart(mine, theirs) < most for mine, theirs in pairs)
 
             if all(any(map(agree, of_magnitude)) for of_magnitude in inputs):
                 return settings
@@ -192,7 +190,7 @@ def _seeds(found: Parts) -> range:
 
 LAYER_ROUNDINGS = 8.0
 """How far apart a layer and its parts may be, as `proofs.ROUNDINGS`: its two halves are four steps each, one after the
-other, and where x is small nothing hides them. Seen: up to 6 in fp32, 2 in bf16.
+other, and where x is small nothing hides them. Seen: up to 6 in fp32 of small layers, 2 in bf16.
 """
 
 
@@ -406,6 +404,8 @@ def _ready(
     if ready is None or not ready.holds or ready.dtype != x.dtype:
         ready = state.prepared = prepare(module, settings, x.dtype)
     if ready.call is None or any(ready.hooks) or x.shape[-1] != ready.columns:
+        return None
+    if ready.experts is not None and not mixture.plain(ready.experts):
         return None
     attention = ready.attention
     if module.training or attention.training or any(part.training for part in ready.training):

@@ -1,8 +1,8 @@
-"""The experts of a mixture (`nn.experts`, or Transformers' own) in one call of compiled code (csrc/experts).
+"""Mixtures of experts (`nn.experts`, or Transformers' own) for compiled code (csrc/experts).
 
 Transformers sorts tokens by expert and calls two products and a dozen small operations for each: for one token that
-takes as long as reading its experts' weights, of few bits longer. A call needs addresses, which are prepared once and
-kept beside the module; of the experts that tokens come to, each call sees whether they are still right.
+takes as long as reading its experts' weights, of few bits longer. A call needs addresses, which are prepared for an
+expert when a token first comes to it, and kept beside the module with what shows that they are still right.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from parco import _C, machine
 from parco.kernels.activations import NUMBERS
 from parco.kernels.library import TYPES, undispatched
-from parco.kernels.linear.prepared import kernels, prepared
+from parco.kernels.linear.prepared import prepared
 from parco.kernels.rowwise import ACTIVATIONS
 from parco.nn import proofs
-from parco.nn.chains import dense
+from parco.nn.chains import chain, chains, dense
 from parco.nn.experts import Experts
 from parco.nn.linear import kind_of
+from parco.nn.parts import Block, Mixture
 from parco.nn.proofs import Unlike
+from parco.nn.sites import EXPERT_PARAMETERS
 from parco.nn.stored import StoredWeight
 from parco.products.how import NATIVE
 
@@ -30,29 +32,24 @@ EXPERT_NAMES = {
     *("zeros_like", "torch", "no_grad", "nn", "F", "functional", "one_hot", "num_experts", "permute", "greater", "sum"),
     *("nonzero", "where", "linear", "gate_up_proj", "down_proj", "chunk", "act_fn", "index_add_", "to", "dtype"),
 }
-"""What the forward of Transformers' experts may name."""
+MIXTURE_NAMES = {
+    *("shape", "view", "reshape", "torch", "empty_like", "uniform_", "training", "jitter_noise", "F", "sigmoid"),
+}
+ROUTER_NAMES = {
+    *("reshape", "hidden_dim", "F", "nn", "functional", "linear", "weight", "torch", "softmax", "float", "topk"),
+    *("top_k", "sum", "norm_topk_prob", "to", "dtype"),
+}
+"""What the forwards of Transformers' experts, of the block that holds them (besides its children) and of a router may
+name.
+"""
 
+IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm")
+"""Of Transformers' experts: those that compute what its experts' own forward does, on a CPU."""
 
-def compiled(module: Any, activation: str, dtype: torch.dtype, rows: int) -> _C.Experts | None:
-    """The call of all experts of a module for x of `dtype`, by the kernels for so many rows; None where one is of a
-    kind, or somewhere, that no compiled kernel reads.
-    """
-    call = _C.Experts(isa=compiled_isa(), columns=module.down_proj[0].shape[0], type=TYPES[dtype])
-    return call if add_experts(call, module, activation, dtype, rows) else None
+ROWS = (1, 5, 9, 16, 48, 1024)
+"""Numbers of rows from which products may have other kernels (`kernels.linear.dense`)."""
 
-
-def add_experts(call: _C.Experts, module: Any, activation: str, dtype: torch.dtype, rows: int) -> bool:
-    """Adds all experts of a module to a call; False where no compiled kernels read them."""
-    for index in range(module.num_experts):
-        chains = [
-            None if plan is None or not tensors[0].is_cpu else prepared(dtype, tensors, None, plan, rows)
-            for plan, tensors in _matrices(module, index)
-        ]
-        gate_up, down = chains
-        if gate_up is None or down is None:
-            return False
-        call.add([gate_up], down, gated=True, activation=NUMBERS[activation])
-    return True
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def compiled_isa() -> str:
@@ -60,100 +57,159 @@ def compiled_isa() -> str:
     return "avx512" if machine.isa() == "amx" else machine.isa()
 
 
-def _matrices(module: Any, index: int) -> list[tuple[str | None, tuple[Tensor, ...]]]:
-    """Of gate and up, one matrix [2I, H], and of down [H, I] of an expert: the plan of the product, and the tensors."""
-    found: list[tuple[str | None, tuple[Tensor, ...]]] = []
-    for held in (module.gate_up_proj[index], module.down_proj[index]):
-        if isinstance(held, Tensor):
-            spec, tensors = dense(held.detach())
-            found.append((spec.plan(NATIVE), tensors))
-        else:
-            found.append((held.spec.plan(held.product), held.tensors()))
-    return found
+def plain(experts: Any) -> bool:
+    """Whether nothing else is asked of experts than a result: no other implementation, no hooks on their function."""
+    function = experts.act_fn
+    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    return (
+        not getattr(experts, "_is_expert_parallel", False)
+        and implementation in IMPLEMENTATIONS
+        and (not isinstance(function, nn.Module) or _unhooked(function))
+    )
 
 
-def _identity(held: StoredWeight) -> Hashable:
-    """What tells whether a matrix is the one that it was, multiplied as it was."""
-    return held.spec, held.product, *[tensor.data_ptr() for tensor in held.tensors()]
-
-
-def _plain(held: StoredWeight) -> bool:
-    """Whether nobody else wants to be asked for its product."""
-    state = held.__dict__
+def _unhooked(module: nn.Module) -> bool:
+    state = module.__dict__
     return not (state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
 
 
-class Prepared:
-    """The calls of a module's experts for x of one dtype, and what shows that they are still right; no tensors."""
-
-    def __init__(self, module: Any, dtype: torch.dtype) -> None:
-        self.dtype, self.isa, self.function = dtype, machine.isa(), module.act_fn
-        self._activation = proofs.activation_of(module)
-        self._stacks = self._of_stacks(module)
-        self._identities = [] if self._stacks else [self._of_expert(module, i) for i in range(module.num_experts)]
-        self._by_rows: dict[int, Hashable] = {}
-        self._calls: dict[Hashable, _C.Experts | None] = {None: None}
-
-    def _of_stacks(self, module: Any) -> Hashable:
-        both = module.gate_up_proj, module.down_proj
-        return tuple(stack.data_ptr() for stack in both if isinstance(stack, Tensor))
-
-    def _of_expert(self, module: Any, index: int) -> Hashable:
-        return _identity(module.gate_up_proj[index]), _identity(module.down_proj[index])
-
-    def holds(self, module: Any, dtype: torch.dtype, experts: Collection[int]) -> bool:
-        """Whether the calls are for x of this dtype, and these experts are as they were."""
-        if dtype != self.dtype or self.isa != machine.isa() or module.act_fn is not self.function:
-            return False
-        if self._stacks or self._of_stacks(module):
-            return self._stacks == self._of_stacks(module)
-        return all(self._of_expert(module, index) == self._identities[index] for index in experts)
-
-    def call(self, module: Any, rows: int) -> _C.Experts | None:
-        """The call for about so many rows of an expert; None where no compiled kernels serve."""
-        if self._activation is None:
+def expert(experts: Any, index: int, activation: str, dtype: torch.dtype, rows: int) -> _C.Block | None:
+    """One expert for x of `dtype`, by the kernels for so many rows; None where it is of a kind, or somewhere, that no
+    compiled kernel reads.
+    """
+    products: list[_C.Chain] = []
+    for name in EXPERT_PARAMETERS:
+        held = getattr(experts, name)[index]
+        if isinstance(held, Tensor):
+            spec, tensors = dense(held.detach())
+            plan = spec.plan(NATIVE)
+        else:
+            plan, tensors = held.spec.plan(held.product), held.tensors()
+        if plan is None or not all(type(each) in _PLAIN and each.is_cpu for each in tensors):
             return None
-        rows = 1 << (rows.bit_length() - 1)
-        if rows not in self._by_rows:
-            names = self._by_rows[rows] = self._kernels(module, rows)
-            if names not in self._calls:
-                self._calls[names] = compiled(module, self._activation, self.dtype, rows)
-        return self._calls[self._by_rows[rows]]
-
-    def _kernels(self, module: Any, rows: int) -> Hashable:
-        """The names of all kernels, None where one of them is not compiled."""
-        found: list[Hashable] = []
-        for index in range(module.num_experts):
-            for plan, tensors in _matrices(module, index):
-                if plan is None or not tensors[0].is_cpu:
-                    return None
-                found.append(kernels(self.dtype, tensors, None, plan, rows))
-        return None if None in found else tuple(found)
+        product = prepared(dtype, tensors, None, plan, rows)
+        if product is None:
+            return None
+        products.append(product)
+    gate_up, down = products
+    return _C.Block(isa=compiled_isa(), gate_up=[gate_up], down=down, gated=True, activation=NUMBERS[activation])
 
 
-def mixed(module: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
+def block(found: Block, activation: str, dtype: torch.dtype) -> _C.Block | None:
+    """A feed-forward block of linear layers, for one row; None as of an expert."""
+    gate_up, down = chains(found.gate_up, dtype), chains((found.down,), dtype)
+    if gate_up is None or down is None:
+        return None
+    number = NUMBERS[activation]
+    return _C.Block(isa=compiled_isa(), gate_up=gate_up, down=down[0], gated=found.is_gated, activation=number)
+
+
+def mixture(found: Mixture, activation: str, normalized: bool, dtype: torch.dtype) -> _C.Mixture | None:
+    """A mixture with its router, for one row; None where no compiled kernel reads one of its matrices."""
+    weight: Tensor = found.router.weight
+    if weight.dtype != dtype or _stacks(found.experts, dtype) is None:
+        return None
+    blocks = [expert(found.experts, index, activation, dtype, 1) for index in range(found.experts.num_experts)]
+    router = chain(*dense(weight), None, dtype)
+    shared = None if found.shared is None else block(found.shared, activation, dtype)
+    gate = None if found.shared_gate is None else chains((found.shared_gate,), dtype)
+    held = [each for each in blocks if each is not None]
+    if len(held) < len(blocks) or router is None:
+        return None
+    if (found.shared is not None and shared is None) or (found.shared_gate is not None and gate is None):
+        return None
+    return _C.Mixture(
+        blocks=held,
+        router=router,
+        choices=found.router.top_k,
+        normalized=normalized,
+        shared=shared,
+        shared_gate=gate[0] if gate else None,
+    )
+
+
+def _stacks(experts: Any, dtype: torch.dtype) -> Hashable | None:
+    """What tells whether matrices in 3-D parameters are those that they were; None where they are no plain parameters
+    of this dtype on a CPU. Nothing of matrices that are stored one by one.
+    """
+    if isinstance(experts, Experts):
+        return ()
+    found: list[Hashable] = []
+    for name in EXPERT_PARAMETERS:
+        stack = experts._parameters.get(name)
+        if type(stack) is not nn.Parameter or not stack.is_cpu or stack.dtype != dtype:
+            return None
+        found.append((stack.data_ptr(), stack.shape, stack.stride()))
+    return tuple(found)
+
+
+def _identity(held: StoredWeight) -> Hashable:
+    """The same of a stored matrix, and of how it is multiplied."""
+    return held.spec, held.product, *[(type(each), each.data_ptr(), each.shape) for each in held.tensors()]
+
+
+class State:
+    """What is known of a module's experts: what computes each, by dtype, kernels and number, with what shows that it
+    still does. No tensors.
+    """
+
+    def __init__(self, experts: Any) -> None:
+        self.function, self.activation = _function(experts), proofs.activation_of(experts)
+        self.blocks: dict[Hashable, tuple[Hashable, _C.Block | None]] = {}
+
+
+def _function(experts: Any) -> Hashable:
+    return experts.act_fn, getattr(experts.act_fn, "approximate", None)
+
+
+def _blocks(experts: Any, numbers: Collection[int], dtype: torch.dtype, rows: int) -> list[_C.Block] | None:
+    """What computes these experts for about so many rows of each; None where one takes the module."""
+    stacks = _stacks(experts, dtype)
+    if stacks is None:
+        return None
+    state: State | None = experts.__dict__.get(proofs.STATE)
+    if state is None or state.function != _function(experts):
+        state = experts.__dict__[proofs.STATE] = State(experts)
+    if state.activation is None:
+        return None
+    isa, rows = machine.isa(), max(each for each in ROWS if each <= rows)
+    found: list[_C.Block] = []
+    for number in numbers:
+        identity = stacks
+        if not stacks:
+            both: list[StoredWeight] = [getattr(experts, name)[number] for name in EXPERT_PARAMETERS]
+            if not all(map(_unhooked, both)):
+                return None
+            identity = tuple(map(_identity, both))
+        key = dtype, isa, rows, number
+        kept = state.blocks.get(key)
+        if kept is None or kept[0] != identity:
+            kept = state.blocks[key] = identity, expert(experts, number, state.activation, dtype, rows)
+        if kept[1] is None:
+            return None
+        found.append(kept[1])
+    return found
+
+
+def mixed(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
     """The weighted sum of the chosen experts' results for every row of x [T, H]; None where it takes the module."""
-    fits = x.ndim == index.ndim == 2 and x.shape[0] == index.shape[0] > 0 and index.shape == weights.shape
-    if not fits or x.dtype not in TYPES or index.dtype != torch.int64 or not undispatched(x, index, weights):
+    fits = x.ndim == index.ndim == 2 and x.shape[0] == index.shape[0] and index.shape == weights.shape
+    if not fits or not index.numel() or x.dtype not in TYPES or index.dtype != torch.int64:
         return None
-    if torch.is_autocast_enabled("cpu") or getattr(module, "_is_expert_parallel", False):
+    if not undispatched(x, index, weights) or torch.is_autocast_enabled("cpu") or proofs.hooked_everywhere():
         return None
-    asked: set[int] = set(index.view(-1).tolist()) if index.is_contiguous() else set(index.reshape(-1).tolist())
-    experts = [each for each in asked if each < module.num_experts]
-    if not experts or min(experts) < 0 or x.shape[1] != module.down_proj[0].shape[0]:
+    asked: set[int] = set(index.flatten().tolist())
+    numbers = [each for each in asked if each < experts.num_experts]
+    if not numbers or min(asked) < 0 or not plain(experts) or x.shape[1] != experts.down_proj[0].shape[0]:
         return None
-    if isinstance(module, Experts) and (proofs.hooked_everywhere() or not _all_plain(module, experts)):
-        return None
-    ready: Prepared | None = module.__dict__.get(proofs.STATE)
-    if ready is None or not ready.holds(module, x.dtype, experts):
-        ready = module.__dict__[proofs.STATE] = Prepared(module, x.dtype)
-    call = ready.call(module, max(1, index.numel() // len(experts)))
-    if call is None:
+    blocks = _blocks(experts, numbers, x.dtype, max(1, index.numel() // len(numbers)))
+    if blocks is None:
         return None
     x, index, weights = x.contiguous(), index.contiguous(), weights.float().contiguous()
     y = torch.empty_like(x)
     _C.run_experts(
-        call,
+        blocks,
+        numbers,
         x.data_ptr(),
         index.data_ptr(),
         weights.data_ptr(),
@@ -163,10 +219,6 @@ def mixed(module: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | No
         torch.get_num_threads(),
     )
     return y
-
-
-def _all_plain(module: Experts, experts: Collection[int]) -> bool:
-    return all(_plain(stack[index]) for stack in (module.gate_up_proj, module.down_proj) for index in experts)  # pyright: ignore[reportArgumentType]
 
 
 def forward(original: type[nn.Module]) -> Callable[..., Any]:
@@ -187,9 +239,8 @@ def experts(module: Any) -> str:
     """The activation of experts whose module computes what the compiled ones do. Raises Unlike."""
     try:
         return _proved(module)
-    except BaseException:
+    finally:
         module.__dict__.pop(proofs.STATE, None)  # which cannot be copied with a module that is not fused
-        raise
 
 
 def _proved(module: Any) -> str:
@@ -209,18 +260,75 @@ def _proved(module: Any) -> str:
     count = module.num_experts
     index = torch.stack([torch.arange(4) % count, torch.arange(1, 5) * 2 % count], dim=1)
     weights = proofs.random(4, 2, like=torch.empty(0), seed=1).softmax(-1)
+
+    def ours(x: Tensor) -> Tensor | None:
+        return mixed(module, x, index, weights)
+
+    if not _alike(lambda x: kind.forward(module, x, index, weights), ours, x):
+        raise Unlike(f"{kind.__name__} computes something else than gate, up and down of the chosen experts")
+    return activation
+
+
+def _alike(theirs: Callable[[Tensor], Any], ours: Callable[[Tensor], Tensor | None], x: Tensor) -> bool:
+    """Whether both give the same at every magnitude of x whose result tells, and there is one. Raises Unlike where
+    there is nothing to compare.
+    """
     compared = 0
     for magnitude in proofs.MAGNITUDES:
-        scaled = x * magnitude
-        expected = kind.forward(module, scaled, index, weights)
+        expected = theirs(x * magnitude)
+        if not isinstance(expected, Tensor):
+            raise Unlike("it returns something else than a tensor")
         if not proofs.tells(expected):
             continue
-        found = mixed(module, scaled, index, weights)
+        found = ours(x * magnitude)
         if found is None:
-            raise Unlike("no compiled kernel takes its matrices")
-        if not proofs.apart(found, expected) < proofs.ROUNDINGS:
-            raise Unlike(f"{kind.__name__} computes something else than gate, up and down of the chosen experts")
+            raise Unlike("no compiled kernel takes its matrices, or more is asked of it than a result")
+        if not proofs.apart(found, expected) < proofs.most_apart(MIXTURE_ROUNDINGS, x.dtype):
+            return False
         compared += 1
     if not compared:
         raise Unlike("its results are no finite numbers, or hardly any")
-    return activation
+    return True
+
+
+MIXTURE_ROUNDINGS = 3.0
+"""As `proofs.ROUNDINGS`: results of experts, their weights and their sum are rounded one by one in the unfused path."""
+
+
+@torch.no_grad()
+def weighs(found: Mixture, activation: str) -> bool:
+    """Whether the weights of chosen experts are made to add up to 1, of a mixture that computes what the compiled one
+    does. Raises Unlike.
+    """
+    module, weight = found.module, found.router.weight
+    proofs.require(module, MIXTURE_NAMES | set(dict(module.named_children())), set())
+    proofs.require(found.router, ROUTER_NAMES, {"weight"})
+    gate = getattr(found.shared_gate, "weight", None)
+    parameters = [each for each in (weight, gate) if type(each) is nn.Parameter]
+    with proofs.spread(parameters):
+        rows = proofs.random(64, weight.shape[1], like=weight)
+        x = rows[_clear(rows @ weight.T, found.router.top_k)].unsqueeze(1)
+        for normalized in (True, False):
+            compiled = mixture(found, activation, normalized, weight.dtype)
+
+            def ours(x: Tensor, compiled: _C.Mixture | None = compiled) -> Tensor | None:
+                return None if compiled is None else _run(compiled, x)
+
+            if all(_alike(lambda row: type(module).forward(module, row[None]), ours, row) for row in x):
+                return normalized
+    raise Unlike(f"{type(module).__name__} chooses or weighs experts otherwise")
+
+
+def _clear(logits: Tensor, choices: int) -> list[int]:
+    """Of rows of logits those three in which the last that is chosen is the furthest ahead of the next."""
+    ordered = logits.float().sort(dim=-1, descending=True).values
+    if choices == ordered.shape[-1]:
+        return [0, 1, 2]
+    return (ordered[:, choices - 1] - ordered[:, choices]).topk(3).indices.tolist()
+
+
+def _run(compiled: _C.Mixture, x: Tensor) -> Tensor:
+    """Of one row, [1, H] to [1, 1, H]."""
+    y = torch.empty_like(x)
+    _C.run_mixture(compiled, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+    return y[None]

@@ -84,13 +84,12 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Parts:
-    """A decoder's layer: its attention, its feed-forward block, the `norms` of both in the order of their registration
-    and those of queries and keys; what is multiplied: `qkv` (three matrices or one), `out`, and the blocks that it
-    may be fed through, one unless a `router` chooses; what does something else, or nothing, where nobody trains.
+    """A decoder's layer: its attention, the `norms` of both halves in the order of their registration and those of
+    queries and keys; what is multiplied: `qkv` (three matrices or one), `out`, and what stands in the feed-forward
+    block's place; what does something else, or nothing, where nobody trains.
     """
 
     attention: Any
-    feed_forward: Any
     norms: tuple[Any, ...]
     of_heads: tuple[Any, ...]
     qkv: tuple[Any, ...]
@@ -150,7 +149,7 @@ def parts(module: nn.Module) -> Parts | None:
     if isinstance(found, Mixture):
         training.append(feed_forward)
     flags = tuple((name, owner.__dict__[name]) for owner, name in flagged(module, attention, found))
-    return Parts(attention, feed_forward, norms, of_heads, qkv, out, found, tuple(training), flags)
+    return Parts(attention, norms, of_heads, qkv, out, found, tuple(training), flags)
 
 
 def flagged(module: Any, attention: Any, found: Block | Mixture) -> Iterator[tuple[Any, str]]:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from parco import _C, machine
-from parco.kernels.activations import NUMBERS
 from parco.kernels.library import TYPES
-from parco.nn.chains import chain, chains, dense
+from parco.nn.chains import chains
 from parco.nn.linear import carries_adapters, kind_of
-from parco.nn.mixture import add_experts, compiled_isa
+from parco.nn.mixture import block as compiled_block
+from parco.nn.mixture import compiled_isa, mixture
 from parco.nn.parts import PROJECTIONS, Block, Mixture, Parts, flagged, parts
 from parco.nn.proofs import Centered, Rms, activation_of
 
@@ -73,6 +73,7 @@ class Prepared:
     hooks: tuple[Any, ...]
     attention: Any
     training: tuple[nn.Module, ...]
+    experts: Any
 
     @property
     def holds(self) -> bool:
@@ -132,6 +133,7 @@ def prepare(module: Any, settings: Settings, dtype: torch.dtype) -> Prepared:
         tuple(hooks for part in inside for hooks in (part._forward_hooks, part._forward_pre_hooks)),
         whole.attention if whole else None,
         whole.training if whole else (),
+        whole.block.experts if whole and isinstance(whole.block, Mixture) else None,
     )
 
 
@@ -153,11 +155,15 @@ def _call(settings: Settings, dtype: torch.dtype, whole: Parts, tensors: tuple[T
         return None
     (heads, key_heads), width, columns = whole.heads, whole.width, whole.columns
     products = [chains(place, dtype) for place in (whole.qkv, (whole.out,))]
-    blocks = _blocks(whole.block, columns, settings.activation, dtype)
+    block = mixed = None
+    if isinstance(whole.block, Mixture):
+        mixed = mixture(whole.block, settings.activation, settings.normalized, dtype)
+    else:
+        block = compiled_block(whole.block, settings.activation, dtype)
     norms = [_scaling(norm, how, columns, dtype) for norm, how in zip(whole.norms, settings.norms, strict=True)]
     of_heads = [_scaling(norm, how, width, dtype) for norm, how in zip(whole.of_heads, settings.of_heads, strict=True)]
     scalings = [scaling for scaling in (*norms, *of_heads) if scaling is not None]
-    if blocks is None or len(scalings) != len(norms) + len(of_heads):
+    if None in products or (block is None and mixed is None) or len(scalings) != len(norms) + len(of_heads):
         return None
     before, *others = scalings[: len(norms)]
     call = _C.DecoderLayer(
@@ -176,33 +182,12 @@ def _call(settings: Settings, dtype: torch.dtype, whole: Parts, tensors: tuple[T
         between=others[1:2] if len(norms) == 4 else others,
         after=others[::2] if len(norms) == 4 else [],
         of_heads=scalings[len(norms) :],
+        block=block,
+        mixture=mixed,
     )
-    call.feed(blocks)
-    if isinstance(whole.block, Mixture):
-        mixture = whole.block
-        logits = chain(*dense(mixture.router.weight), None, dtype)
-        products.append(None if logits is None else [logits])
-        products.append([] if mixture.shared_gate is None else chains((mixture.shared_gate,), dtype))
-        call.route(mixture.router.top_k, settings.normalized)
-    if None in products:
-        return None
     for place, together in enumerate(products):
         for product in together or ():
             call.multiply(place, product)
-    return call
-
-
-def _blocks(block: Block | Mixture, columns: int, activation: str, dtype: torch.dtype) -> _C.Experts | None:
-    """The blocks of a layer; None where no compiled kernel reads one of their matrices."""
-    call = _C.Experts(isa=compiled_isa(), columns=columns, type=TYPES[dtype])
-    if isinstance(block, Mixture) and not add_experts(call, block.experts, activation, dtype, 1):
-        return None
-    plain = block if isinstance(block, Block) else block.shared
-    if plain is not None:
-        gate_up, down = chains(plain.gate_up, dtype), chains((plain.down,), dtype)
-        if gate_up is None or down is None:
-            return None
-        call.add(gate_up, down[0], plain.is_gated, NUMBERS[activation])
     return call
 
 

@@ -18,7 +18,7 @@ from torch.nn.modules import module as module_hooks
 
 from parco.kernels.library import TYPES, transformed
 from parco.kernels.rowwise import ACTIVATIONS, gated, rms_norm, rotate
-from parco.nn.parts import Mixture, gated_names, is_conv1d, is_linear, matrices, shape
+from parco.nn.parts import gated_names, is_conv1d, is_linear, matrices, shape
 
 ROTARY = "apply_rotary_pos_emb"
 
@@ -34,16 +34,6 @@ NORM_NAMES = {
 }
 GATE_NAMES = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "act_fn", "activation_fn", "act", "chunk"}
 """What the forward of a norm or of a gated block may name. A clamp, a dropout, a factor or a flag is none of it."""
-
-
-MIXTURE_NAMES = {
-    *("shape", "view", "reshape", "torch", "empty_like", "uniform_", "training", "jitter_noise", "F", "sigmoid"),
-}
-ROUTER_NAMES = {
-    *("reshape", "hidden_dim", "F", "nn", "functional", "linear", "weight", "torch", "softmax", "float", "topk"),
-    *("top_k", "sum", "norm_topk_prob", "to", "dtype"),
-}
-"""The same of a block of experts, besides its children, and of what chooses among them."""
 
 
 class Rms(NamedTuple):
@@ -111,6 +101,8 @@ ROUNDINGS = 2.0
 """How far apart two ways to compute the same may be, in units of the dtype's epsilon and relative to the whole. The
 unfused path's own roundings, a few of half a unit each, some of which cancel, stay below 1.
 """
+SUMMED = 8.0
+"""How many times further fp32 results may be apart: products add in other orders, which 16 bits do not show."""
 MAGNITUDES = (1.0, 1e-3, 50.0, 3000.0)
 
 
@@ -124,6 +116,11 @@ def apart(found: Tensor, expected: Tensor) -> float:
     """The difference's norm over the norm expected, in roundings of the dtype."""
     size = expected.double().norm().clamp_min(1e-30)
     return float((found.double() - expected.double()).norm() / size) / torch.finfo(expected.dtype).eps
+
+
+def most_apart(roundings: float, dtype: torch.dtype) -> float:
+    """How far apart results of several products may be, in roundings."""
+    return roundings * (SUMMED if dtype == torch.float32 else 1)
 
 
 def tells(result: Tensor) -> bool:
@@ -182,16 +179,25 @@ def distinct(norms: Iterable[nn.Module]) -> Generator[None]:
             parameter.data = data
 
 
+@contextmanager
+def spread(parameters: Iterable[nn.Parameter]) -> Generator[None]:
+    """Random numbers added for a while to matrices [N, K] of routers, so that what they choose differs by far: with
+    those of a new model, which are small or zeros, all experts have nearly the same weight.
+    """
+    held = {parameter: parameter.data for parameter in parameters}
+    try:
+        for seed, (parameter, data) in enumerate(held.items()):
+            parameter.data = data + random(*data.shape, like=data, seed=seed + 7) * (2 / data.shape[1] ** 0.5)
+        yield
+    finally:
+        for parameter, data in held.items():
+            parameter.data = data
+
+
 def gate(module: nn.Module) -> str:
     """The activation of a gated feed-forward block: gate, up (or both in one), down."""
     require(module, GATE_NAMES, set())
     return _activation_in(module, gated_block)
-
-
-def routed(mixture: Mixture) -> None:
-    """A block of experts whose router takes the greatest of a softmax; what it does with them the layer shows."""
-    require(mixture.module, MIXTURE_NAMES | set(dict(mixture.module.named_children())), set())
-    require(mixture.router, ROUTER_NAMES, {"weight"})
 
 
 def plain(module: nn.Module) -> str:
