@@ -19,7 +19,11 @@ def test_ctrl_c_says_how_to_go_on_without_starting_over(
 ):
     monkeypatch.setattr(job, "fit", interrupt)
     assert cli.main(["fit", "my model", "--size", "0.3", "--fresh"]) == 130
-    assert capsys.readouterr().err.splitlines()[-1].endswith("parco fit 'my model' --size 0.3")
+    assert capsys.readouterr().err.splitlines()[-1].endswith(": parco fit 'my model' --size 0.3")
+    monkeypatch.setattr("sys.argv", [".venv/bin/parco"])
+    monkeypatch.setenv("PATH", "")
+    assert cli.main(["fit"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].endswith(": .venv/bin/parco fit")
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):

@@ -116,6 +116,7 @@ def test_a_foreign_model_without_data_also_reads_its_own_text(
     assert found["data"]["generated_windows"] == 4
     assert "wrote itself" in found["data"]["source"]
     assert found["heal"] is None
+    assert not any(point["healed_loss"] for point in found["frontier"])
 
 
 def test_without_healing_or_choice_the_model_is_the_original(

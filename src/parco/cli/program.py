@@ -7,6 +7,7 @@ Ctrl-C exits with 130 and says how to go on. Any other exception is a defect of 
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -70,10 +71,12 @@ def _one_line(error: Exception) -> str:
 
 
 def _how_to_go_on(words: list[str]) -> str:
+    by_path = os.path.basename(sys.argv[0]) == "parco" and shutil.which("parco") is None  # as `make fit` calls it
+    name = sys.argv[0] if by_path else "parco"
     if words[:1] == ["fit"]:
-        again = shlex.join(["parco", *(word for word in words if word != "--fresh")])
+        again = shlex.join([name, *(word for word in words if word != "--fresh")])
         return f"parco: interrupted; every finished stage is kept. To go on from there: {again}"
     if words[:1] in (["train"], ["tune"]):
-        again = shlex.join(["parco", *(word for word in words if word != "--resume"), "--resume"])
+        again = shlex.join([name, *(word for word in words if word != "--resume"), "--resume"])
         return f"parco: interrupted; checkpoints are kept. To go on from the last one: {again}"
     return "parco: interrupted"

@@ -302,8 +302,8 @@ class Fit:
         model, applied = self.apply(plan.methods)
         healed = self.heal(model, plan.methods)
         assert plan.measured is not None
-        kl = applied.kl if healed is None else healed["kl_after"]
-        return Chosen(plan.with_measured(replace(plan.measured, healed=kl)), model, applied, healed)
+        measured = plan.measured if healed is None else replace(plan.measured, healed=healed["kl_after"])
+        return Chosen(plan.with_measured(measured), model, applied, healed)
 
     def rise(self, chosen: Chosen) -> tuple[evaluate.Quality, evaluate.Quality]:
         """Quality of the original and of the chosen model on the whole held-out text."""
