@@ -34,7 +34,7 @@ Layer make(const std::string& isa, std::int64_t columns, std::int64_t heads, std
   layer.head = head, layer.turning = turning, layer.scale = scale, layer.softcap = softcap;
   layer.type = static_cast<Type>(type);
   layer.parallel = parallel, layer.interleaved = interleaved;
-  layer.rowwise = rowwise_of(isa);
+  layer.rowwise = parco::rowwise::operations_of(isa);
   layer.before = before, layer.between = between, layer.after = after, layer.of_heads = of_heads;
   return layer;
 }

@@ -118,11 +118,4 @@ void run(const Layer& layer, const Token& token) {
   add(layer.parallel ? token.x : h, part, token.y);
 }
 
-Rowwise rowwise_of(const std::string& isa) {
-  using namespace rowwise;
-  if (isa == "generic") return {norm_generic, rotate_generic, attend_generic, add_generic};
-  if (isa == "avx2") return {norm_avx2, rotate_avx2, attend_avx2, add_avx2};
-  return {norm_avx512, rotate_avx512, attend_avx512, add_avx512};
-}
-
 }  // namespace parco::decode

@@ -11,12 +11,11 @@
 // down(..) may stand for a mixture of experts, with its router.
 #pragma once
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "experts/mixture.h"
 #include "linear/chain.h"
-#include "rowwise/rowwise.h"
+#include "rowwise/operations.h"
 
 namespace parco::decode {
 
@@ -29,21 +28,13 @@ struct Scaling {
   bool rounded, centered;
 };
 
-// The operations of csrc/rowwise for one instruction set.
-struct Rowwise {
-  void (*norm)(const rowwise::Norm&);
-  void (*rotate)(const rowwise::Rotation&);
-  void (*attend)(const rowwise::Attention&);
-  void (*add)(const rowwise::Sum&);
-};
-
 struct Layer {
   std::int64_t columns, heads, key_heads, head, turning;  // numbers in x, a head, those that turn
   float scale, softcap;                                   // of scores
   Type type;
   bool parallel;     // the feed-forward block reads x, not h
   bool interleaved;  // the results of qkv: those of a head, then those of the next one
-  Rowwise rowwise;
+  rowwise::Operations rowwise;
   // Products of one input: their results lie one after the other.
   std::vector<linear::Chain> qkv, out;
   std::optional<experts::Block> block;  // this or a mixture
@@ -64,8 +55,5 @@ struct Token {
 
 // Throws std::bad_alloc.
 void run(const Layer& layer, const Token& token);
-
-// The operations of an instruction set by its name in parco.machine.
-Rowwise rowwise_of(const std::string& isa);
 
 }  // namespace parco::decode

@@ -17,7 +17,8 @@ namespace {
 
 Block make_block(const std::string& isa, const std::vector<Chain>& gate_up, const Chain& down, bool gated,
                  int activation) {
-  const Block block{gate_up, down, gated, static_cast<parco::rowwise::Activation>(activation), rowwise_of(isa)};
+  const Block block{gate_up, down, gated, static_cast<parco::rowwise::Activation>(activation),
+                    parco::rowwise::operations_of(isa)};
   std::int64_t outputs = 0;
   for (const Chain& chain : gate_up) {
     if (chain.columns() != block.columns() || chain.type != block.type())

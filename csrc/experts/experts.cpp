@@ -128,10 +128,4 @@ void run(const std::vector<const Block*>& blocks, const Routes& routes, const vo
   }
 }
 
-Rowwise rowwise_of(const std::string& isa) {
-  if (isa == "generic") return {rowwise::gate_generic, rowwise::mix_generic};
-  if (isa == "avx2") return {rowwise::gate_avx2, rowwise::mix_avx2};
-  return {rowwise::gate_avx512, rowwise::mix_avx512};
-}
-
 }  // namespace parco::experts

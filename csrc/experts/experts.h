@@ -4,24 +4,14 @@
 // Rows of one block are multiplied together. What stands between two products is rounded to the type of x, as it is
 // where each is an operation of its own; the weighted sum is fp32, in the order of a row's choices, and rounded once.
 #pragma once
-#include <string>
 #include <vector>
 
 #include "linear/chain.h"
-#include "rowwise/rowwise.h"
+#include "rowwise/operations.h"
 
 namespace parco::experts {
 
 using linear::Type;
-
-// The operations of csrc/rowwise for one instruction set.
-struct Rowwise {
-  void (*gate)(const rowwise::Gate&);
-  void (*mix)(const rowwise::Mix&);
-};
-
-// The operations of an instruction set by its name in parco.machine.
-Rowwise rowwise_of(const std::string& isa);
 
 // down(activation(gate) * up); where it is not gated, down(activation(up)). Gate and up are the two halves of one
 // product's result, or of two products.
@@ -30,7 +20,7 @@ struct Block {
   linear::Chain down;
   bool gated;
   rowwise::Activation activation;
-  Rowwise rowwise;
+  rowwise::Operations rowwise;
 
   std::int64_t columns() const { return down.outputs(); }
   std::int64_t inner() const { return down.columns(); }

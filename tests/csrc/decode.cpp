@@ -82,7 +82,7 @@ struct Fed {
                                product(isa, down, inner),
                                gated,
                                Activation::relu,
-                               parco::experts::rowwise_of(isa)};
+                               parco::rowwise::operations_of(isa)};
     if (gated) made.gate_up.push_back(product(isa, up, columns));
     return made;
   }
@@ -125,7 +125,7 @@ void layers(const std::string& isa, const Kind& kind) {
 
   Layer layer{};
   layer.columns = columns, layer.heads = heads, layer.key_heads = shared, layer.head = layer.turning = head;
-  layer.scale = 0.3f, layer.type = Type::fp32, layer.rowwise = rowwise_of(isa);
+  layer.scale = 0.3f, layer.type = Type::fp32, layer.rowwise = parco::rowwise::operations_of(isa);
   const auto scaling = [&](Values& weight) {
     return Scaling{weight.data(), kind.centered ? weight.data() : nullptr, 1e-3f, 0, false, kind.centered};
   };

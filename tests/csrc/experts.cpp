@@ -34,7 +34,11 @@ struct Matrices {
         inner(inner) {}
 
   Block block(const std::string& isa, Type type, bool gated, bool apart) {
-    Block made{{}, product(isa, down, inner, type), gated, parco::rowwise::Activation::relu, rowwise_of(isa)};
+    Block made{{},
+               product(isa, down, inner, type),
+               gated,
+               parco::rowwise::Activation::relu,
+               parco::rowwise::operations_of(isa)};
     if (!gated) made.gate_up = {product(isa, gate, columns, type)};
     if (gated && apart) made.gate_up = {product(isa, gate, columns, type), product(isa, up, columns, type)};
     if (gated && !apart) made.gate_up = {product(isa, both, columns, type)};

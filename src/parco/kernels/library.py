@@ -70,7 +70,8 @@ def differentiate(
     LIBRARY.impl(name, differentiable, "Autograd")
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Tensors that are numbers in memory; other subclasses may be anything."""
 
 
 def untraced(*tensors: Tensor | None) -> bool:
@@ -78,7 +79,7 @@ def untraced(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or not tensor.is_cpu):
+        if tensor is not None and (type(tensor) not in PLAIN or not tensor.is_cpu):
             return False
     tracing: Any = torch._C._get_tracing_state()  # pyright: ignore[reportPrivateUsage]
     return (

@@ -155,15 +155,17 @@ def _proved(module: nn.Module, proven: Mapping[nn.Module, Any]) -> Settings:
     weight = found.norms[0].weight
     if not found.fit():
         raise Unlike("its matrices have other shapes than those of attention and of a feed-forward block")
-    with proofs.distinct((*found.norms, *found.of_heads)):
+    norms = (*found.norms, *found.of_heads)
+    with proofs.disturbed((each for norm in norms for each in norm.parameters()), 1 / 4):
         inputs = [
             [proofs.random(1, 1, found.columns, like=weight, seed=seed) * magnitude for seed in _seeds(found)]
             for magnitude in proofs.MAGNITUDES
         ]
         expected: dict[int, tuple[Tensor, ...]] = {}
         for settings in _settings(found, proven):
-            module.__dict__.pop(proofs.STATE, None)  # prepared for other settings
-            if prepare(module, settings, weight.dtype).call is None:
+            state = module.__dict__[proofs.STATE] = State()
+            state.prepared = prepare(module, settings, weight.dtype)  # what `decoded` uses then
+            if state.prepared.call is None:
                 raise Unlike("no compiled kernel takes its matrices or norms")
 
             def agree(x: Tensor, settings: Settings = settings) -> bool:

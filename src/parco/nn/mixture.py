@@ -7,6 +7,7 @@ expert when a token first comes to it, and kept beside the module with what show
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from parco import _C, machine
 from parco.kernels.activations import NUMBERS
-from parco.kernels.library import TYPES, undispatched
+from parco.kernels.library import PLAIN, TYPES, undispatched
 from parco.kernels.linear.prepared import prepared
 from parco.kernels.rowwise import ACTIVATIONS
 from parco.nn import proofs
@@ -48,8 +49,6 @@ IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm")
 
 ROWS = (1, 5, 9, 16, 48, 1024)
 """Numbers of rows from which products may have other kernels (`kernels.linear.dense`)."""
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def compiled_isa() -> str:
@@ -85,7 +84,7 @@ def expert(experts: Any, index: int, activation: str, dtype: torch.dtype, rows: 
             plan = spec.plan(NATIVE)
         else:
             plan, tensors = held.spec.plan(held.product), held.tensors()
-        if plan is None or not all(type(each) in _PLAIN and each.is_cpu for each in tensors):
+        if plan is None or not all(type(each) in PLAIN and each.is_cpu for each in tensors):
             return None
         product = prepared(dtype, tensors, None, plan, rows)
         if product is None:
@@ -261,34 +260,18 @@ def _proved(module: Any) -> str:
     index = torch.stack([torch.arange(4) % count, torch.arange(1, 5) * 2 % count], dim=1)
     weights = proofs.random(4, 2, like=torch.empty(0), seed=1).softmax(-1)
 
-    def ours(x: Tensor) -> Tensor | None:
-        return mixed(module, x, index, weights)
-
-    if not _alike(lambda x: kind.forward(module, x, index, weights), ours, x):
+    distance = proofs.alike(
+        lambda x: kind.forward(module, x, index, weights), lambda x: _found(mixed(module, x, index, weights)), x
+    )
+    if not distance < proofs.most_apart(MIXTURE_ROUNDINGS, x.dtype):
         raise Unlike(f"{kind.__name__} computes something else than gate, up and down of the chosen experts")
     return activation
 
 
-def _alike(theirs: Callable[[Tensor], Any], ours: Callable[[Tensor], Tensor | None], x: Tensor) -> bool:
-    """Whether both give the same at every magnitude of x whose result tells, and there is one. Raises Unlike where
-    there is nothing to compare.
-    """
-    compared = 0
-    for magnitude in proofs.MAGNITUDES:
-        expected = theirs(x * magnitude)
-        if not isinstance(expected, Tensor):
-            raise Unlike("it returns something else than a tensor")
-        if not proofs.tells(expected):
-            continue
-        found = ours(x * magnitude)
-        if found is None:
-            raise Unlike("no compiled kernel takes its matrices, or more is asked of it than a result")
-        if not proofs.apart(found, expected) < proofs.most_apart(MIXTURE_ROUNDINGS, x.dtype):
-            return False
-        compared += 1
-    if not compared:
-        raise Unlike("its results are no finite numbers, or hardly any")
-    return True
+def _found(result: Tensor | None) -> Tensor:
+    if result is None:
+        raise Unlike("no compiled kernel takes its matrices, or more is asked of it than a result")
+    return result
 
 
 MIXTURE_ROUNDINGS = 3.0
@@ -305,16 +288,13 @@ def weighs(found: Mixture, activation: str) -> bool:
     proofs.require(found.router, ROUTER_NAMES, {"weight"})
     gate = getattr(found.shared_gate, "weight", None)
     parameters = [each for each in (weight, gate) if type(each) is nn.Parameter]
-    with proofs.spread(parameters):
+    most = proofs.most_apart(MIXTURE_ROUNDINGS, weight.dtype)
+    with proofs.disturbed(parameters, 2 / weight.shape[1] ** 0.5):
         rows = proofs.random(64, weight.shape[1], like=weight)
-        x = rows[_clear(rows @ weight.T, found.router.top_k)].unsqueeze(1)
+        clear = rows[_clear(rows @ weight.T, found.router.top_k)].unsqueeze(1)
         for normalized in (True, False):
-            compiled = mixture(found, activation, normalized, weight.dtype)
-
-            def ours(x: Tensor, compiled: _C.Mixture | None = compiled) -> Tensor | None:
-                return None if compiled is None else _run(compiled, x)
-
-            if all(_alike(lambda row: type(module).forward(module, row[None]), ours, row) for row in x):
+            run = functools.partial(_run, mixture(found, activation, normalized, weight.dtype))
+            if all(proofs.alike(proofs.unfused(module), run, row[None]) < most for row in clear):
                 return normalized
     raise Unlike(f"{type(module).__name__} chooses or weighs experts otherwise")
 
@@ -327,8 +307,10 @@ def _clear(logits: Tensor, choices: int) -> list[int]:
     return (ordered[:, choices - 1] - ordered[:, choices]).topk(3).indices.tolist()
 
 
-def _run(compiled: _C.Mixture, x: Tensor) -> Tensor:
-    """Of one row, [1, H] to [1, 1, H]."""
+def _run(compiled: _C.Mixture | None, x: Tensor) -> Tensor:
+    """Of one row [.., H]."""
     y = torch.empty_like(x)
+    if compiled is None:
+        raise Unlike("no compiled kernel takes its matrices")
     _C.run_mixture(compiled, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
-    return y[None]
+    return y

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from parco import _C, machine
-from parco.kernels.library import TYPES
+from parco.kernels.library import PLAIN, TYPES
 from parco.nn.chains import chains
 from parco.nn.linear import carries_adapters, kind_of
 from parco.nn.mixture import block as compiled_block
@@ -151,7 +151,7 @@ def activations(block: Block | Mixture) -> set[str | None]:
 
 def _call(settings: Settings, dtype: torch.dtype, whole: Parts, tensors: tuple[Tensor, ...]) -> _C.DecoderLayer | None:
     """The compiled layer; None where a matrix is of a kind, or somewhere, that no compiled kernel reads."""
-    if dtype not in TYPES or not all(type(t) in (Tensor, nn.Parameter) and t.is_cpu for t in tensors):
+    if dtype not in TYPES or not all(type(t) in PLAIN and t.is_cpu for t in tensors):
         return None
     (heads, key_heads), width, columns = whole.heads, whole.width, whole.columns
     products = [chains(place, dtype) for place in (whole.qkv, (whole.out,))]

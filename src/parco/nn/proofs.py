@@ -87,7 +87,7 @@ def dense(module: Any) -> None:
         raise Unlike(f"the forward of this {type(module).__name__} has been replaced")
     if is_conv1d(module):
         x = random(3, module.weight.shape[0], like=module.weight)
-        if not alike(module, lambda x: functional.linear(x, module.weight.t(), module.bias), x) < ROUNDINGS:
+        if not alike(unfused(module), lambda x: functional.linear(x, module.weight.t(), module.bias), x) < ROUNDINGS:
             raise Unlike("Conv1D computes something else than a linear layer")
 
 
@@ -129,17 +129,22 @@ def tells(result: Tensor) -> bool:
     return bool(result.isfinite().all() and size >= torch.finfo(result.dtype).tiny)
 
 
-def alike(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """The greatest distance between module and `run` over the magnitudes at which the module's result tells."""
+def alike(theirs: Callable[[Tensor], Any], ours: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """The greatest distance between the two over the magnitudes at which `theirs`, a module's forward, tells."""
     distances: list[float] = []
     for magnitude in MAGNITUDES:
         scaled = x * magnitude
-        expected: Any = type(module).forward(module, scaled)
+        expected = theirs(scaled)
         if not isinstance(expected, Tensor) or expected.dtype != x.dtype:
-            raise Unlike(f"{type(module).__name__} returns something else")
+            raise Unlike("it returns something else than a tensor of its input's dtype")
         if tells(expected) and scaled.isfinite().all():
-            distances.append(apart(run(scaled), expected))
+            distances.append(apart(ours(scaled), expected))
     return max(distances, default=float("inf"))
+
+
+def unfused(module: nn.Module) -> Callable[..., Any]:
+    """The forward of a module's class, without the hooks that a call runs."""
+    return functools.partial(type(module).forward, module)
 
 
 def norm(module: nn.Module) -> Rms:
@@ -152,7 +157,7 @@ def norm(module: nn.Module) -> Rms:
         raise Unlike(f"{kind} without an epsilon, or computed in {weight.dtype}")
     x = random(7, weight.shape[0], like=weight)
     ways = [Rms(epsilon, offset, rounded) for offset in (0.0, 1.0) for rounded in (True, False)]
-    distances = [alike(module, lambda x, way=way: rms_norm(x, weight, *way), x) for way in ways]
+    distances = [alike(unfused(module), lambda x, way=way: rms_norm(x, weight, *way), x) for way in ways]
     best = min(range(len(ways)), key=lambda i: distances[i])
     if not distances[best] < ROUNDINGS:
         raise Unlike(f"{kind} computes something else")
@@ -167,27 +172,14 @@ def layer_norm(module: Any) -> Centered:
 
 
 @contextmanager
-def distinct(norms: Iterable[nn.Module]) -> Generator[None]:
-    """Random weights in all norms for a while, so that those of a new model, which are equal, are told apart."""
-    held = {parameter: parameter.data for norm in norms for parameter in norm.parameters()}
-    try:
-        for seed, (parameter, data) in enumerate(held.items()):
-            parameter.data = data + random(*data.shape, like=data, seed=seed) / 4
-        yield
-    finally:
-        for parameter, data in held.items():
-            parameter.data = data
-
-
-@contextmanager
-def spread(parameters: Iterable[nn.Parameter]) -> Generator[None]:
-    """Random numbers added for a while to matrices [N, K] of routers, so that what they choose differs by far: with
-    those of a new model, which are small or zeros, all experts have nearly the same weight.
+def disturbed(parameters: Iterable[nn.Parameter], size: float) -> Generator[None]:
+    """Random numbers of this size added to parameters for a while, so that those of a new model tell something: weights
+    of norms, which are equal, and of routers, which are so small that all experts have nearly the same weight.
     """
     held = {parameter: parameter.data for parameter in parameters}
     try:
-        for seed, (parameter, data) in enumerate(held.items()):
-            parameter.data = data + random(*data.shape, like=data, seed=seed + 7) * (2 / data.shape[1] ** 0.5)
+        for seed, (parameter, data) in enumerate(held.items(), start=7):  # others than those of what is multiplied
+            parameter.data = data + random(*data.shape, like=data, seed=seed) * size
         yield
     finally:
         for parameter, data in held.items():
@@ -217,7 +209,7 @@ def _activation_in(module: nn.Module, block: Callable[[Any, Tensor, str], Tensor
         raise Unlike(f"its activation is none of {', '.join(ACTIVATIONS)}")
     weight = multiplied[0][0].weight
     x = random(3, shape(multiplied[0][0])[1], like=torch.empty(0, dtype=weight.dtype, device=weight.device))
-    if not alike(module, lambda x: block(module, x, activation), x) < ROUNDINGS:
+    if not alike(unfused(module), lambda x: block(module, x, activation), x) < ROUNDINGS:
         raise Unlike(f"{kind} computes something else than {'gate, ' if gated_names(module) else ''}up and down")
     return activation
 
