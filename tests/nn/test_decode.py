@@ -35,6 +35,15 @@ def steps(made: Any, count: int = 5, cache: Any = None, start: int = 4) -> list[
     return found
 
 
+def last(made: Any, **asked: bool) -> Any:
+    """What a model gives for the last of a few tokens, of which more is asked than logits."""
+    with torch.inference_mode():
+        out = made(TOKENS[:, :4], use_cache=True)
+        for i in range(4, 7):
+            out = made(TOKENS[:, i : i + 1], past_key_values=out.past_key_values, **asked)
+    return out
+
+
 def agree(found: list[torch.Tensor], expected: list[torch.Tensor], bound: float = 2e-6) -> None:
     for mine, theirs in zip(found, expected, strict=True):
         assert apart(mine, theirs) < bound
@@ -150,14 +159,7 @@ def test_hidden_states_are_each_layers_own() -> None:
     plain = copy.deepcopy(made)
     fuse_(made)
     for _ in range(2):
-        found = []
-        for model in (made, plain):
-            with torch.inference_mode():
-                out = model(TOKENS[:, :4], use_cache=True)
-                for i in range(4, 7):
-                    out = model(TOKENS[:, i : i + 1], past_key_values=out.past_key_values, output_hidden_states=True)
-            found.append(out.hidden_states)
-        agree(list(found[0]), list(found[1]))
+        agree(*(list(last(model, output_hidden_states=True).hidden_states) for model in (made, plain)))
 
 
 def test_a_changed_hidden_state_is_computed_anew() -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tests.laws.weight_laws import stored_tensors
 from tests.nn import models
 from tests.nn.conftest import Calls
-from tests.nn.test_decode import TOKENS, agree, low_rank, steps
+from tests.nn.test_decode import TOKENS, agree, last, low_rank, steps
 from tests.nn.test_fuse import apart
 
 import parco
@@ -235,14 +235,7 @@ def test_the_routers_logits_are_still_given(calls: Calls) -> None:
     plain = copy.deepcopy(made)
     fuse_(made)
     calls.clear()
-    found = []
-    for model in (made, plain):
-        with torch.inference_mode():
-            out = model(TOKENS[:, :4], use_cache=True)
-            for i in range(4, 7):
-                out = model(TOKENS[:, i : i + 1], past_key_values=out.past_key_values, output_router_logits=True)
-        found.append(out.router_logits)
-    agree(list(found[0]), list(found[1]))
+    agree(*(list(last(model, output_router_logits=True).router_logits) for model in (made, plain)))
     assert not calls
     agree(steps(made), steps(plain))
 

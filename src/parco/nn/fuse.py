@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from parco.kernels.library import TYPES, transformed, untraced
 from parco.kernels.linear import linear_dense
 from parco.kernels.rowwise import ACTIVATIONS, dropout, rms_norm
-from parco.nn import decode, joined, mixture, proofs
+from parco.nn import decode, joined, layers, mixture, proofs
 from parco.nn.attention import INTERFACES, Interfaces, known_in
 from parco.nn.linear import under_its_name
 from parco.nn.parts import PROJECTIONS, gated_names, is_conv1d, is_rms_norm, rows
@@ -89,7 +89,7 @@ def fuse_(model: nn.Module) -> Fusion:
         kind = _looks_like(module)
         try:
             if kind is not None:
-                proven[module] = decode.layer(module, proven) if kind == "layer" else _CHECKS[kind](module)
+                proven[module] = layers.layer(module, proven) if kind == "layer" else _CHECKS[kind](module)
                 found.append((name, module, kind))
         except Unlike as reason:
             left[name] = str(reason)
@@ -108,8 +108,8 @@ def fuse_(model: nn.Module) -> Fusion:
 def _join_parts(module: Any) -> None:
     """Puts side by side what a fused module multiplies by one matrix."""
     if isinstance(module, _Fused):
-        for layers in groups(module, type(module)._kind):  # pyright: ignore[reportPrivateUsage]
-            joined.join_(layers)
+        for together in groups(module, type(module)._kind):  # pyright: ignore[reportPrivateUsage]
+            joined.join_(together)
 
 
 @functools.cache
@@ -180,7 +180,7 @@ def _looks_like(module: nn.Module) -> Kind | None:
         return "attention"
     if type(module).__name__ in ("NewGELUActivation", "FastGELUActivation"):
         return "activation"
-    return "layer" if decode.looks_like_layer(module) else None
+    return "layer" if layers.looks_like_layer(module) else None
 
 
 def _norm_forward(module: Any, x: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def _attending(original: type[nn.Module]) -> Callable[..., Any]:
         with contextlib.suppress(Unlike):  # of a module that is fused for its rotary embedding
             known[INTERFACES] = Interfaces(own.__globals__.get(INTERFACES))
     made = _with_globals(own, known)
-    together = set(PROJECTIONS) <= named <= decode.ATTENTION_NAMES and keeps_its_input(own)
+    together = set(PROJECTIONS) <= named <= layers.ATTENTION_NAMES and keeps_its_input(own)
 
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling():

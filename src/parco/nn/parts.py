@@ -1,6 +1,6 @@
 """What a decoder's layer is made of, found by the kinds of its children and the names that projections have.
 
-Only what the children are is decided here; in which order they are applied, the proofs try out (`decode.layer`).
+Only what the children are is decided here; in which order they are applied, the proofs try out (`layers.layer`).
 """
 
 from __future__ import annotations
