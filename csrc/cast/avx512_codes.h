@@ -107,13 +107,13 @@ struct Integer {
 
 // The bytes of 64 codes in the order of their numbers; codes[i] holds those of numbers 16 i and on.
 inline __m512i joined(const __m512i* codes) {
-  alignas(64) static constexpr std::uint8_t order[64] = {0, 4, 8,  12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60,
-                                                         1, 5, 9,  13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 53, 57, 61,
-                                                         2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50, 54, 58, 62,
-                                                         3, 7, 11, 15, 19, 23, 27, 31, 35, 39, 43, 47, 51, 55, 59, 63};
+  // Four bytes of each 16 codes gather in a dword, then the dwords.
+  const __m512i in_lane = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m512i dwords = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i three =
       _mm512_ternarylogic_epi32(codes[0], _mm512_slli_epi32(codes[1], 8), _mm512_slli_epi32(codes[2], 16), 0xfe);
-  return _mm512_permutexvar_epi8(_mm512_load_si512(order), _mm512_or_si512(three, _mm512_slli_epi32(codes[3], 24)));
+  const __m512i four = _mm512_or_si512(three, _mm512_slli_epi32(codes[3], 24));
+  return _mm512_permutexvar_epi32(dwords, _mm512_shuffle_epi8(four, in_lane));
 }
 
 // 64 codes to where their bits belong.

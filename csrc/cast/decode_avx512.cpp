@@ -12,31 +12,32 @@ using linear::avx512::widen;
 
 constexpr std::int64_t step = 64;
 
-// What cuts 64 codes of `bits` bits from their bytes: 8 codes to each lane of 64 bits, whose low bytes hold them.
+// What cuts 64 codes of `bits` bits from their bytes.
 struct Cut {
-  explicit Cut(int bits) : bits(bits), bytes(bits == 8 ? ~0ull : (1ull << 8 * bits) - 1) {
-    alignas(64) std::uint8_t from[64], by[64];
-    for (int i = 0; i < 64; i++) {
-      from[i] = static_cast<std::uint8_t>(i / 8 * bits + i % 8);
-      by[i] = static_cast<std::uint8_t>(i % 8 * bits);
-    }
-    source = _mm512_load_si512(from), shift = _mm512_load_si512(by);
-    mask = _mm512_set1_epi8(static_cast<char>((1 << bits) - 1));
-  }
+  explicit Cut(int bits)
+      : bits(bits),
+        bytes(bits == 8 ? ~0ull : (1ull << 8 * bits) - 1),
+        places(((1u << bits) - 1) * 0x0101010101010101u) {}
 
   __m512i codes(const std::uint8_t* from) const {
     if (bits == 8) return _mm512_loadu_si512(from);
     if (bits == 4) {
       const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-      return _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), mask);
+      return _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi8(15));
     }
-    const __m512i lanes = _mm512_permutexvar_epi8(source, _mm512_maskz_loadu_epi8(bytes, from));
-    return _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, lanes), mask);
+    alignas(64) std::uint8_t held[64];
+    _mm512_store_si512(held, _mm512_maskz_loadu_epi8(bytes, from));
+    const auto eight = [&](int i) {
+      std::uint64_t window;
+      std::memcpy(&window, held + i * bits, 8);
+      return static_cast<long long>(_pdep_u64(window, places));
+    };
+    return _mm512_set_epi64(eight(7), eight(6), eight(5), eight(4), eight(3), eight(2), eight(1), eight(0));
   }
 
   int bits;
   __mmask64 bytes;
-  __m512i source, shift, mask;
+  std::uint64_t places;
 };
 
 // The numbers of codes.

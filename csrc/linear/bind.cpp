@@ -52,11 +52,20 @@ void define(nb::module_& module, const char* name) {
       "instruction set.");
 }
 
-void run_both(const CodedCall& settled, std::uintptr_t x, std::uintptr_t x_scale, std::uintptr_t codes,
-              std::uintptr_t scale, std::uintptr_t factor, std::uintptr_t y, int threads) {
-  CodedCall call = with_tensors(settled, x, codes, scale, 0, factor, 0, 0, y, threads);
-  call.x_scale = address<const float>(x_scale);
-  unlocked(call, [&] { int_both_avx512(call); });
+template <void (*kernel)(const CodedCall&)>
+void define_both(nb::module_& module, const char* name) {
+  module.def(
+      name,
+      [](const CodedCall& settled, std::uintptr_t x, std::uintptr_t x_scale, std::uintptr_t codes, std::uintptr_t scale,
+         std::uintptr_t factor, std::uintptr_t y, int threads) {
+        CodedCall call = with_tensors(settled, x, codes, scale, 0, factor, 0, 0, y, threads);
+        call.x_scale = address<const float>(x_scale);
+        unlocked(call, [&] { kernel(call); });
+      },
+      nb::arg("settled"), nb::arg("x"), nb::arg("x_scale"), nb::arg("codes"), nb::arg("scale"), nb::arg("factor"),
+      nb::arg("y"), nb::arg("threads"),
+      "x @ (...).T of two matrices of the same codes of 4 bits, x_scale fp32 [rows, groups]. The machine must have the "
+      "instruction set.");
 }
 
 template <void (*kernel)(const DenseCall&)>
@@ -181,17 +190,17 @@ void bind_linear(nb::module_& module) {
   define<int_generic>(module, "int_generic");
   define<int_avx2>(module, "int_avx2");
   define<int_avx512>(module, "int_avx512");
+  define<int_avx512_vbmi>(module, "int_avx512_vbmi");
   define<int_amx>(module, "int_amx");
   define<int_amx_emulated>(module, "int_amx_emulated");
   define<float_generic>(module, "float_generic");
   define<float_avx2>(module, "float_avx2");
   define<float_avx512>(module, "float_avx512");
+  define<float_avx512_vbmi>(module, "float_avx512_vbmi");
   define<float_amx>(module, "float_amx");
   define<float_amx_emulated>(module, "float_amx_emulated");
-  module.def("int_both_avx512", &run_both, nb::arg("settled"), nb::arg("x"), nb::arg("x_scale"), nb::arg("codes"),
-             nb::arg("scale"), nb::arg("factor"), nb::arg("y"), nb::arg("threads"),
-             "x @ (...).T of two matrices of the same codes of 4 bits, x_scale fp32 [rows, groups]. The machine must "
-             "have the instruction set.");
+  define_both<int_both_avx512>(module, "int_both_avx512");
+  define_both<int_both_avx512_vbmi>(module, "int_both_avx512_vbmi");
   define_layout<pack_codes>(module, "pack_codes", "Codes by rows as panels; csrc/linear/coded.h.");
   define_layout<unpack_codes>(module, "unpack_codes", "Panels as codes by rows.");
   define_dense<dense_generic>(module, "linear_dense_generic");

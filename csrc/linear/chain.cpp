@@ -77,12 +77,21 @@ bool choose(const std::string& name, Product& product) {
   static const struct {
     const char* name;
     void (*run)(const CodedCall&);
-  } coded[] = {{"int-linear-generic", int_generic},     {"int-linear-avx2", int_avx2},
-               {"int-linear-avx512", int_avx512},       {"int-linear-amx", int_amx},
-               {"int8-linear-generic", int_generic},    {"int8-linear-avx2", int_avx2},
-               {"int8-linear-avx512", int_avx512},      {"int8-linear-amx", int_amx},
-               {"float-linear-generic", float_generic}, {"float-linear-avx2", float_avx2},
-               {"float-linear-avx512", float_avx512},   {"float-linear-amx", float_amx}};
+  } coded[] = {{"int-linear-generic", int_generic},
+               {"int-linear-avx2", int_avx2},
+               {"int-linear-avx512", int_avx512},
+               {"int-linear-avx512_vbmi", int_avx512_vbmi},
+               {"int-linear-amx", int_amx},
+               {"int8-linear-generic", int_generic},
+               {"int8-linear-avx2", int_avx2},
+               {"int8-linear-avx512", int_avx512},
+               {"int8-linear-avx512_vbmi", int_avx512_vbmi},
+               {"int8-linear-amx", int_amx},
+               {"float-linear-generic", float_generic},
+               {"float-linear-avx2", float_avx2},
+               {"float-linear-avx512", float_avx512},
+               {"float-linear-avx512_vbmi", float_avx512_vbmi},
+               {"float-linear-amx", float_amx}};
   static const struct {
     const char* name;
     void (*run)(const DenseCall&);

@@ -12,10 +12,11 @@ namespace parco::linear {
 
 // Groups have a multiple of 16 columns, or all of them.
 void float_generic(const CodedCall& call);
-// These two take `listed` codes of 4 bits only; by rows groups of 16 * 2^i columns, or of all, and in panels those of
+// These take `listed` codes of 4 bits only; by rows groups of 16 * 2^i columns, or of all, and in panels those of
 // whole dwords or, where codes lie in planes, of whole runs.
 void float_avx2(const CodedCall& call);
 void float_avx512(const CodedCall& call);
+void float_avx512_vbmi(const CodedCall& call);
 // x is bf16, codes are of 4 or 6 bits or floats of 8, and groups have a multiple of 16 columns, or all of them. Weights
 // are rounded once to bf16 (bf16_panels.h). The second has the tile instructions written out in C++: for tests on
 // machines without them.

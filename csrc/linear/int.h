@@ -18,9 +18,11 @@ namespace parco::linear {
 void int_generic(const CodedCall& call);
 void int_avx2(const CodedCall& call);
 void int_avx512(const CodedCall& call);
+void int_avx512_vbmi(const CodedCall& call);
 void int_amx(const CodedCall& call);
 // x of 4-bit codes (CodedCall::x_scale).
 void int_both_avx512(const CodedCall& call);
+void int_both_avx512_vbmi(const CodedCall& call);
 // int_amx with the tile instructions written out in C++: for tests on machines without them.
 void int_amx_emulated(const CodedCall& call);
 

@@ -1,4 +1,5 @@
-// The integer product of many rows of int8 for AVX-512: bands of rows against strips of 16 outputs.
+// The integer product of many rows of int8 for AVX-512, with V::dot_bytes for the products: bands of rows against
+// strips of 16 outputs.
 //
 // x lies in bands of up to 12 rows, 4 columns of each row after the other, so that a band is one stream whose dwords
 // are broadcast; 12 rows by 2 strips of sums, the weights and one broadcast fill the registers, or 6 rows where groups
@@ -7,7 +8,7 @@
 #pragma once
 #include <cassert>
 
-#include "linear/int_avx512.h"
+#include "linear/bytes_avx512.h"
 
 namespace parco::linear {
 namespace {
@@ -17,8 +18,9 @@ constexpr int most_band_rows = 12, grouped_rows = 6, strips_at_once = 2;
 // Whether sums are scaled group by group.
 inline bool in_groups(const CodedCall& call) { return call.group < call.columns || call.x_scale; }
 
+template <class V>
 struct Bands {
-  Job<Avx512> job;
+  Job<V> job;
   int height;               // rows of a band
   std::int64_t band_bytes;  // of a band in memory
   std::int8_t* x;           // [band][quad][height] dwords
@@ -27,8 +29,9 @@ struct Bands {
 };
 
 // Rows of band `index`, quantized in `own` and dealt out; rows past the last stay zero.
-inline void fill_band(const Bands& bands, std::int64_t index, std::int8_t* own) {
-  const Job<Avx512>& job = bands.job;
+template <class V>
+void fill_band(const Bands<V>& bands, std::int64_t index, std::int8_t* own) {
+  const Job<V>& job = bands.job;
   std::int8_t* band = bands.band(index);
   const std::int64_t quads = bands.band_bytes / 4 / bands.height;
   const std::int32_t times = job.call.zero ? -1 : -job.call.zero_point;
@@ -48,10 +51,11 @@ inline void fill_band(const Bands& bands, std::int64_t index, std::int8_t* own) 
 }
 
 // Strip v of `outputs` as bytes: [quad][16] dwords of 4 codes.
-inline void expand_strip(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once>& outputs, int v, __m512i* to) {
+template <class V>
+void expand_strip(const Job<V>& job, const Outputs<V, strips_at_once>& outputs, int v, __m512i* to) {
   const bool nibbles = job.plan.unit == 8;
-  const Avx512::Reader reader(job.call, job.plan);
-  const __m512i mask = Avx512::byte_mask(job.call.bits);
+  const typename V::Reader reader(job.call, job.plan);
+  const __m512i mask = V::byte_mask(job.call.bits);
   alignas(64) __m512i codes[piece_dwords];
   for (std::int32_t p = 0; p < job.plan.piece_count; p++) {
     const Piece& piece = job.plan.pieces[p];
@@ -67,7 +71,7 @@ inline void expand_strip(const Job<Avx512>& job, const Outputs<Avx512, strips_at
 
 // Adds the products of columns [4 * from, 4 * to) to the sums. A function of its own: among the other vectors of
 // multiply_band GCC 12 keeps half of the sums in memory, which takes 1.5 times as long.
-template <int rows>
+template <class V, int rows>
 [[gnu::noinline]] void add_quads(__m512i (*sums)[strips_at_once], const std::uint8_t* const* weights, std::int64_t from,
                                  std::int64_t to, const std::int8_t* x) {
   constexpr int strips = strips_at_once;
@@ -86,9 +90,9 @@ template <int rows>
     ahead(w0), ahead(w1), ahead(dwords);
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++) {
-      const __m512i dword = Avx512::broadcast(dwords + 4 * m);
+      const __m512i dword = V::broadcast(dwords + 4 * m);
 #pragma GCC unroll 2
-      for (int v = 0; v < strips; v++) sum[m][v] = _mm512_dpbusd_epi32(sum[m][v], codes[v], dword);
+      for (int v = 0; v < strips; v++) sum[m][v] = V::dot_bytes(sum[m][v], codes[v], dword);
     }
   }
 #pragma GCC unroll 12
@@ -106,8 +110,8 @@ enum class Grouped {
 
 // The sums of each group, scaled, of `rows` rows of x from m0 on. Of no more than `grouped_rows`, so that the sums of a
 // group and of all groups stay in registers.
-template <int rows, Grouped grouped>
-[[gnu::noinline]] void add_groups(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once>& outputs,
+template <class V, int rows, Grouped grouped>
+[[gnu::noinline]] void add_groups(const Job<V>& job, const Outputs<V, strips_at_once>& outputs,
                                   const std::uint8_t* const* weights, const std::int8_t* x, std::int64_t m0,
                                   __m512 (*totals)[strips_at_once]) {
   constexpr int strips = strips_at_once;
@@ -134,7 +138,7 @@ template <int rows, Grouped grouped>
     std::int64_t quads = blocks[b].dwords;
     while (!blocks[b].closes) quads += blocks[++b].dwords;
     quads = quads * unit / 4;
-    const float* scale = outputs.scale + static_cast<std::int64_t>(group) * strips * Avx512::lanes;
+    const float* scale = outputs.scale + static_cast<std::int64_t>(group) * strips * V::lanes;
     __m512i sum[rows][strips];
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++)
@@ -149,15 +153,15 @@ template <int rows, Grouped grouped>
       const __m512i codes[2] = {_mm512_loadu_si512(w0), _mm512_loadu_si512(w1)};
 #pragma GCC unroll 12
       for (int m = 0; m < rows; m++) {
-        const __m512i dword = Avx512::broadcast(x + 4 * m);
+        const __m512i dword = V::broadcast(x + 4 * m);
 #pragma GCC unroll 2
-        for (int v = 0; v < strips; v++) sum[m][v] = _mm512_dpbusd_epi32(sum[m][v], codes[v], dword);
+        for (int v = 0; v < strips; v++) sum[m][v] = V::dot_bytes(sum[m][v], codes[v], dword);
       }
     }
 #pragma GCC unroll 2
     for (int v = 0; v < strips; v++) {
       // The scale of a row that has but one multiplies at the end (finish).
-      const __m512 of_weights = plan.groups > 1 ? _mm512_load_ps(scale + v * Avx512::lanes) : _mm512_set1_ps(1.0f);
+      const __m512 of_weights = plan.groups > 1 ? _mm512_load_ps(scale + v * V::lanes) : _mm512_set1_ps(1.0f);
 #pragma GCC unroll 12
       for (int m = 0; m < rows; m++) {
         __m512 both = of_weights;
@@ -173,10 +177,9 @@ template <int rows, Grouped grouped>
 }
 
 // The sums of `rows` whole rows of x from m0 on.
-template <int rows>
-void add_whole_rows(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once>& outputs,
-                    const std::uint8_t* const* weights, const std::int8_t* x, std::int64_t m0,
-                    __m512 (*total)[strips_at_once]) {
+template <class V, int rows>
+void add_whole_rows(const Job<V>& job, const Outputs<V, strips_at_once>& outputs, const std::uint8_t* const* weights,
+                    const std::int8_t* x, std::int64_t m0, __m512 (*total)[strips_at_once]) {
   constexpr int strips = strips_at_once;
   const Plan& plan = job.plan;
   for (int m = 0; m < rows; m++)
@@ -194,7 +197,7 @@ void add_whole_rows(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once
 #pragma GCC unroll 2
       for (int v = 0; v < strips; v++) sum[m][v] = first_sum(outputs, first, v, of_x);
     }
-    add_quads<rows>(sum, weights, from, to, x);
+    add_quads<V, rows>(sum, weights, from, to, x);
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 2
@@ -203,39 +206,40 @@ void add_whole_rows(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once
 }
 
 // `rows` rows of x from m0 on, which `x` holds, against the strips of `outputs`.
-template <int rows>
-void multiply_band(const Job<Avx512>& job, const Outputs<Avx512, strips_at_once>& outputs,
-                   const std::uint8_t* const* weights, const std::int8_t* x, std::int64_t m0) {
+template <class V, int rows>
+void multiply_band(const Job<V>& job, const Outputs<V, strips_at_once>& outputs, const std::uint8_t* const* weights,
+                   const std::int8_t* x, std::int64_t m0) {
   constexpr int strips = strips_at_once;
   const std::int64_t left = std::min<std::int64_t>(rows, job.rows - m0);
   ask_for_addend(job.call, job.first + m0, left, outputs.first, outputs.count);
   __m512 total[rows][strips];
-  auto add = add_whole_rows<rows>;
+  auto add = add_whole_rows<V, rows>;
   assert(!in_groups(job.call) || rows <= grouped_rows);
   if constexpr (rows <= grouped_rows) {
     if (in_groups(job.call))
-      add = job.call.x_scale ? add_groups<rows, Grouped::both_scales>
-            : outputs.zero   ? add_groups<rows, Grouped::zeros_and_scales>
-                             : add_groups<rows, Grouped::scales>;
+      add = job.call.x_scale ? add_groups<V, rows, Grouped::both_scales>
+            : outputs.zero   ? add_groups<V, rows, Grouped::zeros_and_scales>
+                             : add_groups<V, rows, Grouped::scales>;
   }
   add(job, outputs, weights, x, m0, total);
   for (std::int64_t m = 0; m < left; m++)
     for (int v = 0; v < strips; v++) finish(job, outputs, m0 + m, v, total[m][v]);
 }
 
-template <int rows = most_band_rows>
-void multiply_bands(const Bands& bands, const Outputs<Avx512, strips_at_once>& outputs,
+template <class V, int rows = most_band_rows>
+void multiply_bands(const Bands<V>& bands, const Outputs<V, strips_at_once>& outputs,
                     const std::uint8_t* const* weights, std::int64_t first, std::int64_t last) {
   if (bands.height == rows) {
     for (std::int64_t i = first; i < last; i++)
-      multiply_band<rows>(bands.job, outputs, weights, bands.band(i), i * rows);
+      multiply_band<V, rows>(bands.job, outputs, weights, bands.band(i), i * rows);
     return;
   }
-  if constexpr (rows > 1) multiply_bands<rows - 1>(bands, outputs, weights, first, last);
+  if constexpr (rows > 1) multiply_bands<V, rows - 1>(bands, outputs, weights, first, last);
 }
 
-inline void run_bytes(const CodedCall& call) {
-  constexpr int wide = strips_at_once * Avx512::lanes;
+template <class V>
+void run_bytes(const CodedCall& call) {
+  constexpr int wide = strips_at_once * V::lanes;
   const std::int64_t slab = std::min(call.rows, slab_rows), panels = (call.outputs + wide - 1) / wide;
   const int most_rows = in_groups(call) ? grouped_rows : most_band_rows;
   const std::int64_t most_bands = (slab + most_rows - 1) / most_rows;
@@ -248,15 +252,15 @@ inline void run_bytes(const CodedCall& call) {
   const std::size_t x_size = rounded(static_cast<std::size_t>(band_bytes * most_bands));
   const std::size_t block_size = rounded(static_cast<std::size_t>(slab * blocks) * 4);
   const std::size_t scale_size = rounded(static_cast<std::size_t>(blocks * wide) * 4);
-  const std::size_t strip_size = direct ? 0 : static_cast<std::size_t>(padded) * Avx512::lanes;
+  const std::size_t strip_size = direct ? 0 : static_cast<std::size_t>(padded) * V::lanes;
   const std::size_t row_size = static_cast<std::size_t>(padded);
   const std::size_t thread_size = 2 * scale_size + strips_at_once * strip_size + row_size;
   const int threads = static_cast<int>(
       std::clamp<std::int64_t>(call.rows * call.outputs * call.columns / 8 / worth_a_thread, 1, call.threads));
 
   char* memory = static_cast<char*>(scratch(plan_size + x_size + 2 * block_size + thread_size * threads));
-  Bands bands{{call, make_plan(call, memory), Digits::byte, {}, {}, {}, 0, 0, blocks}, height, band_bytes, {}};
-  Job<Avx512>& job = bands.job;
+  Bands<V> bands{{call, make_plan(call, memory), Digits::byte, {}, {}, {}, 0, 0, blocks}, height, band_bytes, {}};
+  Job<V>& job = bands.job;
   memory += plan_size;
   bands.x = reinterpret_cast<std::int8_t*>(memory), memory += x_size;
   job.x_sum[0] = reinterpret_cast<std::int32_t*>(memory), memory += block_size;
@@ -271,7 +275,7 @@ inline void run_bytes(const CodedCall& call) {
 #pragma omp for schedule(static)
       for (int t = 0; t < threads; t++) {
         std::int8_t* own = reinterpret_cast<std::int8_t*>(memory + thread_size * (t + 1) - row_size);
-        for (std::int64_t i = count * t / threads; i < count * (t + 1) / threads; i++) fill_band(bands, i, own);
+        for (std::int64_t i = count * t / threads; i < count * (t + 1) / threads; i++) fill_band<V>(bands, i, own);
       }
 #pragma omp for schedule(static) nowait
       for (int t = 0; t < threads; t++) {
@@ -282,17 +286,17 @@ inline void run_bytes(const CodedCall& call) {
         const std::int64_t tasks = panels * parts;
         for (std::int64_t task = tasks * t / threads; task < tasks * (t + 1) / threads; task++) {
           const std::int64_t output = task / parts * wide, part = task % parts;
-          Outputs<Avx512, strips_at_once> outputs;
+          Outputs<V, strips_at_once> outputs;
           outputs.gather(call, job.plan, output, scales, zeros);
           const std::uint8_t* weights[strips_at_once];
           for (int v = 0; v < strips_at_once; v++) {
             __m512i* strip = strips + v * strip_size / sizeof(__m512i);
             // Strips past the last repeat it.
-            const std::int64_t n = std::min(output + v * Avx512::lanes, call.outputs - 1) / Avx512::lanes;
-            weights[v] = direct ? call.packed_codes(n * Avx512::lanes) : reinterpret_cast<std::uint8_t*>(strip);
+            const std::int64_t n = std::min(output + v * V::lanes, call.outputs - 1) / V::lanes;
+            weights[v] = direct ? call.packed_codes(n * V::lanes) : reinterpret_cast<std::uint8_t*>(strip);
             if (!direct) expand_strip(job, outputs, v, strip);
           }
-          multiply_bands(bands, outputs, weights, count * part / parts, count * (part + 1) / parts);
+          multiply_bands<V>(bands, outputs, weights, count * part / parts, count * (part + 1) / parts);
         }
       }
     }

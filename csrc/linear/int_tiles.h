@@ -5,7 +5,7 @@
 // panel of the weights is expanded to bytes, 32 outputs to a row. T supplies the tile instructions (tiles.h). Of int8
 // there is one byte, and a second tile of x holds 16 more rows instead.
 #pragma once
-#include "linear/int_avx512.h"
+#include "linear/int_avx512_vbmi.h"
 #include "linear/tiles.h"
 
 namespace parco::linear {
@@ -54,8 +54,8 @@ inline void split_row(const TileJob& job, std::int64_t m, std::int16_t* own) {
   const Plan& plan = job.plan;
   std::int16_t* words[2] = {own, own + plan.words};
   std::int32_t* sums[2] = {job.x_sum[0] + m * plan.block_count, job.x_sum[1] + m * plan.block_count};
-  Avx512::quantize_to<Avx512::Order::natural>(job.call, plan, job.first + m, words, job.x_scale + m * plan.block_count,
-                                              sums);
+  const auto as_they_come = [](__m512i values, std::int16_t* to) { _mm512_storeu_si512(to, values); };
+  Bytes512::quantize_to(as_they_come, job.call, plan, job.first + m, words, job.x_scale + m * plan.block_count, sums);
   const std::int32_t times = job.call.zero ? -1 : -job.call.zero_point;
   alignas(64) std::int8_t from[64];
   for (int i = 0; i < 64; i++)
@@ -105,9 +105,9 @@ inline void split_bytes(const TileJob& job, std::int64_t m, std::int8_t* own) {
 }
 
 // 32 outputs as bytes: [block][quad][2][16] dwords of 4 codes.
-inline void expand_bytes(const TileJob& job, const Outputs<Avx512, 2>& outputs, __m512i* panel) {
+inline void expand_bytes(const TileJob& job, const Outputs<Bytes512, 2>& outputs, __m512i* panel) {
   const bool nibbles = job.plan.unit == 8;
-  const Avx512::Reader reader(job.call, job.plan);
+  const Bytes512::Reader reader(job.call, job.plan);
   alignas(64) __m512i codes[piece_dwords];
   for (std::int32_t p = 0; p < job.plan.piece_count; p++) {
     const Piece& piece = job.plan.pieces[p];
@@ -117,7 +117,7 @@ inline void expand_bytes(const TileJob& job, const Outputs<Avx512, 2>& outputs, 
       for (std::int32_t b = piece.first; b < piece.last; b++) {
         __m512i* to = panel + static_cast<std::int64_t>(b) * job.tiling.quads * 2 + v;
         for (std::int32_t d = 0; d < job.plan.blocks[b].dwords; d++, code++) {
-          const __m512i dword = _mm512_load_si512(code), mask = Avx512::byte_mask(job.call.bits);
+          const __m512i dword = _mm512_load_si512(code), mask = Bytes512::byte_mask(job.call.bits);
           _mm512_store_si512(to, nibbles ? _mm512_and_si512(dword, mask) : dword);
           to += 2;
           if (!nibbles) continue;
@@ -165,16 +165,16 @@ inline __m512 exact_sum(const std::int32_t (*sums)[4][256], std::int64_t m, int 
                                                 : _mm512_add_epi32(_mm512_slli_epi32(part(0), 8), part(1));
     sum[w] = _mm512_add_epi32(both, first[w]);
   }
-  return exact<Avx512, digits>(sum);
+  return exact<Bytes512, digits>(sum);
 }
 
 // A band of x by 32 outputs.
 template <class T, Digits digits>
-void tile_rows(const TileJob& job, const Outputs<Avx512, 2>& outputs, const __m512i* panel, std::int64_t m0) {
+void tile_rows(const TileJob& job, const Outputs<Bytes512, 2>& outputs, const __m512i* panel, std::int64_t m0) {
   constexpr int words = count_of(digits), band = band_rows(digits);
   const Plan& plan = job.plan;
   const std::int64_t rows = std::min<std::int64_t>(band, job.rows - m0);
-  const Job<Avx512> whole{job.call, plan, digits, {}, job.x_scale, {}, job.first, job.rows, plan.block_count};
+  const Job<Bytes512> whole{job.call, plan, digits, {}, job.x_scale, {}, job.first, job.rows, plan.block_count};
   ask_for_addend(job.call, job.first + m0, rows, outputs.first, outputs.count);
   alignas(64) std::int32_t sums[words][4][256];
   alignas(64) float totals[band][2][16] = {};
@@ -203,7 +203,7 @@ void tile_rows(const TileJob& job, const Outputs<Avx512, 2>& outputs, const __m5
 }
 
 template <class T>
-void tile_band(const TileJob& job, const Outputs<Avx512, 2>& outputs, const __m512i* panel, std::int64_t band) {
+void tile_band(const TileJob& job, const Outputs<Bytes512, 2>& outputs, const __m512i* panel, std::int64_t band) {
   if (job.kind == Digits::byte) return tile_rows<T, Digits::byte>(job, outputs, panel, 32 * band);
   job.kind == Digits::word ? tile_rows<T, Digits::word>(job, outputs, panel, 16 * band)
                            : tile_rows<T, Digits::two_words>(job, outputs, panel, 16 * band);
@@ -265,7 +265,7 @@ void run_tiles(const CodedCall& call) {
         const std::int64_t tasks = panels * parts;
         for (std::int64_t task = tasks * t / threads; task < tasks * (t + 1) / threads; task++) {
           const std::int64_t part = task % parts;
-          Outputs<Avx512, 2> outputs;
+          Outputs<Bytes512, 2> outputs;
           outputs.gather(call, job.plan, task / parts * 32, scales, zeros);
           expand_bytes(job, outputs, panel);
           for (std::int64_t band = bands * part / parts; band < bands * (part + 1) / parts; band++)

@@ -22,6 +22,8 @@ bool usable(parco::Isa isa) {
       return f.avx2;
     case parco::Isa::avx512:
       return f.avx512;
+    case parco::Isa::avx512_vbmi:
+      return f.avx512_vbmi;
     case parco::Isa::amx:
       return f.amx;
   }
@@ -29,8 +31,8 @@ bool usable(parco::Isa isa) {
 }
 
 parco::Isa parse_isa(const std::string& name) {
-  const char* const names[] = {"generic", "avx2", "avx512", "amx"};
-  for (int i = 0; i < 4; ++i)
+  const char* const names[] = {"generic", "avx2", "avx512", "avx512_vbmi", "amx"};
+  for (int i = 0; i < 5; ++i)
     if (name == names[i] && usable(static_cast<parco::Isa>(i))) return static_cast<parco::Isa>(i);
   throw nb::value_error(("isa must be an instruction set that this machine can run, not '" + name + "'").c_str());
 }
@@ -92,12 +94,12 @@ void bind_machine(nb::module_& module) {
   nb::class_<Features>(module, "Features", "What CPUID, XGETBV and arch_prctl say of this CPU; caches in bytes.")
       .def_ro("avx2", &Features::avx2)
       .def_ro("avx512", &Features::avx512)
+      .def_ro("avx512_vbmi", &Features::avx512_vbmi)
       .def_ro("amx", &Features::amx)
       .def_ro("avx_vnni", &Features::avx_vnni)
       .def_ro("avx512_vnni", &Features::avx512_vnni)
       .def_ro("avx512_bf16", &Features::avx512_bf16)
       .def_ro("avx512_fp16", &Features::avx512_fp16)
-      .def_ro("avx512_vbmi2", &Features::avx512_vbmi2)
       .def_ro("amx_int8", &Features::amx_int8)
       .def_ro("amx_bf16", &Features::amx_bf16)
       .def_ro("model", &Features::model)

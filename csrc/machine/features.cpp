@@ -75,18 +75,16 @@ Features detect() {
 
   f.avx2 = ymm && bit(seven.ebx, 5) && bit(seven.ebx, 8) && bit(one.ecx, 12) && bit(one.ecx, 29);
   f.avx_vnni = f.avx2 && bit(seven_one.eax, 4);
-  const bool foundation =
-      zmm && f.avx2 && bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) && bit(seven.ebx, 31);
-  f.avx512_vnni = foundation && bit(seven.ecx, 11);
-  f.avx512 = f.avx512_vnni && bit(seven.ecx, 1);
-  f.avx512_bf16 = foundation && bit(seven_one.eax, 5);
-  f.avx512_vbmi2 = foundation && bit(seven.ecx, 6);
-  f.avx512_fp16 = foundation && bit(seven.edx, 23);
+  f.avx512 = zmm && f.avx2 && bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) && bit(seven.ebx, 31);
+  f.avx512_vnni = f.avx512 && bit(seven.ecx, 11);
+  f.avx512_vbmi = f.avx512_vnni && bit(seven.ecx, 1) && bit(seven.ecx, 6);
+  f.avx512_bf16 = f.avx512 && bit(seven_one.eax, 5);
+  f.avx512_fp16 = f.avx512 && bit(seven.edx, 23);
   const bool tile = tiles && bit(seven.edx, 24);
   f.amx_int8 = tile && bit(seven.edx, 25);
   f.amx_bf16 = tile && bit(seven.edx, 22);
   // *amx.cpp is compiled with AVX-512 BF16 too, and every CPU with AMX has it.
-  f.amx = f.avx512 && f.avx512_bf16 && f.amx_int8 && f.amx_bf16 && request_tiles();
+  f.amx = f.avx512_vbmi && f.avx512_bf16 && f.amx_int8 && f.amx_bf16 && request_tiles();
   return f;
 }
 

@@ -88,11 +88,12 @@ Buffer random_buffer(std::size_t bytes, int threads) {
 }
 
 const Products& products_of(Isa isa, Element element) {
-  static const Products* const table[4][4] = {
+  static const Products* const table[5][4] = {
       {&generic_fp32, &generic_bf16, &generic_int16, &generic_int8},
       {&avx2_fp32, &avx2_bf16, &avx2_int16, &avx2_int8},
       {&avx512_fp32, &avx512_bf16, &avx512_int16, &avx512_int8},
-      {&avx512_fp32, &amx_bf16, &avx512_int16, &amx_int8},
+      {&avx512_fp32, &avx512_bf16, &avx512_vnni_int16, &avx512_vnni_int8},
+      {&avx512_fp32, &amx_bf16, &avx512_vnni_int16, &amx_int8},
   };
   return *table[static_cast<int>(isa)][static_cast<int>(element)];
 }

@@ -14,7 +14,7 @@ struct Products {
   std::int64_t multiply_adds_per_round;
 };
 
-enum class Isa { generic, avx2, avx512, amx };
+enum class Isa { generic, avx2, avx512, avx512_vbmi, amx };
 enum class Element { fp32, bf16, int16, int8 };
 
 // Constant-initialised, all of them: an initialiser that ran at load would use the instructions of its translation unit
@@ -22,6 +22,7 @@ enum class Element { fp32, bf16, int16, int8 };
 extern const Products generic_fp32, generic_bf16, generic_int16, generic_int8;
 extern const Products avx2_fp32, avx2_bf16, avx2_int16, avx2_int8;
 extern const Products avx512_fp32, avx512_bf16, avx512_int16, avx512_int8;
+extern const Products avx512_vnni_int16, avx512_vnni_int8;
 extern const Products amx_bf16, amx_int8;  // tiles have neither fp32 nor int16 products
 
 using Read = std::uint64_t(const std::uint8_t* data, std::size_t bytes);  // bytes: a multiple of 4096

@@ -83,6 +83,7 @@ void bind_sparse(nb::module_& module) {
   define<masked_generic>(module, "sparse_masked_generic");
   define<masked_avx2>(module, "sparse_masked_avx2");
   define<masked_avx512>(module, "sparse_masked_avx512");
+  define<masked_avx512_vbmi>(module, "sparse_masked_avx512_vbmi");
   define<blocks_generic>(module, "sparse_blocks_generic");
   define<blocks_avx2>(module, "sparse_blocks_avx2");
   define<blocks_avx512>(module, "sparse_blocks_avx512");

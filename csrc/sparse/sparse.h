@@ -46,7 +46,8 @@ struct SparseCall {
 // kernels take at most `streamed_rows` rows of x at a time from memory.
 void masked_generic(const SparseCall& call);
 void masked_avx2(const SparseCall& call);
-void masked_avx512(const SparseCall& call);  // needs VBMI2
+void masked_avx512(const SparseCall& call);
+void masked_avx512_vbmi(const SparseCall& call);
 
 // Each band's block columns must ascend within the matrix, none twice: the memory of a kernel is for as many as fit in
 // a row. See `first_misplaced`.

@@ -149,6 +149,11 @@ def int_avx512(settled: CodedCall, x: int, codes: int, scale: int, zero: int, fa
     y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
     """
 
+def int_avx512_vbmi(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, addend: int, y: int, threads: int) -> None:
+    """
+    y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
+    """
+
 def int_amx(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, addend: int, y: int, threads: int) -> None:
     """
     y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
@@ -174,6 +179,11 @@ def float_avx512(settled: CodedCall, x: int, codes: int, scale: int, zero: int, 
     y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
     """
 
+def float_avx512_vbmi(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, addend: int, y: int, threads: int) -> None:
+    """
+    y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
+    """
+
 def float_amx(settled: CodedCall, x: int, codes: int, scale: int, zero: int, factor: int, bias: int, addend: int, y: int, threads: int) -> None:
     """
     y = activation(x @ (number of each code * scale * factor).T + bias) + addend. The machine must have the instruction set.
@@ -185,6 +195,11 @@ def float_amx_emulated(settled: CodedCall, x: int, codes: int, scale: int, zero:
     """
 
 def int_both_avx512(settled: CodedCall, x: int, x_scale: int, codes: int, scale: int, factor: int, y: int, threads: int) -> None:
+    """
+    x @ (...).T of two matrices of the same codes of 4 bits, x_scale fp32 [rows, groups]. The machine must have the instruction set.
+    """
+
+def int_both_avx512_vbmi(settled: CodedCall, x: int, x_scale: int, codes: int, scale: int, factor: int, y: int, threads: int) -> None:
     """
     x @ (...).T of two matrices of the same codes of 4 bits, x_scale fp32 [rows, groups]. The machine must have the instruction set.
     """
@@ -247,6 +262,9 @@ class Features:
     def avx512(self) -> bool: ...
 
     @property
+    def avx512_vbmi(self) -> bool: ...
+
+    @property
     def amx(self) -> bool: ...
 
     @property
@@ -260,9 +278,6 @@ class Features:
 
     @property
     def avx512_fp16(self) -> bool: ...
-
-    @property
-    def avx512_vbmi2(self) -> bool: ...
 
     @property
     def amx_int8(self) -> bool: ...
@@ -454,6 +469,11 @@ def sparse_masked_avx2(codes: SparseCodes | None, x: int, values: int, scale: in
     """
 
 def sparse_masked_avx512(codes: SparseCodes | None, x: int, values: int, scale: int, zero: int, factor: int, where: int, bias: int, y: int, rows: int, outputs: int, columns: int, kept: int, block: int, index_bytes: int, x_type: int, value_type: int, bias_type: int, threads: int) -> int:
+    """
+    y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix or out of order, or -1. The machine must have the instruction set.
+    """
+
+def sparse_masked_avx512_vbmi(codes: SparseCodes | None, x: int, values: int, scale: int, zero: int, factor: int, where: int, bias: int, y: int, rows: int, outputs: int, columns: int, kept: int, block: int, index_bytes: int, x_type: int, value_type: int, bias_type: int, threads: int) -> int:
     """
     y = x @ W.T + bias with W of `kept` numbers in each row, where a mask (block 0) or blocks say; addresses, 0 for an absent one. Returns the index of the first block outside the matrix or out of order, or -1. The machine must have the instruction set.
     """

@@ -28,13 +28,13 @@ except ImportError as error:
         f"parco's compiled part cannot be loaded ({error}): run `make build` in the clone, or reinstall parco"
     ) from error
 
-ISAS = ("generic", "avx2", "avx512", "amx")
-"""Levels of instruction set, each containing those before it. `avx2`: AVX2, FMA, F16C and BMI2. `avx512`: F, BW, VL,
-DQ, VBMI and VNNI. `amx`: avx512 with AMX-TILE, AMX-INT8 and AMX-BF16."""
+ISAS = ("generic", "avx2", "avx512", "avx512_vbmi", "amx")
+"""Levels of instruction set, each containing those before it. `avx2`: AVX2, FMA, F16C and BMI2. `avx512`: F, BW, VL
+and DQ. `avx512_vbmi`: VBMI, VBMI2 and VNNI too. `amx`: AMX-TILE, AMX-INT8 and AMX-BF16 too."""
 
 ELEMENTS = ("fp32", "bf16", "int16", "int8")
 
-_FEATURES = ("avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx512_vbmi2", "amx_int8", "amx_bf16")
+_FEATURES = ("avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
 _RUN_SECONDS = 0.015
 _REPEATS = 5
 _PASSES = 3
@@ -138,6 +138,11 @@ def isa() -> str:
             f"PARCO_ISA={forced!r} names an instruction set that {problem}; usable here: {', '.join(usable)}"
         )
     return forced
+
+
+def has(level: str) -> bool:
+    """Whether kernels may use this instruction set, one of ISAS: whether `isa()` contains it."""
+    return ISAS.index(isa()) >= ISAS.index(level)
 
 
 def release_memory() -> None:

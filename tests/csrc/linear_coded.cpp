@@ -436,7 +436,7 @@ struct CodedRows {
 };
 
 // Both operands of `format`: where a row ends within a byte, the other half holds anything.
-void check_both(const Codes& format, const Shape& shape) {
+void check_both(const char* name, void (*kernel)(const CodedCall&), const Codes& format, const Shape& shape) {
   CodedRows x(format, shape.rows, shape), weights(format, shape.outputs, shape);
   std::vector<float> x_scale = x.scale;
   for (float& each : x_scale) each *= format.unit;
@@ -452,7 +452,7 @@ void check_both(const Codes& format, const Shape& shape) {
   for (int threads : {1, 3}) {
     Bytes y(shape.rows * shape.outputs * 4);
     call.y = y.data, call.threads = threads;
-    int_both_avx512(call);
+    kernel(call);
     const std::string found(y.data, shape.rows * shape.outputs * 4);
     bool right = first.empty() || found == first;
     first = found;
@@ -468,7 +468,7 @@ void check_both(const Codes& format, const Shape& shape) {
     }
     if (right) continue;
     failures++;
-    std::printf("both %s: rows %ld outputs %ld columns %ld group %ld threads %d\n", format.name,
+    std::printf("both %s %s: rows %ld outputs %ld columns %ld group %ld threads %d\n", name, format.name,
                 static_cast<long>(shape.rows), static_cast<long>(shape.outputs), static_cast<long>(shape.columns),
                 static_cast<long>(shape.group), threads);
   }
@@ -511,17 +511,19 @@ Codes listed(Codes codes, float unit, int zero_point) {
 int main(int argc, char** argv) {
   std::vector<Kernel> integer{{"int generic", int_generic}}, real{{"float generic", float_generic}};
   if (parco::features().avx2) integer.push_back({"int avx2", int_avx2});
-  if (parco::features().avx512) {
-    integer.push_back({"int avx512", int_avx512});
+  if (parco::features().avx512) integer.push_back({"int avx512", int_avx512});
+  if (parco::features().avx512_vbmi) {
+    integer.push_back({"int avx512_vbmi", int_avx512_vbmi});
     integer.push_back({"int amx emulated", int_amx_emulated});
   }
   if (parco::features().amx) integer.push_back({"int amx", int_amx});
   std::vector<Kernel> vectors = real;
   if (parco::features().avx2) vectors.push_back({"float avx2", float_avx2});
   if (parco::features().avx512) vectors.push_back({"float avx512", float_avx512});
+  if (parco::features().avx512_vbmi) vectors.push_back({"float avx512_vbmi", float_avx512_vbmi});
   // Of bf16 x; here every number times its scale is one of bf16.
   std::vector<Kernel> tiles;
-  if (parco::features().avx512) tiles.push_back({"float amx emulated", float_amx_emulated});
+  if (parco::features().avx512_vbmi) tiles.push_back({"float amx emulated", float_amx_emulated});
   if (parco::features().amx) tiles.push_back({"float amx", float_amx});
 
   const Type types[] = {Type::fp32, Type::bf16, Type::fp16},
@@ -577,9 +579,11 @@ int main(int argc, char** argv) {
           for (Type x_type : types)
             if (tried++ % every == 0) try_both(codes, from == &small, shape, x_type);
     for (std::int64_t group : {16, 32})
-      for (Shape shape : shapes)
-        if (parco::features().avx512)
-          check_both(small[0], {shape.rows, shape.outputs, shape.columns, std::min(group, shape.columns), 1});
+      for (Shape shape : shapes) {
+        const Shape own{shape.rows, shape.outputs, shape.columns, std::min(group, shape.columns), 1};
+        if (parco::features().avx512) check_both("avx512", int_both_avx512, small[0], own);
+        if (parco::features().avx512_vbmi) check_both("avx512_vbmi", int_both_avx512_vbmi, small[0], own);
+      }
     // More columns than one sum of bytes holds.
     for (std::int64_t rows : {1, 9}) try_both(integers(8), true, {rows, 5, 66000, 66000, 1}, Type::bf16);
   }

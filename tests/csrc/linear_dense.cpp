@@ -103,7 +103,7 @@ int main() {
     for (std::int64_t columns : {32, 77, 4700}) {
       const std::int64_t outputs = columns > 1000 ? 50 : rows == 33 ? 2200 : 130;
       if (rows * columns > 1000000) continue;
-      if (parco::features().avx512)
+      if (parco::features().avx512_vbmi)
         check("amx emulated", dense_amx_emulated, rows, outputs, columns, Type::bf16, Type::bf16);
       if (parco::features().amx) check("amx", dense_amx, rows, outputs, columns, Type::bf16, Type::bf16);
     }

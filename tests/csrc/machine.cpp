@@ -23,13 +23,14 @@ int main() {
   const Features& f = features();
   expect(!f.model.empty() && f.model.front() != ' ' && f.model.back() != ' ', "the model is named, without blanks");
   expect(f.l1d > 0 && f.l2 >= f.l1d, "caches are sized");
-  expect(!f.avx512 || (f.avx2 && f.avx512_vnni), "avx512 contains avx2 and VNNI");
-  expect(!f.amx || (f.avx512 && f.avx512_bf16 && f.amx_int8 && f.amx_bf16), "amx contains avx512 and BF16");
+  expect(!f.avx512 || f.avx2, "avx512 contains avx2");
+  expect(!f.avx512_vbmi || (f.avx512 && f.avx512_vnni), "avx512_vbmi contains avx512 and VNNI");
+  expect(!f.amx || (f.avx512_vbmi && f.avx512_bf16 && f.amx_int8 && f.amx_bf16), "amx contains avx512_vbmi and BF16");
   expect(amx_ready() == f.amx, "tiles are ready exactly where amx is reported");
   expect(&features() == &f, "detected once");
 
-  const bool usable[] = {true, f.avx2, f.avx512, f.amx};
-  for (int isa = 0; isa < 4; isa++) {
+  const bool usable[] = {true, f.avx2, f.avx512, f.avx512_vbmi, f.amx};
+  for (int isa = 0; isa < 5; isa++) {
     if (!usable[isa]) continue;
     for (int element = 0; element < 4; element++) {
       const double rate =

@@ -170,10 +170,12 @@ void of_every_kind(SparseCall call, const Check& check) {
 }
 
 template <class Check>
-void on_every_instruction_set(const SparseCall& call, const Check& check, Kernel generic, Kernel avx2, Kernel avx512) {
+void on_every_instruction_set(const SparseCall& call, const Check& check, Kernel generic, Kernel avx2, Kernel avx512,
+                              Kernel avx512_vbmi) {
   check("generic", generic, call);
   if (parco::features().avx2) check("avx2", avx2, call);
-  if (parco::features().avx512 && parco::features().avx512_vbmi2) check("avx512", avx512, call);
+  if (parco::features().avx512) check("avx512", avx512, call);
+  if (parco::features().avx512_vbmi && avx512_vbmi) check("avx512_vbmi", avx512_vbmi, call);
 }
 
 void check_masked(std::int64_t rows, std::int64_t outputs, std::int64_t columns, std::int64_t kept) {
@@ -185,7 +187,7 @@ void check_masked(std::int64_t rows, std::int64_t outputs, std::int64_t columns,
     on_every_instruction_set(
         made,
         [&](const char* name, Kernel kernel, const SparseCall& own) { check(name, kernel, own, numbers, mask.at); },
-        masked_generic, masked_avx2, masked_avx512);
+        masked_generic, masked_avx2, masked_avx512, masked_avx512_vbmi);
   });
 }
 
@@ -200,7 +202,7 @@ void check_blocks(std::int64_t rows, std::int64_t outputs, std::int64_t columns,
     on_every_instruction_set(
         made,
         [&](const char* name, Kernel kernel, const SparseCall& own) { check(name, kernel, own, numbers, blocks.at); },
-        blocks_generic, blocks_avx2, blocks_avx512);
+        blocks_generic, blocks_avx2, blocks_avx512, nullptr);
   });
 }
 
@@ -217,7 +219,7 @@ void read_full_masks() {
       made.x_type = made.y_type = Type::fp32;
       on_every_instruction_set(
           made, [&](const char*, Kernel kernel, const SparseCall& own) { kernel(own); }, masked_generic, masked_avx2,
-          masked_avx512);
+          masked_avx512, masked_avx512_vbmi);
     });
   }
 }

@@ -34,7 +34,9 @@ int main() {
 
   std::vector<void (*)(const CodedCall&)> kernels{int_generic, float_generic};
   if (parco::features().avx2) kernels.insert(kernels.end(), {int_avx2, float_avx2});
-  if (parco::features().avx512) kernels.insert(kernels.end(), {int_avx512, float_avx512, int_amx_emulated});
+  if (parco::features().avx512) kernels.insert(kernels.end(), {int_avx512, float_avx512});
+  if (parco::features().avx512_vbmi)
+    kernels.insert(kernels.end(), {int_avx512_vbmi, float_avx512_vbmi, int_amx_emulated});
   // bf16 x, and panels: any codes are some.
   std::vector<std::uint16_t> halves(outputs * columns);
   for (std::size_t i = 0; i < halves.size(); i++) {
@@ -65,8 +67,9 @@ int main() {
   using Sparse = void (*)(const parco::sparse::SparseCall&);
   std::vector<Sparse> masked{parco::sparse::masked_avx2}, in_blocks{parco::sparse::blocks_avx2};
   if (!parco::features().avx2) masked.clear(), in_blocks.clear();
-  if (parco::features().avx512_vbmi2)
+  if (parco::features().avx512)
     masked.push_back(parco::sparse::masked_avx512), in_blocks.push_back(parco::sparse::blocks_avx512);
+  if (parco::features().avx512_vbmi) masked.push_back(parco::sparse::masked_avx512_vbmi);
   const auto zeros = [&](const std::vector<Sparse>& own, int block, std::vector<float>& found) {
     for (const auto kernel : own) {
       for (std::int64_t height : {std::int64_t{1}, std::int64_t{5}, rows}) {
@@ -84,7 +87,7 @@ int main() {
 
   const auto all = [&] {
     std::vector<float> found;
-    if (parco::features().avx512) tiles(found);
+    if (parco::features().avx512_vbmi) tiles(found);
     zeros(masked, 0, found), zeros(in_blocks, 32, found);
     for (const auto kernel : kernels) {
       for (std::int64_t height : {std::int64_t{1}, std::int64_t{5}, rows}) {

@@ -77,11 +77,11 @@ def test_explains_a_weight_and_a_module() -> None:
     spec = weights.parse("quantized(int4:32, 64x96)")
     (explanation,) = table.explain(spec, rows=1, dtype=torch.bfloat16)
     assert explanation.operation == "linear_coded"
-    assert explanation.kernel == f"int-linear-{'avx512' if machine.isa() == 'amx' else machine.isa()}"
+    assert explanation.kernel == f"int-linear-{'avx512_vbmi' if machine.isa() == 'amx' else machine.isa()}"
     both = table.explain(weights.parse("lowrank(quantized(int8:row, 64x16), dense(bf16, 16x96))"))
     assert [part.operation for part in both] == ["linear_chain", "linear_dense", "linear_coded"]
     (int8,) = table.explain(spec, rows=1, product=Activations())
-    assert int8.kernel == f"int8-linear-{'avx512' if machine.isa() == 'amx' else machine.isa()}"
+    assert int8.kernel == f"int8-linear-{'avx512_vbmi' if machine.isa() == 'amx' else machine.isa()}"
     held = nn.StoredWeight.empty(spec, device="meta")
     held.product = Activations()
     assert table.explain(nn.Linear(held), rows=1) == (int8,)

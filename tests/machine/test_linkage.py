@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from parco import machine
+
 WEAK = set("VvWwu")
 
 
@@ -14,7 +16,7 @@ def test_no_function_compiled_for_an_instruction_set_can_replace_another(reposit
     objects = repository / "build" / "dev" / "CMakeFiles" / "parco_kernels.dir" / "csrc"
     if shutil.which("nm") is None or not objects.is_dir():
         pytest.skip("needs nm and the objects of `make build`")
-    files = [file for isa in ("avx2", "avx512", "amx") for file in objects.glob(f"*/*{isa}.cpp.o")]
+    files = [file for isa in machine.ISAS[1:] for file in objects.glob(f"*/*{isa}.cpp.o")]
     assert files
     listing = subprocess.run(["nm", "-C", "-A", *map(str, files)], capture_output=True, text=True, check=True).stdout
     shared = [line for line in listing.splitlines() if line.split(":", 1)[1][17:18] in WEAK]

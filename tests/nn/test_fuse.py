@@ -533,6 +533,7 @@ def test_dropouts_that_are_left() -> None:
         ("generic", set()),
         ("avx2", {(torch.bfloat16, True), (torch.bfloat16, False)}),
         ("avx512", {(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)}),
+        ("avx512_vbmi", {(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)}),
         ("amx", {(torch.float32, True)}),
     ],
 )

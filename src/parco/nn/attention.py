@@ -133,10 +133,9 @@ def _is_faster(dtype: torch.dtype, half: bool, drops: bool) -> bool:
     processor has them and else slowly, and fp32 by the matrix library, which keeps up unless `half` of it is hidden.
     Where a softmax `drops`, it writes whole scores.
     """
-    isa = machine.isa()
     if dtype == torch.float32:
-        return (half and isa in ("avx512", "amx")) or (drops and isa != "generic")
-    return dtype in TYPES and isa in ("avx2", "avx512")
+        return (half and machine.has("avx512")) or (drops and machine.has("avx2"))
+    return dtype in TYPES and machine.has("avx2") and not machine.has("amx")
 
 
 class _Plain(torch.nn.Module):

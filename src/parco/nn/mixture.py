@@ -53,7 +53,7 @@ ROWS = (1, 5, 9, 16, 48, 1024)
 
 def compiled_isa() -> str:
     """The instruction set of what stands between products."""
-    return "avx512" if machine.isa() == "amx" else machine.isa()
+    return "avx512" if machine.has("avx512") else machine.isa()
 
 
 def plain(experts: Any) -> bool:

@@ -37,7 +37,7 @@ def has_tiles(device: torch.device) -> bool:
 
 def has_bytes(device: torch.device) -> bool:
     """Whether AVX-512 multiplies codes of 4 bits there, as bytes and under scales of groups."""
-    return device.type == "cpu" and machine.isa() in ("avx512", "amx")
+    return device.type == "cpu" and machine.has("avx512")
 
 
 def multiply(left: Written, right: Written, dtype: torch.dtype) -> Tensor:

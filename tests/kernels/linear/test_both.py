@@ -62,6 +62,8 @@ class TestLinearBoth(KernelLaws):
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_rows_and_threads_do_not_change_a_bit(pair: tuple[str, str]) -> None:
+    if "avx512" not in machine.detect().isas:
+        pytest.skip("the reference's sums are torch's")
     call = arguments(pair, (1100, 70, 96), torch.float32)  # more rows than are taken at a time
     whole = linear_both(*call)
     threads = torch.get_num_threads()
@@ -126,7 +128,8 @@ def test_what_does_not_fit_is_named() -> None:
 
 def test_the_bytes_of_avx512_are_used_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     (said,) = explain("linear_both", *arguments(PAIRS[0], (2, 3, 32), torch.float32))
-    assert said.kernel == ("both-linear-avx512" if "avx512" in machine.detect().isas else "both-linear-torch")
+    best = "avx512_vbmi" if machine.has("avx512_vbmi") else "avx512" if machine.has("avx512") else "torch"
+    assert said.kernel == f"both-linear-{best}"
     monkeypatch.setenv("PARCO_ISA", "generic")
     forget_choices()
     (said,) = explain("linear_both", *arguments(PAIRS[0], (2, 3, 32), torch.float32))

@@ -67,14 +67,14 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 2) -> Te
 
 
 def compiled(format: str) -> Iterator[tuple[str, bool, Callable[..., Tensor]]]:
-    """Every compiled kernel that takes `format` and that this machine runs, and the tiles emulated where AVX-512 is
+    """Every compiled kernel that takes `format` and that this machine runs, and the tiles emulated where VBMI is
     there; and whether it computes in integers.
     """
     for kernel in table.operations()["linear_coded"].kernels[:-1]:
         described = coded.CodedCall("cpu", kernel.isa, torch.float32, 16, 37, 4096, format)
         if kernel.isa in machine.detect().isas and kernel.refuses(described) is None:
             yield kernel.name, kernel.name.startswith("int"), kernel.run
-    if "avx512" in machine.detect().isas and storage(format).integers and not storage(format).refusal:
+    if "avx512_vbmi" in machine.detect().isas and storage(format).integers and not storage(format).refusal:
         yield "amx, emulated", True, Compiled(_C.int_amx_emulated)
 
 
@@ -529,7 +529,7 @@ def test_every_named_format_has_a_compiled_kernel() -> None:
 
 def test_vectors_serve_every_named_format_below_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an instruction set leaves to plain C++ is slow; only int and fp4 columns may be."""
-    for isa in {"avx2", "avx512"} & set(machine.detect().isas):
+    for isa in {"avx2", "avx512", "avx512_vbmi"} & set(machine.detect().isas):
         for name in formats.NAMES:
             if formats.parse(name).is_dense:
                 continue

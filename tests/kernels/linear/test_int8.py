@@ -23,12 +23,12 @@ FORMATS = [
 
 
 def compiled() -> Iterator[tuple[str, Compiled]]:
-    """Every compiled kernel that this machine runs, and the tiles emulated where AVX-512 is there."""
+    """Every compiled kernel that this machine runs, and the tiles emulated where VBMI is there."""
     for kernel in table.operations()["linear_coded_int8"].kernels[:-1]:
         if kernel.isa in machine.detect().isas:
             assert isinstance(kernel.run, Compiled)
             yield kernel.name, kernel.run
-    if "avx512" in machine.detect().isas:
+    if "avx512_vbmi" in machine.detect().isas:
         yield "amx, emulated", Compiled(_C.int_amx_emulated, int8=True)
 
 

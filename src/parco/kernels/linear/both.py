@@ -7,6 +7,7 @@ the outer ones fp32 in ascending order. Decoding both and multiplying in fp32 ta
 where this takes four of bytes and three operations more.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -126,35 +127,38 @@ def _reference(
     return (x @ w.T).to(dtype)
 
 
-def _compiled(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    x_global_scale: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    global_scale: Tensor | None,
-    x_format: str,
-    format: str,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    stored, (rows, outputs) = storage(format), (x_codes.shape[0], codes.shape[0])
-    x_codes, codes, scale = x_codes.contiguous(), codes.contiguous(), scale.contiguous()
-    numbers = scale_numbers(Format.parse(x_format), _tensors(x_codes, x_scale, x_global_scale))
-    assert numbers is not None
-    numbers = (numbers * stored.unit).contiguous()
-    y = x_codes.new_empty((rows, outputs), dtype=dtype)
-    _C.int_both_avx512(
-        settle(stored, rows, outputs, columns, dtype, scale, None, False, int8=True),
-        x_codes.data_ptr(),
-        numbers.data_ptr(),
-        codes.data_ptr(),
-        scale.data_ptr(),
-        0 if global_scale is None else global_scale.data_ptr(),
-        y.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return y
+def _compiled(kernel: Callable[..., None]) -> Callable[..., Tensor]:
+    def run(
+        x_codes: Tensor,
+        x_scale: Tensor,
+        x_global_scale: Tensor | None,
+        codes: Tensor,
+        scale: Tensor,
+        global_scale: Tensor | None,
+        x_format: str,
+        format: str,
+        columns: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        stored, (rows, outputs) = storage(format), (x_codes.shape[0], codes.shape[0])
+        x_codes, codes, scale = x_codes.contiguous(), codes.contiguous(), scale.contiguous()
+        numbers = scale_numbers(Format.parse(x_format), _tensors(x_codes, x_scale, x_global_scale))
+        assert numbers is not None
+        numbers = (numbers * stored.unit).contiguous()
+        y = x_codes.new_empty((rows, outputs), dtype=dtype)
+        kernel(
+            settle(stored, rows, outputs, columns, dtype, scale, None, False, int8=True),
+            x_codes.data_ptr(),
+            numbers.data_ptr(),
+            codes.data_ptr(),
+            scale.data_ptr(),
+            0 if global_scale is None else global_scale.data_ptr(),
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y
+
+    return run
 
 
 def _refuses(call: BothCall) -> str | None:
@@ -166,7 +170,8 @@ table.register(
         NAME,
         describe,
         (
-            table.Kernel("both-linear-avx512", "avx512", _compiled, _refuses),
+            table.Kernel("both-linear-avx512_vbmi", "avx512_vbmi", _compiled(_C.int_both_avx512_vbmi), _refuses),
+            table.Kernel("both-linear-avx512", "avx512", _compiled(_C.int_both_avx512), _refuses),
             table.Kernel("both-linear-torch", table.TORCH, _reference),
         ),
     )

@@ -277,6 +277,8 @@ table.register(
         (
             table.Kernel("float-linear-amx", "amx", Compiled(_C.float_amx), _refuses_bf16_tiles),
             table.Kernel("int-linear-amx", "amx", Compiled(_C.int_amx), refuses_tiles),
+            table.Kernel("int-linear-avx512_vbmi", "avx512_vbmi", Compiled(_C.int_avx512_vbmi), refuses_integers),
+            table.Kernel("float-linear-avx512_vbmi", "avx512_vbmi", Compiled(_C.float_avx512_vbmi), _refuses_vectors),
             table.Kernel("int-linear-avx512", "avx512", Compiled(_C.int_avx512), refuses_integers),
             table.Kernel("float-linear-avx512", "avx512", Compiled(_C.float_avx512), _refuses_vectors),
             table.Kernel("int-linear-avx2", "avx2", Compiled(_C.int_avx2), refuses_integers),

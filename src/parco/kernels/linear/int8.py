@@ -78,6 +78,12 @@ table.register(
         describe,
         (
             table.Kernel("int8-linear-amx", "amx", Compiled(_C.int_amx, int8=True), coded.refuses_tiles),
+            table.Kernel(
+                "int8-linear-avx512_vbmi",
+                "avx512_vbmi",
+                Compiled(_C.int_avx512_vbmi, int8=True),
+                coded.refuses_integers,
+            ),
             table.Kernel("int8-linear-avx512", "avx512", Compiled(_C.int_avx512, int8=True), coded.refuses_integers),
             table.Kernel("int8-linear-avx2", "avx2", Compiled(_C.int_avx2, int8=True), coded.refuses_integers),
             table.Kernel("int8-linear-generic", "generic", Compiled(_C.int_generic, int8=True), coded.refuses_integers),

@@ -8,7 +8,7 @@ from parco.kernels import table
 from parco.kernels.library import LIBRARY, check_matrix, undispatched
 from parco.kernels.sparse import operation, reference
 from parco.kernels.sparse.kept import index_dtype
-from parco.kernels.sparse.operation import SparseCall, compiled, refuses, refuses_avx512, refuses_many
+from parco.kernels.sparse.operation import SparseCall, compiled, refuses, refuses_many
 
 NAME = "linear_blocks"
 
@@ -59,7 +59,7 @@ table.register(
         NAME,
         describe,
         (
-            table.Kernel("blocks-linear-avx512", "avx512", compiled(_C.sparse_blocks_avx512, NAME), refuses_avx512),
+            table.Kernel("blocks-linear-avx512", "avx512", compiled(_C.sparse_blocks_avx512, NAME), refuses),
             table.Kernel("blocks-linear-avx2", "avx2", compiled(_C.sparse_blocks_avx2, NAME), refuses),
             table.Kernel("blocks-linear-generic", "generic", compiled(_C.sparse_blocks_generic, NAME), refuses_many),
             table.Kernel("blocks-linear-torch", table.TORCH, reference.product(reference.blocks)),

@@ -10,7 +10,7 @@ from parco.kernels import table
 from parco.kernels.library import LIBRARY, check_matrix, undispatched
 from parco.kernels.sparse import operation, reference
 from parco.kernels.sparse.kept import mask_bytes
-from parco.kernels.sparse.operation import SparseCall, compiled, refuses, refuses_avx512, refuses_many
+from parco.kernels.sparse.operation import SparseCall, compiled, refuses, refuses_many
 
 NAME = "linear_masked"
 
@@ -55,7 +55,10 @@ table.register(
         NAME,
         describe,
         (
-            table.Kernel("masked-linear-avx512", "avx512", compiled(_C.sparse_masked_avx512, NAME), refuses_avx512),
+            table.Kernel(
+                "masked-linear-avx512_vbmi", "avx512_vbmi", compiled(_C.sparse_masked_avx512_vbmi, NAME), refuses
+            ),
+            table.Kernel("masked-linear-avx512", "avx512", compiled(_C.sparse_masked_avx512, NAME), refuses),
             table.Kernel("masked-linear-avx2", "avx2", compiled(_C.sparse_masked_avx2, NAME), refuses),
             table.Kernel("masked-linear-generic", "generic", compiled(_C.sparse_masked_generic, NAME), refuses_many),
             table.Kernel("masked-linear-torch", table.TORCH, reference.product(reference.masked)),

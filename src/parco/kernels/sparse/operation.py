@@ -167,11 +167,6 @@ def refuses(call: SparseCall) -> str | None:
     return "there are no rows or no outputs" if call.rows == 0 or call.outputs == 0 else None
 
 
-def refuses_avx512(call: SparseCall) -> str | None:
-    """As `refuses`, of kernels that spread bytes and words by instructions of their own."""
-    return refuses(call) if "avx512_vbmi2" in machine.detect().features else "the processor lacks AVX-512 VBMI2"
-
-
 def refuses_many(call: SparseCall) -> str | None:
     """As `refuses`, of kernels that only read from memory."""
     if call.rows > STREAMED_ROWS:
