@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 DEFAULT_LOSS = 0.02
 GENERATED = 4
 """Windows that a foreign model without data writes for its own calibration."""
+PAGES = ("result.json", "report.html")
+"""What a fit leaves beside its model, besides the plan."""
 
 
 def fit(
@@ -72,7 +74,7 @@ def fit(
     text = None if data is None else _read(Path(data))
     folder = Path(out).expanduser() if out is not None else default_folder(model, kind, value)
     folder = folder if folder.name not in ("", "..") else folder.resolve()
-    hub.refuse_foreign(folder)
+    hub.refuse_foreign(folder, PAGES)
     source = hub.embedded_path() if model is None else model
     command = _command(model, data, kind, value, methods, heal, out, seed)
     told = progress or Silent()
@@ -140,7 +142,7 @@ def _run(
         pages = Path(temporary)
         write_json(pages / "result.json", result)
         report.write(result, pages / "report.html")
-        extra = {name: pages / name for name in ("result.json", "report.html")}
+        extra = {name: pages / name for name in PAGES}
         hub.save(chosen.model, tokenizer, folder, plan=plan, extra=extra)
     progress.advance()
     return result

@@ -141,6 +141,23 @@ def test_a_folder_of_parco_is_replaced_whole(fitted: Any, tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_fit_s_report_is_lost_to_another_fit_only(fitted: Any, tmp_path: Path) -> None:
+    pages = {"report.html": "<p>", "result.json": "{}"}
+    folder = hub.save(fitted, tiny.tokenizer(), tmp_path / "out", extra=pages)
+    before = digests(folder)
+    saves: list[Callable[[], Any]] = [
+        lambda: hub.save(fitted, tiny.tokenizer(), folder),
+        lambda: hub.save_compressed(tiny.model("llama"), tiny.tokenizer(), folder),
+        lambda: hub.export(tiny.folder(tmp_path / "dense"), folder),
+    ]
+    for save in saves:
+        with pytest.raises(FileExistsError, match="holds a fit's result, which would be lost"):
+            save()
+        assert digests(folder) == before
+    hub.save(fitted, tiny.tokenizer(), folder, extra={**pages, "result.json": "[]"})
+    assert (folder / "result.json").read_text() == "[]"
+
+
 def test_other_files_are_never_replaced(fitted: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years")

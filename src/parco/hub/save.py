@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 4_000_000_000
 Content = str | bytes | Path
+
+RESULT = "result.json"
+"""What a fit measured. It is of one model: beside another it would be wrong, and to make it again takes a fit."""
 
 MARK = {"saved_by": "parco"}
 """Metadata of weights whose configuration does not say it."""
@@ -47,12 +50,12 @@ def save(
 
     extra: file name -> text, bytes, or the path of a file to copy. Weights above `shard_bytes` are split into shards
     with an index. A folder that parco saved is replaced, all of it, once the new one is whole; of any other only an
-    empty one is.
+    empty one is. One that holds a fit's result is replaced by another fit's only.
 
     Raises FileExistsError if the folder holds something else, ValueError for an extra name that is not a plain file
     name or is taken, and OSError where the disk is full or cannot be written: then nothing is left behind."""
     target = Path(folder).expanduser().resolve()
-    refuse_foreign(target)
+    refuse_foreign(target, extra or ())
     from parco.hub.quantizer import ParcoConfig
 
     content = saved.tensors_to_save(model)
@@ -98,8 +101,9 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def refuse_foreign(target: Path) -> None:
-    """Raises FileExistsError unless `save` may replace `target`: absent, an empty folder, or one that parco saved."""
+def refuse_foreign(target: Path, extra: Collection[str] = ()) -> None:
+    """Raises FileExistsError unless `save` with `extra` files may replace `target`: absent, an empty folder, or one
+    that parco saved. A fit's result in it is lost only to another among `extra`."""
     if not target.exists():
         return
     remedy = "name a folder that is new, empty, or was saved by parco"
@@ -109,6 +113,8 @@ def refuse_foreign(target: Path) -> None:
         return
     if not _is_ours(target):
         raise FileExistsError(f"{str(target)!r} holds files that parco did not save and would replace: {remedy}")
+    if (target / RESULT).exists() and RESULT not in extra:
+        raise FileExistsError(f"{str(target)!r} holds a fit's result, which would be lost: name another folder")
 
 
 def _is_ours(folder: Path) -> bool:
