@@ -123,8 +123,11 @@ def test_the_command_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         (["--shapes", "64"], "'64' is no shape"),
         (["--shapes", "64x96", "--rows", "1,no"], "'no' is no whole number"),
-        (["--shapes", "64x96", "--formats", "int4:32,best"], "best"),
-        (["--shapes", "64x96", "--peers", "numpy"], "'numpy' is no peer"),
+        (
+            ["--shapes", "64x96", "--formats", "int4:32,int9:32"],
+            "--formats: unknown format 'int9:32'",
+        ),
+        (["--shapes", "64x96", "--peers", "numpy"], "--peers numpy is no peer; here are torch"),
         (["nowhere-at-all"], "nowhere-at-all"),
         (["a-model", "--shapes", "64x96"], "give one of them"),
     ],

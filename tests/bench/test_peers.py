@@ -40,7 +40,7 @@ def test_peers_are_those_installed_and_torch_is_always_one() -> None:
 
 
 def test_an_unknown_peer_is_refused_before_anything_is_timed() -> None:
-    with pytest.raises(ValueError, match="peers: 'numpy' is no peer; here are torch"):
+    with pytest.raises(ValueError, match="--peers numpy is no peer; here are torch"):
         bench.run({SHAPE: 1}, formats=["int4:32"], rows=[1], rounds=1, between=1, peers=["numpy"])
 
 

@@ -63,10 +63,11 @@ def test_what_is_printed_for_people(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--out", ""], "out='' names no place"),
-        (["--to", "onnx"], "to='onnx' is none of parco, compressed-tensors, gguf"),
-        (["--type", "Q8_0"], "type='Q8_0' is for to='gguf'"),
-        (["--to", "gguf", "--dense"], "dense=True is for to='compressed-tensors'"),
+        (["--out", ""], "--out '' names no place"),
+        (["--to", "onnx"], "--to onnx is none of parco, compressed-tensors, gguf"),
+        (["--type", "Q8_0"], "--type Q8_0 is for --to gguf, not for --to parco"),
+        (["--to", "gguf", "--dense"], "--dense is for --to compressed-tensors, not for --to gguf"),
+        (["--round-scales"], "--round-scales is for --to gguf, not for --to parco"),
         (["--to", "gguf", "--type", "Q4_K"], "type='Q4_K' is none of F32"),
         (["--to", "gguf", "--type", "TQ2_0"], "blocks of 256"),
     ],

@@ -317,7 +317,7 @@ def test_what_makes_no_sense_is_refused(folder: Path, text: Path, tmp_path: Path
         ({"steps": 0}, "--steps 0 makes no sense"),
         ({"batch": 3, "accumulate": 2}, "--batch 3 cannot be passed in --accumulate 2"),
         ({"lr": -1.0}, "--lr -1"),
-        ({"weights": "fp8"}, "--weights fp8: is one of fp32, bf16"),
+        ({"weights": "fp8"}, "--weights fp8 is none of fp32, bf16"),
         ({"states": "4bit"}, "--states 4bit"),
         ({"seq": 65}, "this model knows 64 positions"),
         ({"tokenizer": str(hub.embedded_path())}, "take its own"),

@@ -232,7 +232,7 @@ def test_names_of_methods() -> None:
     assert method_of("adapter", 32, dropout=0.1) == "bottleneck(32, dropout=0.1)"
     assert method_of("lora(4, alpha=8)") == "lora(4, alpha=8)" and method_of("full") == "full"
     for words, wrong in (
-        (("lorra",), "--method lorra: is one of lora, dora"),
+        (("lorra",), "--method lorra is none of lora, dora"),
         (("vera", 8, 2.0), "--alpha is not for --method vera"),
         (("full", 8), "--rank is not for --method full"),
         (("lora(4)", 8), r"--rank is not for --method lora\(4\)"),

@@ -59,7 +59,7 @@ def check(names: Sequence[str]) -> None:
     for name in names:
         if name not in here:
             state = "is not installed" if name in PEERS else "is no peer"
-            raise ValueError(f"peers: {name!r} {state}; here are {', '.join(here)}")
+            raise ValueError(f"--peers {name} {state}; here are {', '.join(here)}")
 
 
 def of(names: Sequence[str]) -> list[Contender]:

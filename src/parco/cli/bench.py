@@ -64,7 +64,7 @@ def bench(
     """
     terminal.quiet_libraries()
     asked = None if peers is None else peers.split(",")
-    chosen = None if formats is None else formats.split(",")
+    chosen = None if formats is None else _formats(formats)
     if whole:
         if shapes is not None or rows is not None:
             raise ValueError("--whole times a model as it is used: leave out --shapes and --rows")
@@ -155,6 +155,15 @@ def _print(report: Any, tables: list[Table], absent: list[str], out: Path, as_js
     for line in absent:
         console.print(line)
     console.print(f"{out / 'bench.html'} shows the same, {out / 'bench.json'} holds it.")
+
+
+def _formats(text: str) -> list[str]:
+    from parco.formats import parse
+
+    try:
+        return [str(parse(name.strip())) for name in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--formats: {error}") from None
 
 
 def _shapes(text: str) -> dict[Shape, int]:

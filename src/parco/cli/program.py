@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -64,10 +65,19 @@ def _one_line(error: Exception) -> str:
     """What was wrong, without line breaks: scripts and people read the last line of stderr."""
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    elif isinstance(error, typer.BadParameter) and hasattr(error.__cause__, "errors"):
+        text = _mistyped(error)
     else:
         # Typer's own errors keep the name of the option apart from the message.
         text = str(getattr(error, "format_message", error.__str__)())
     return " ".join(text.split()) or type(error).__name__
+
+
+def _mistyped(error: Any) -> str:
+    """A value that is no number, and what its option takes: Typer's own words leave out both."""
+    found, option = error.__cause__.errors()[0], error.param
+    kind = {"float_parsing": "a number", "int_parsing": "a whole number"}.get(found["type"], found["msg"])
+    return f"{option.opts[0]} {found['input']} makes no sense: it must be {kind}. {option.help}"
 
 
 def _how_to_go_on(words: list[str]) -> str:

@@ -55,7 +55,7 @@ def export(
     for a file that is none of GGUF, and what `load` and the function that saves raise; then nothing is written.
     """
     if to not in TARGETS:
-        raise ValueError(f"to={to!r} is none of {', '.join(TARGETS)}")
+        raise ValueError(f"--to {to} is none of {', '.join(TARGETS)}")
     for name, value, owner in (
         ("type", type, "gguf"),
         ("ends", ends, "gguf"),
@@ -63,9 +63,10 @@ def export(
         ("dense", dense, "compressed-tensors"),
     ):
         if value and to != owner:
-            raise ValueError(f"{name}={value!r} is for to={owner!r}, and to={to!r}")
+            given = name.replace("_", "-") if value is True else f"{name} {value}"
+            raise ValueError(f"--{given} is for --to {owner}, not for --to {to}")
     if not os.fspath(out):
-        raise ValueError("out='' names no place: give a new folder, or with to='gguf' a file")
+        raise ValueError("--out '' names no place: give a new folder, or with --to gguf a file")
     target = Path(out).expanduser().resolve()
     if to == "gguf":
         check_type(type, "type")
@@ -78,7 +79,7 @@ def export(
     loaded = load(model)
     source = loaded.path.resolve()
     if target == source or target in source.parents:
-        raise ValueError(f"out={str(out)!r} holds the model that is read, and would replace it: name another place")
+        raise ValueError(f"--out {out} holds the model that is read, and would replace it: name another place")
     weights = saved.describe(loaded.model).weights
     left, notes = _left_by_a_fit(source), loaded.notes
     if to == "gguf":

@@ -25,6 +25,7 @@ from parco.weights import Dense, Weight
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_MAGIC = b"GGUF"
 _FACTORS = "rope_freqs.weight"
 _HIGHEST, _LOWEST = 4.0, 1.0
 """Llama 3's factors: beyond the first no frequency is divided, below the second all are."""
@@ -79,8 +80,10 @@ def _open(file: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
         fields = {name: field.contents() for name, field in reader.fields.items()}
         found = {tensor.name: _tensor(tensor) for tensor in reader.tensors}
     except Exception as error:  # the library checks nothing: a damaged file raises whatever NumPy makes of it
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{str(file)!r} is truncated or no GGUF file ({text}): copy or download it again") from error
+        with file.open("rb") as stream:
+            ours = stream.read(len(_MAGIC)) == _MAGIC
+        state = "is truncated, or newer than the library gguf that is installed" if ours else "is no GGUF file"
+        raise ValueError(f"{str(file)!r} {state}: copy or download it again") from error
     if str(fields.get("GGUF.version")) not in ("2", "3") or reader.byte_order != "I":
         raise ValueError(f"{str(file)!r} is a GGUF file of another byte order or version; parco reads versions 2 and 3")
     return fields, found

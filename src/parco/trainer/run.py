@@ -56,7 +56,7 @@ class Settings(Schedule):
         if self.watch_every < 0 or (self.fallback and not self.watch_every):
             raise ValueError(f"--watch-every {self.watch_every}: 0 watches nothing, and --fallback needs watching")
         if self.weights not in WEIGHTS:
-            raise ValueError(f"--weights {self.weights}: is one of {', '.join(WEIGHTS)}")
+            raise ValueError(f"--weights {self.weights} is none of {', '.join(WEIGHTS)}")
 
 
 def run(

@@ -46,7 +46,7 @@ class Schedule:
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value} makes no sense: it must be at least 1")
         if self.states not in STATES:
-            raise ValueError(f"--states {self.states}: is one of {', '.join(STATES)}")
+            raise ValueError(f"--states {self.states} is none of {', '.join(STATES)}")
         for name, value, most in (("warmup", self.warmup, steps), ("seed", self.seed, 2**32 - 1)):
             if value is not None and not 0 <= value <= (math.inf if most is None else most):
                 raise ValueError(f"--{name} {value} makes no sense: it must lie between 0 and {most or 'the steps'}")

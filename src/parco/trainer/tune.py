@@ -70,7 +70,8 @@ def method_of(name: str, rank: int | None = None, alpha: float | None = None, dr
         return name if name == FULL else str(adapters.parse(name))
     kind, told = _SHORT.get(name, (name, {}))
     if kind not in KNOWN:
-        raise ValueError(f"--method {name}: is one of {', '.join([*KNOWN, *_SHORT, FULL])}, or written out: lora(16)")
+        names = ", ".join([*KNOWN, *_SHORT, FULL])
+        raise ValueError(f"--method {name} is none of {names}, nor written out as lora(16) is")
     fields = {field.name for field in dataclasses.fields(KNOWN[kind])}
     if "width" in fields and rank is not None:
         given["width"] = given.pop("rank")
