@@ -76,6 +76,8 @@ def test_every_group_has_a_row_with_what_was_passed_over(result: Result) -> None
         assert row["method"] not in [passed["method"] for passed in row["passed"]]
         assert all(passed["reason"] for passed in row["passed"])
         assert row["kernel"]
+        times = [timed["decode_seconds"] for timed in (row, *row["passed"])]
+        assert all((seconds is None) == (row["kind"] == "embed") for seconds in times), "lookups are not timed"
     assert sum(point["chosen"] for point in result["frontier"]) == 1
     assert sum(point["measured_loss"] is not None for point in result["frontier"]) >= 2
 

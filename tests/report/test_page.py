@@ -132,3 +132,20 @@ def test_an_unmet_target_is_not_called_reached():
     shown = page.render(result)
     assert "not met: 0.3481" in shown
     assert "reached: 0.3481" not in shown
+
+
+def test_white_space_that_a_model_wrote_is_counted_instead_of_shown():
+    result = example.result()
+    result["sample"] = {"prompt": "\n\n", "original": "    return 1" + 90 * "\n", "fitted": 96 * "\n"}
+    shown = page.render(result)
+    assert "<mark>(2 characters of white space)</mark>    return 1</code>" in shown
+    assert "<mark>(2 characters of white space)</mark>(96 characters of white space)</code>" in shown
+
+
+def test_what_was_not_timed_has_no_time():
+    result = example.result()
+    row = result["groups"][0]
+    row["decode_seconds"] = row["original_decode_seconds"] = None
+    row["prefill_seconds"] = row["original_prefill_seconds"] = None
+    shown = page.render(result).partition(f'<th scope="row">{row["group"]}<')[2].partition("</tr>")[0]
+    assert shown.endswith("<td>not measured</td><td>not measured</td>")

@@ -6,6 +6,7 @@ from rich.console import Console, RenderableType
 from tests.report import example
 
 from parco.report import comparison, tables
+from parco.report.explanation import Explained
 
 
 def printed(table: RenderableType, width: int = 160) -> str:
@@ -32,6 +33,13 @@ def test_a_slower_model_is_called_worse_and_an_equal_one_neither():
     assert verdicts["Decode"] == "bad"
     assert verdicts["Prefill"] == ""
     assert verdicts["Size"] == "good"
+
+
+def test_a_lookup_that_was_not_timed_has_no_time():
+    row = example.result()["groups"][0]
+    row["decode_seconds"] = row["original_decode_seconds"] = None
+    costs = dict.fromkeys(printed(tables.group_table(Explained("embed", (), row))).splitlines())
+    assert "one token" in [line.strip() for line in costs]
 
 
 def test_a_narrow_terminal_keeps_every_character():

@@ -51,13 +51,13 @@ class Passed(TypedDict):
     method: str
     bytes: int
     predicted_loss: float
-    decode_seconds: float
-    prefill_seconds: float
+    decode_seconds: float | None
+    prefill_seconds: float | None
     reason: str
 
 
 class GroupRow(TypedDict):
-    """One group of layers: its choice, what it was predicted to cost and what it cost."""
+    """One group of layers: its choice, what it was predicted to cost and what it cost. Lookups are not timed."""
 
     group: str
     kind: str  # "attention", "mlp", "embedding", "head", ...
@@ -69,10 +69,10 @@ class GroupRow(TypedDict):
     original_bytes: int
     predicted_loss: float
     measured_error: float | None  # relative squared error of the outputs on the shifted inputs, mean over the members
-    decode_seconds: float  # measured, all members, one token
-    prefill_seconds: float  # measured, all members, one prompt
-    original_decode_seconds: float
-    original_prefill_seconds: float
+    decode_seconds: float | None  # measured, all members, one token
+    prefill_seconds: float | None  # measured, all members, one prompt
+    original_decode_seconds: float | None
+    original_prefill_seconds: float | None
     passed: list[Passed]
 
 

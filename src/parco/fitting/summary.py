@@ -222,8 +222,8 @@ def _group_row(fit: Fit, group: Group, chosen: Chosen, options: list[Option]) ->
             method=option.method,
             bytes=option.bytes,
             predicted_loss=option.loss,
-            decode_seconds=option.decode,
-            prefill_seconds=option.prefill,
+            decode_seconds=option.decode or None,
+            prefill_seconds=option.prefill or None,
             reason=reason(option, taken),
         )
         for option in options
@@ -240,10 +240,10 @@ def _group_row(fit: Fit, group: Group, chosen: Chosen, options: list[Option]) ->
         original_bytes=keep.bytes,
         predicted_loss=taken.loss,
         measured_error=chosen.applied.errors.get(group.name),
-        decode_seconds=taken.decode,
-        prefill_seconds=taken.prefill,
-        original_decode_seconds=keep.decode,
-        original_prefill_seconds=keep.prefill,
+        decode_seconds=taken.decode or None,
+        prefill_seconds=taken.prefill or None,
+        original_decode_seconds=keep.decode or None,
+        original_prefill_seconds=keep.prefill or None,
         passed=passed,
     )
 

@@ -16,7 +16,7 @@ from parco.fitting.stages import void, write_whole
 from parco.report import chart, comparison, units
 
 if TYPE_CHECKING:
-    from parco.fitting.result import Alternative, GroupRow, Result, StageTime
+    from parco.fitting.result import Alternative, GroupRow, Result, Sample, StageTime
 
 BLOCK = re.compile(r"^(?P<before>.*?)\b(?P<block>\d+)\b\.?(?P<after>.*)$")
 
@@ -70,7 +70,7 @@ def render(result: Result) -> str:
         layers_note=_layers_note(result),
         overview=_overview(result["groups"]),
         layers=[_layer(row) for row in result["groups"]],
-        sample=result["sample"],
+        sample=_sample(result["sample"]),
         origin=_origin(result),
         command=result["command"],
         usage=_usage(result),
@@ -112,6 +112,19 @@ def _layers_note(result: Result) -> str:
     )
 
 
+def _sample(sample: Sample) -> dict[str, str]:
+    """The completions without the white space at their ends, of which models write whole pages."""
+    return {
+        "prompt": sample["prompt"] if sample["prompt"].strip() else _blank(sample["prompt"]),
+        "original": sample["original"].rstrip() or _blank(sample["original"]),
+        "fitted": sample["fitted"].rstrip() or _blank(sample["fitted"]),
+    }
+
+
+def _blank(text: str) -> str:
+    return f"({len(text)} characters of white space)"
+
+
 def _alternative(row: Alternative) -> dict[str, Any]:
     healed = f"{row['healed_steps']} steps" if row["healed_steps"] else "none"
     cells = (
@@ -136,8 +149,8 @@ def _layer(row: GroupRow) -> dict[str, Any]:
         "bytes": units.size(row["bytes"]),
         "kept": units.percent(row["bytes"] / row["original_bytes"]),
         "times": [
-            (units.duration(row["decode_seconds"]), units.duration(row["original_decode_seconds"])),
-            (units.duration(row["prefill_seconds"]), units.duration(row["original_prefill_seconds"])),
+            _time(row["decode_seconds"], row["original_decode_seconds"]),
+            _time(row["prefill_seconds"], row["original_prefill_seconds"]),
         ],
         "loss": units.rise(row["predicted_loss"]),
         "error": "not measured" if error is None else f"{100 * error:.2g}%",
@@ -154,6 +167,10 @@ def _layer(row: GroupRow) -> dict[str, Any]:
             for other in row["passed"]
         ],
     }
+
+
+def _time(now: float | None, before: float | None) -> tuple[str, str]:
+    return units.duration(now), "" if before is None else f"was {units.duration(before)}"
 
 
 def _members(row: GroupRow) -> list[tuple[str, list[int]]]:

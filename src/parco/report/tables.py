@@ -54,13 +54,13 @@ def group_table(one: Explained) -> Table:
 
 
 def _costs(row: GroupRow) -> list[str]:
-    error = row["measured_error"]
+    error, before = row["measured_error"], row["original_decode_seconds"]
     return [
         units.size(row["bytes"]),
         units.percent(row["bytes"] / row["original_bytes"]),
         units.rise(row["predicted_loss"]),
         "" if error is None else f"{100 * error:.2g}%",
-        f"{units.duration(row['original_decode_seconds'])} → {units.duration(row['decode_seconds'])}",
+        "" if before is None else f"{units.duration(before)} → {units.duration(row['decode_seconds'])}",
     ]
 
 
