@@ -11,9 +11,10 @@ import pytest
 import torch
 from tests.fitting import small
 from tests.fitting.conftest import Calibrated
+from tests.report import example
 
 from parco import hub
-from parco.fitting import evaluate
+from parco.fitting import evaluate, summary
 from parco.fitting.stages import Silent
 
 
@@ -51,3 +52,23 @@ def test_peak_memory_is_that_of_a_fresh_process(small_folder: Path, tmp_path: Pa
     peak = evaluate.peak_memory(small_folder)
     assert peak is not None and 50e6 < peak < 3e9
     assert evaluate.peak_memory(tmp_path) is None
+
+
+def test_a_difference_of_losses_has_the_error_of_windows_paired(calibrated: Calibrated) -> None:
+    windows = calibrated.windows.held
+    judged = evaluate.quality(calibrated.model(), windows, Silent())
+    assert judged.loss == pytest.approx(sum(judged.losses) / len(windows))
+    assert evaluate.standard_error(judged.losses, [loss - 1 for loss in judged.losses]) == pytest.approx(0, abs=1e-6)
+    assert evaluate.standard_error([1.0, 2.0, 6.0], [0.0, 0.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
+    assert evaluate.standard_error([1.0], [2.0]) is None
+
+
+def test_a_better_alternative_is_told_beyond_the_error_only() -> None:
+    chosen, rival, *_ = sorted(example.result()["alternatives"], key=lambda row: not row["chosen"])
+    rival["loss"], rival["error"] = chosen["loss"] - 0.0123, 0.004
+    said = "the uniform alternative int4:32 has a lower loss than the chosen plan, by 0.012 ± 0.004 nats per token"
+    assert summary.better([chosen, rival], 48) == [f"{said} over 48 windows"]
+    for error in (0.02, None):
+        rival["error"] = error
+        assert summary.better([chosen, rival], 48) == []
+    assert summary.better([chosen], 48) == []

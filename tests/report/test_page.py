@@ -74,6 +74,11 @@ def test_both_completions_follow_the_prompt(outline: Outline):
     ]
 
 
+def test_each_table_says_over_how_many_windows_it_is(text: str):
+    assert "held-out text over 64 windows of 512 tokens" in text
+    assert "<caption>Measured end to end on the first 48 of 64 held-out windows, smallest loss first</caption>" in text
+
+
 def test_every_table_has_headed_columns_and_rows(outline: Outline):
     headers = [attributes for tag, attributes in outline.elements if tag == "th"]
     assert headers

@@ -6,12 +6,12 @@ They are what the plan has to beat to be worth its trouble.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
 from parco.fitting import size
+from parco.fitting.evaluate import Quality, standard_error
 from parco.fitting.pipeline import Chosen, Fit
 from parco.fitting.result import Alternative
 from parco.nn.blocks import groups
@@ -48,7 +48,8 @@ def everywhere(model: nn.Module, method: str) -> dict[str, str]:
 def compare(fit: Fit, chosen: Chosen, subset: int) -> list[Alternative]:
     """The chosen plan and every uniform alternative that fits into its bytes, on `subset` held-out windows."""
     steps = 0 if chosen.healed is None else chosen.healed["steps"]
-    rows = [_row(fit, "chosen plan", chosen.plan.bytes, chosen.model, chosen.plan.methods, subset, steps, True)]
+    plan = fit.quality(chosen.model, chosen.plan.methods, subset)
+    rows = [_row(fit, "chosen plan", chosen.plan.bytes, plan, plan, steps, True)]
     if fit.parameters > size.LARGE:  # each would cost as much as the plan itself
         fit.warnings.append(
             f"uniform alternatives were not run: the model has more than {size.LARGE // 10**6} M parameters"
@@ -62,21 +63,18 @@ def compare(fit: Fit, chosen: Chosen, subset: int) -> list[Alternative]:
         model, _ = fit.apply(methods)
         fit.heal(model, methods)
         name = next(iter(methods.values()))
-        rows.append(
-            _row(fit, name, size.planned_bytes(fit.original.model, methods), model, methods, subset, steps, False)
-        )
+        stored = size.planned_bytes(fit.original.model, methods)
+        rows.append(_row(fit, name, stored, fit.quality(model, methods, subset), plan, steps, False))
     return rows
 
 
-def _row(
-    fit: Fit, name: str, stored: int, model: Any, methods: Mapping[str, str], subset: int, steps: int, chosen: bool
-) -> Alternative:
-    judged = fit.quality(model, methods, subset)
+def _row(fit: Fit, name: str, stored: int, judged: Quality, plan: Quality, steps: int, chosen: bool) -> Alternative:
     return Alternative(
         name=name,
         bytes=stored,
         fraction=stored / fit.checkpoint,
         loss=judged.loss,
+        error=standard_error(judged.losses, plan.losses),
         kl=judged.kl,
         top1=judged.top1,
         healed_steps=steps,

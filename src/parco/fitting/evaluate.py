@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,15 @@ from parco.fitting.stream import windows_in_batches
 class Quality:
     """Of one model on some windows. `kl` and `top1` compare with the original: nats per token, share of positions.
 
-    `original_loss` is the original's on the same windows; the model's own where there was none beside it.
+    `original_loss` is the original's on the same windows; the model's own where there was none beside it. `losses` is
+    the model's mean loss on each window.
     """
 
     loss: float
     kl: float
     top1: float
     original_loss: float
+    losses: Sequence[float] = ()
 
     @property
     def perplexity(self) -> float:
@@ -47,26 +51,35 @@ class Quality:
 def quality(model: nn.Module, windows: Tensor, progress: Progress, original: nn.Module | None = None) -> Quality:
     """`model` on windows [W, T], beside `original` on the same; without it KL is 0 and the agreement 1."""
     progress.stage("evaluate", windows.shape[0])
-    loss = other_loss = kl = agreed = 0.0
+    other_loss = kl = agreed = 0.0
+    losses: list[float] = []
     for part in windows_in_batches(windows, rows_of(windows.shape[1], vocabulary_of(model))):
         tokens = windows[part]
         logs = torch.log_softmax(model(input_ids=tokens, use_cache=False).logits.float(), -1)
-        loss += _surprise(logs, tokens)
+        losses += _losses(logs, tokens)
         if original is not None:
             other = torch.log_softmax(original(input_ids=tokens, use_cache=False).logits.float(), -1)
-            other_loss += _surprise(other, tokens)
+            other_loss += sum(_losses(other, tokens)) / windows.shape[0]
             kl += float(nn.functional.kl_div(logs, other, reduction="sum", log_target=True))
             agreed += float((logs.argmax(-1) == other.argmax(-1)).sum())
         progress.advance(tokens.shape[0])
-    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    loss = sum(losses) / len(losses)
     if original is None:
-        return Quality(loss / predicted, 0.0, 1.0, loss / predicted)
-    return Quality(loss / predicted, kl / windows.numel(), agreed / windows.numel(), other_loss / predicted)
+        return Quality(loss, 0.0, 1.0, loss, losses)
+    return Quality(loss, kl / windows.numel(), agreed / windows.numel(), other_loss, losses)
 
 
-def _surprise(logs: Tensor, tokens: Tensor) -> float:
-    """Summed −log p of every token but the first of each window, for log-probabilities [B, T, V]."""
-    return float(nn.functional.nll_loss(logs[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
+def _losses(logs: Tensor, tokens: Tensor) -> list[float]:
+    """Mean −log p of every token but the first, for each window of log-probabilities [B, T, V]."""
+    found = nn.functional.nll_loss(logs[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return found.view(tokens.shape[0], -1).mean(1).tolist()
+
+
+def standard_error(losses: Sequence[float], others: Sequence[float]) -> float | None:
+    """That of the difference of two mean losses on the same windows; None for a single window."""
+    if len(losses) < 2:
+        return None
+    return statistics.stdev(one - other for one, other in zip(losses, others, strict=True)) / math.sqrt(len(losses))
 
 
 PROMPT_TOKENS = 48

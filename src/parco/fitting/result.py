@@ -82,7 +82,8 @@ class Alternative(TypedDict):
     name: str  # the method's text, or "chosen plan" for the row to compare with
     bytes: int
     fraction: float
-    loss: float  # nats per token on the shared subset of held-out windows
+    loss: float  # nats per token on the first `compared_windows` of the held-out ones
+    error: float | None  # standard error of its difference to the chosen plan's loss; None of a single window
     kl: float
     top1: float
     healed_steps: int
@@ -140,7 +141,7 @@ class Result(TypedDict):
     threads: int
     target: Target
     plan: dict[str, Any]  # Plan.to_json()
-    data: dict[str, Any]  # source, sha256, window, calibration/check/held-out windows, generated windows
+    data: dict[str, Any]  # source, sha256, window, calibration/check/held-out/compared windows, generated windows
     prefill_tokens: int
     original: Column
     fitted: Column

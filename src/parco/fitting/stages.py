@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-LAYOUT = 3
+LAYOUT = 4
 """Of what stages write: another number wherever a file's name, tensors or note change, so that a job that was begun
 before begins anew and does not read what it would not understand.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from parco.fitting.pipeline import SUBSET, Chosen, Fit, correction
 from parco.fitting.plan import Fixed, Option, Plan
 from parco.fitting.result import (
     SCHEMA,
+    Alternative,
     Column,
     FrontierPoint,
     GroupRow,
@@ -88,13 +89,12 @@ def result(
     """The whole result. `named` is what the person called the model, `folder` where the fitted one is saved."""
     chosen, plans, frontier, options, fixed, goal = outcome
     warnings = fit.warnings
-    rows = alternatives.compare(fit, chosen, min(SUBSET, fit.windows.held.shape[0]))
+    subset = min(SUBSET, fit.windows.held.shape[0])
+    rows = alternatives.compare(fit, chosen, subset)
     original, fitted = _columns(fit, chosen, measured)
     if None in measured.memory:
         warnings.append("the peak memory of a fresh process could not be measured")
-    best = min(rows, key=lambda row: row["loss"])
-    if not best["chosen"]:
-        warnings.append(f"the uniform alternative {best['name']} has a lower loss than the chosen plan")
+    warnings += better(rows, subset)
     model: Any = fit.original.model
     return Result(
         schema=SCHEMA,
@@ -110,7 +110,7 @@ def result(
         threads=torch.get_num_threads(),
         target=target(goal, original, fitted, warnings),
         plan=chosen.plan.to_json(),
-        data=fit.windows.describe(),
+        data=fit.windows.describe() | {"compared_windows": subset},
         prefill_tokens=fit.prefill,
         original=original,
         fitted=fitted,
@@ -125,6 +125,18 @@ def result(
         stages=[StageTime(stage=s.name, seconds=s.seconds, resumed=s.resumed) for s in fit.stages.opened if s.whole],
         warnings=list(dict.fromkeys(warnings)),
     )
+
+
+def better(rows: Sequence[Alternative], windows: int) -> list[str]:
+    """Says that a uniform alternative is better than the chosen plan where the least loss is by more than its standard
+    error over these `windows`.
+    """
+    best, chosen = min(rows, key=lambda row: row["loss"]), next(row for row in rows if row["chosen"])
+    gain, error = chosen["loss"] - best["loss"], best["error"]
+    if error is None or gain <= error:
+        return []
+    by = f"{gain:.2g} ± {error:.1g} nats per token over {windows} windows"
+    return [f"the uniform alternative {best['name']} has a lower loss than the chosen plan, by {by}"]
 
 
 def versions() -> dict[str, str]:

@@ -66,6 +66,7 @@ def render(result: Result) -> str:
         comparison_note=_comparison_note(result),
         plans_note=_plans_note(result),
         alternatives=[_alternative(row) for row in sorted(result["alternatives"], key=lambda row: row["loss"])],
+        alternatives_note=_alternatives_note(result["data"]),
         alternative_columns=["Size", "Share", "Loss", "KL", "Same token", "Healing"],
         layers_note=_layers_note(result),
         overview=_overview(result["groups"]),
@@ -103,6 +104,12 @@ def _plans_note(result: Result) -> str:
         "KL of the plans is on the windows kept for checking, of the uniform choices on held-out text. "
         "The chosen plan has a ring on both. Point at a mark to read its plan."
     )
+
+
+def _alternatives_note(data: Mapping[str, Any]) -> str:
+    compared = data.get("compared_windows")  # older results do not say it
+    windows = "" if compared is None else f" on the first {compared} of {data['held_out_windows']} held-out windows"
+    return f"Measured end to end{windows}, smallest loss first"
 
 
 def _layers_note(result: Result) -> str:
