@@ -126,3 +126,15 @@ def test_explain_names_the_kernel_of_every_layer(fitted: Path, capsys: pytest.Ca
     assert "model.layers.0.mlp.up_proj: quantized(int4:32, 50x36)" in shown
     assert "one token" in shown
     assert "gate_proj" in shown
+
+
+def test_explain_says_that_a_model_was_not_fitted(dense: Path, fitted: Path, capsys: pytest.CaptureFixture[str]):
+    for folder, said in (
+        (dense, f"parco fit {dense} makes it smaller"),
+        (fitted, f"{fitted} holds no result.json of a fit"),
+    ):
+        capsys.readouterr()
+        assert main(["explain", str(folder)]) == 0
+        shown = capsys.readouterr().out
+        assert said in shown
+        assert "passed over" not in shown

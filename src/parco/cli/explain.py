@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,19 +43,25 @@ def explain(
     if as_json:
         terminal.print_json([one.to_json() for one in explained])
     elif layer is None:
-        _show_all(explained)
+        _show_all(explained, str(loaded.path), fitted=bool(rows))
     else:
         for one in explained:
             _show_one(one, tokens)
 
 
-def _show_all(explained: list[Explained]) -> None:
+def _show_all(explained: list[Explained], folder: str, fitted: bool) -> None:
     from parco.report import tables
 
     out = terminal.console()
     out.print(tables.layers_table(explained))
     out.print()
-    out.print("--layer NAME shows what was passed over for one of them, and why.")
+    if fitted:
+        out.print("--layer NAME shows what was passed over for one of them, and why.")
+    elif any(member.decode for one in explained for member in one.members):
+        out.print(f"{folder} holds no result.json of a fit, which would say why. --layer NAME shows one's kernels.")
+    else:
+        again = shlex.join(["parco", "fit", folder])
+        out.print(f"{folder} was not fitted: every matrix is as it was. {again} makes it smaller.")
 
 
 def _show_one(one: Explained, prefill_tokens: int) -> None:
