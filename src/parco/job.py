@@ -71,7 +71,7 @@ def fit(
         version=parco.__version__,
     )
     candidates.parse_methods(settings.methods)
-    text = None if data is None else _read(Path(data))
+    text = None if data is None else texts.read(Path(data))
     folder = Path(out).expanduser() if out is not None else default_folder(model, kind, value)
     folder = folder if folder.name not in ("", "..") else folder.resolve()
     hub.refuse_foreign(folder, PAGES)
@@ -177,16 +177,6 @@ def _steps(heal: int | None) -> int | None:
     if heal is not None and heal < 0:
         raise ValueError(f"--heal {heal} is negative: give a number of training steps, 0 for none")
     return heal
-
-
-def _read(path: Path) -> str:
-    """A person's text. Raises ValueError when it is no UTF-8 text file."""
-    if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, "--data names no file", str(path))
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--data {path} is not UTF-8 text: byte {error.start} cannot be read") from error
 
 
 def _reader(text: str | None, data: str | Path | None) -> Callable[[Any, int], texts.Windows]:

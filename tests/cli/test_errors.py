@@ -120,6 +120,32 @@ def test_a_text_that_is_not_there(copy: Path, capfd: pytest.CaptureFixture[str])
         assert "absent.txt" in refused(capfd, command, str(copy), "--data", "absent.txt")
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("fit model --data empty.txt", "--data empty.txt is empty"),
+        ("fit model --data blank.txt", "--data blank.txt is empty"),
+        ("eval model --data empty.txt", "--data empty.txt is empty"),
+        ("eval model --against absent", "no folder 'absent'"),
+        ("tune model --data empty.txt --out out", "--data empty.txt is empty"),
+        ("train --model model --data empty.txt --steps 1 --out out", "--data empty.txt is empty"),
+        ("train --model model --data full.txt --heldout absent.txt --steps 1 --out out", "absent.txt"),
+    ],
+)
+def test_what_is_read_is_looked_for_before_a_model_is_loaded(
+    copy: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    said: str,
+):
+    for name, content in (("empty", ""), ("blank", " \n" * 99), ("full", "import torch\n")):
+        (tmp_path / f"{name}.txt").write_text(content)
+    monkeypatch.setattr(hub, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert said in refused(capfd, *command.split())
+
+
 def test_an_unknown_method_names_the_known_ones(copy: Path, capfd: pytest.CaptureFixture[str]):
     line = refused(capfd, "fit", str(copy), "--methods", "int4:32,zip")
     assert "'zip'" in line

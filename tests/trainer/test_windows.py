@@ -75,12 +75,14 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "far.txt").write_bytes("é".encode() * 20000 + b"\xe9 ")
     (tmp_path / "short.txt").write_text("def")
     (tmp_path / "none").mkdir()
+    (tmp_path / "empty.txt").touch()
     for name, error, words in (
         ("latin.txt", ValueError, "latin.txt is not UTF-8 text: byte 3"),
         ("far.txt", ValueError, "far.txt is not UTF-8 text: byte 40000"),
         ("short.txt", ValueError, "shorter than one window of 16 tokens"),
         ("none", ValueError, "a folder without files"),
         ("absent", FileNotFoundError, "--data names no file"),
+        ("empty.txt", ValueError, "empty.txt is empty"),
     ):
         with pytest.raises(error, match=words):
             split([tmp_path / name], None, tiny.tokenizer(), 16, Silent())

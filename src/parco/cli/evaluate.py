@@ -40,10 +40,13 @@ def evaluate(
     """
     terminal.quiet_libraries()
     from parco import hub
+    from parco.fitting import texts
     from parco.fitting.judge import judge
     from parco.report import tables
 
-    text = hub.embedded_texts().heldout if data is None else terminal.read_text(data)
+    text = hub.embedded_texts().heldout if data is None else texts.read(data)
+    if against is not None:
+        hub.locate(against)
     loaded = hub.load(model)
     terminal.show_notes(loaded.notes)
     other = None if against is None else hub.load(against)

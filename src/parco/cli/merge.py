@@ -38,11 +38,12 @@ def merge(
     terminal.quiet_libraries()
     from transformers.utils.logging import disable_progress_bar
 
+    from parco.fitting import texts
     from parco.report import tables, units
     from parco.trainer import merge as merge_
 
     disable_progress_bar()
-    text = None if data is None else terminal.read_text(data)
+    text = None if data is None else texts.read(data)
     with terminal.progress() as progress:
         done = merge_(model, adapter, out, progress, requantize=requantize, text=text)
     if as_json:

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -81,14 +80,6 @@ def show_notes(notes: tuple[str, ...]) -> None:
     """What is to be known of a model that was loaded or written, on stderr."""
     for note in notes:
         print(f"parco: {note}", file=sys.stderr)
-
-
-def read_text(path: Path) -> str:
-    """A person's text file. Raises FileNotFoundError where there is none and ValueError where it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--data {path} is not UTF-8 text: byte {error.start} cannot be read") from error
 
 
 @contextmanager

@@ -7,8 +7,10 @@ and healing is stopped by them.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +55,19 @@ def window_length(model: nn.Module) -> int:
     config: Any = model.config
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or WINDOW
     return min(WINDOW, int(limit))
+
+
+def read(path: Path) -> str:
+    """A person's text. Raises FileNotFoundError where there is none and ValueError where it is not UTF-8 or empty."""
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "--data names no file", str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--data {path} is not UTF-8 text: byte {error.start} cannot be read") from error
+    if not text.strip():
+        raise ValueError(f"--data {path} is empty: give a text like what the model will read")
+    return text
 
 
 def tokenize(tokenizer: Any, text: str, length: int) -> Tensor:

@@ -6,7 +6,7 @@ from parco.hub.dense import save_dense
 from parco.hub.export import Exported, export
 from parco.hub.gguf import save_gguf
 from parco.hub.gguf_read import read_gguf
-from parco.hub.load import Loaded, load
+from parco.hub.load import Loaded, load, locate
 from parco.hub.registration import register
 from parco.hub.save import attach, refuse_foreign, save
 from parco.hub.shipped import Texts, embedded_path, embedded_texts
@@ -20,6 +20,7 @@ __all__ = [
     "embedded_texts",
     "export",
     "load",
+    "locate",
     "read_gguf",
     "refuse_foreign",
     "register",

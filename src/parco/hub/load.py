@@ -104,6 +104,16 @@ def load(
     return Loaded(model, tokenizer, folder, checks.fingerprint(folder), notes)
 
 
+def locate(name_or_path: str | os.PathLike[str]) -> Path:
+    """The folder or GGUF file that `load` would read, before the work of loading; a model named on the Hugging Face hub
+    is downloaded. Raises what `load` raises where no model is there.
+    """
+    place = _resolve(name_or_path)
+    if place.suffix.lower() != ".gguf" or not place.is_file():
+        checks.check_folder(place)
+    return place
+
+
 def _load_gguf(file: Path, dtype: torch.dtype | str) -> Loaded:
     """The model in a GGUF file; `dtype` "auto" is the narrowest that holds its plain numbers."""
     found = read_gguf(file)

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from parco.trainer.tensorboard import TensorBoard
 from parco.trainer.tensorboard import check as check_tensorboard
 from parco.trainer.trainer import Trainer
 from parco.trainer.watching import Watching
-from parco.trainer.windows import Split, collate, split
+from parco.trainer.windows import Split, collate, files_of, split
 from parco.training import fuse_loss_, prepare_
 
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -86,6 +87,7 @@ def run(
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.batch % (ranks * settings.accumulate):
         raise ValueError(f"--batch {settings.batch} is not the same for each of {ranks} ranks: give a multiple")
+    check_files(settings.data, settings.held)
     transformers.set_seed(settings.seed)
     memory.before()
     model, tokenizer = _model(settings, progress)
@@ -204,6 +206,13 @@ def _model(settings: Settings, progress: Progress) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(settings.tokenizer or beside, local_files_only=True)
     check_model(model, tokenizer, settings.seq, f"--model {given}")
     return model, tokenizer
+
+
+def check_files(data: Sequence[str], held: str | None) -> None:
+    """Raises FileNotFoundError or ValueError for data that is not there or empty, before a model is loaded."""
+    files_of(data)
+    if held is not None:
+        files_of([held])
 
 
 def check_windows(texts: Split, settings: Schedule) -> None:

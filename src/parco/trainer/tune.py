@@ -29,7 +29,7 @@ from parco.trainer import cached, disk, examples, folder, memory, packing
 from parco.trainer.gaps import gaps
 from parco.trainer.meter import Meter, flops_per_token
 from parco.trainer.result import RunResult, begun, finished
-from parco.trainer.run import check_model, check_windows, fuse, train
+from parco.trainer.run import check_files, check_model, check_windows, fuse, train
 from parco.trainer.settings import Schedule, arguments, check_libraries
 from parco.trainer.tuner import Best, Released, Tuner
 from parco.trainer.windows import Split, collate, split
@@ -158,6 +158,7 @@ def tune(settings: TuneSettings, out: Path, progress: Progress, *, resume: bool 
     if resume and (out / "result.json").exists():
         progress.note(f"{out}: done before")
         return json.loads((out / "result.json").read_text())
+    check_files(settings.data, settings.held)
     memory.before()
     model, tokenizer, fingerprint = _model(settings, progress)
     caches = getattr(model.config, "use_cache", None)

@@ -105,7 +105,9 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def files_of(data: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """All files that these paths stand for. Raises FileNotFoundError or ValueError where there is none."""
+    """All files that these paths stand for. Raises FileNotFoundError or ValueError where there is none, or all of them
+    are empty.
+    """
     found: list[Path] = []
     for given in map(Path, data):
         if given.is_dir():
@@ -117,6 +119,8 @@ def files_of(data: Sequence[str | os.PathLike[str]]) -> list[Path]:
             found.append(given)
         else:
             raise FileNotFoundError(errno.ENOENT, "--data names no file", str(given))
+    if not any(file.stat().st_size for file in found):
+        raise ValueError(f"--data {', '.join(map(str, data))} is empty: give text to train on")
     return found
 
 
