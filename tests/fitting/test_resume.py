@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tests.fitting.conftest import EXTENT, Calibrated
 
 import parco
+from parco.fitting import apply, candidates, measure, table
 from parco.fitting.stages import LAYOUT, Silent, Stages, seeded, void, write_whole
+from parco.nn.blocks import groups
 
 SCRIPT = """
 import json, os, signal, sys
@@ -75,6 +79,44 @@ def test_killed_at_every_stage_it_ends_as_if_it_never_was(small_folder: Path, sm
     first, *_, last = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     assert "calibrate" in first and "calibrate" not in last
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+class Counted(Silent):
+    """What stages are told of, and how many steps are counted while they run."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int | None, int]] = []
+        self.steps = 0
+
+    def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
+        self.seen.append((name, total, done))
+
+    def advance(self, n: int = 1) -> None:
+        self.steps += n
+
+
+def test_steps_of_an_earlier_run_are_done_before_and_not_counted_again(calibrated: Calibrated, tmp_path: Path) -> None:
+    """Or the time left would be judged by steps that took none."""
+    methods = {group.name: "int8:row" for group in groups(calibrated.model())}
+    timings = measure.Timings("test", tmp_path / "timings.json")
+    with Stages(tmp_path / "work", Silent()) as stages:
+        judged, applied = stages.open("candidates"), stages.open("apply")
+
+        def run() -> Counted:
+            told, model = Counted(), calibrated.model()
+            rows = candidates.judge(model, ["keep", "int8:row"], 1, calibrated.stage, judged, told)
+            table.measure(model, rows, 16, 1 << 20, torch.bfloat16, timings, told)
+            apply.apply_(model, methods, calibrated.windows, EXTENT, calibrated.stage, applied, told)
+            return told
+
+        first = run()
+        assert [done for *_, done in first.seen] == [0, 0, 0]
+        assert first.steps == sum(total or 0 for _, total, _ in first.seen)
+        (judged.folder / "group-0001.json").unlink()
+        (applied.folder / "part-002.safetensors").unlink()
+        again = run()
+        assert again.steps == 2
+        assert [(total or 0) - done for _, total, done in again.seen] == [1, 0, 1]
 
 
 def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:

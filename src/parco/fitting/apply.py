@@ -27,6 +27,9 @@ from parco.nn import StoredWeight, share_
 from parco.nn.blocks import Group, matrix, replace_
 from parco.weights import shared_tensors
 
+FIRST, HEAD = "part-000-first", "part-999-head"
+"""What the changed matrices before and after the blocks are kept as."""
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -51,18 +54,25 @@ def apply_(
 ) -> Applied:
     """Change `model` in place as `methods` (group name to method text) says; others are kept. Resumes inside."""
     pass_ = _Pass(Stream(model), methods, windows, extent, calibrated, stage)
-    progress.stage("apply", len(pass_.stream.names) + 2)
+    blocks = range(len(pass_.stream.names))
+    known = [stage.has(name) for name in (FIRST, *map(_part, blocks), HEAD)]
+    progress.stage("apply", len(known), sum(known))
     pass_.begin()
-    progress.advance()
-    for index in range(len(pass_.stream.names)):
+    progress.advance(1 - known[0])
+    for index in blocks:
         pass_.block(index)
-        progress.advance()
+        progress.advance(1 - known[1 + index])
     kl, top1 = pass_.end()
-    progress.advance()
+    progress.advance(1 - known[-1])
     applied = Applied(kl, top1, pass_.errors)
     stage.write("applied", vars(applied))
     stage.finish()
     return applied
+
+
+def _part(index: int) -> str:
+    """What the changed matrices of a block are kept as."""
+    return f"part-{index + 1:03}"
 
 
 def read_applied(stage: Stage) -> Applied:
@@ -108,14 +118,14 @@ class _Pass:
         if self.paired:
             self.original = self._enter(self.tokens[: self.counted])
         first = [group for group in block_groups(self.stream.model, None) if group.kind != "head"]
-        self._change("part-000-first", first, lambda group: statistics_of(self.calibrated, group))
+        self._change(FIRST, first, lambda group: statistics_of(self.calibrated, group))
         self.changed = self._enter(self.tokens)
 
     def block(self, index: int) -> None:
         model = self.stream.model
         chosen = block_groups(model, index)
         active = [group for group in chosen if self.methods.get(group.name, "keep") != "keep"]
-        name = f"part-{index + 1:03}"
+        name = _part(index)
         known = self.stage.has(name) or not active
         moments = Moments()
         with self.stream.block(index) as run:
@@ -139,15 +149,15 @@ class _Pass:
         model = self.stream.model
         heads = [group for group in block_groups(model, None) if group.kind == "head"]
         active = [group for group in heads if self.methods.get(group.name, "keep") != "keep"]
-        if active and not self.stage.has("part-999-head"):
+        if active and not self.stage.has(HEAD):
             moments = Moments()
             rows = rows_of(self.tokens.shape[1], vocabulary_of(model))
             with self.stream.outer(), observed(model, active, lambda member, seen, _: moments.add(member, seen)):
                 for part in windows_in_batches(self.changed[: self.counted], rows):
                     self.stream.leave(self.changed[part])
-            self._change("part-999-head", active, lambda group: self._statistics(group, moments))
+            self._change(HEAD, active, lambda group: self._statistics(group, moments))
         else:
-            self._change("part-999-head", active, lambda group: {})
+            self._change(HEAD, active, lambda group: {})
         return compare_streams(self.stream, self.changed[self.counted :], self.calibrated)
 
     def _enter(self, tokens: Tensor) -> Tensor:

@@ -113,7 +113,8 @@ def judge(
 ) -> dict[str, list[Judged]]:
     """Candidates of every group in the model's order. Each finished group is on disk; the unfinished are resumed."""
     every = groups(model)
-    progress.stage("candidates", len(every))
+    done = sum(stage.has(f"group-{index:04}") for index in range(len(every)))
+    progress.stage("candidates", len(every), done)
     lookups = lookups_of(calibrated)
     found: dict[str, list[Judged]] = {}
     for index, group in enumerate(every):
@@ -125,8 +126,8 @@ def judge(
                     model, group, considered(model, group, methods, large), calibrated, lookups, ROWS[large]
                 )
             stage.write(name, [vars(row) for row in rows])
+            progress.advance()
         found[group.name] = [Judged(**row) for row in stage.read(name)]
-        progress.advance()
     stage.finish()
     return found
 

@@ -91,18 +91,20 @@ def measure_kernels(
     """Time every spec of every shape, and the native product of that shape, at every number of rows; known ones are
     skipped.
     """
-    progress.stage("measure", len(specs) * len(rows))
+    missing: dict[tuple[tuple[int, int], int], dict[str, Weight | None]] = {}
     for shape, kinds in specs.items():
+        keys = {native(shape): None, **{str(spec): spec for spec in kinds}}
         for height in rows:
-            keys = {native(shape): None, **{str(spec): spec for spec in kinds}}
-            missing = {
+            missing[shape, height] = {
                 key: spec for key, spec in keys.items() if kernel_key(key, height, dtype, footprint) not in timings
             }
-            if missing:
-                with torch.inference_mode():
-                    found = _time_shape(shape, missing, height, dtype, footprint)
-                timings.add({kernel_key(key, height, dtype, footprint): value for key, value in found.items()})
-            progress.advance()
+    left = {place: unknown for place, unknown in missing.items() if unknown}
+    progress.stage("measure", len(missing), len(missing) - len(left))
+    for (shape, height), unknown in left.items():
+        with torch.inference_mode():
+            found = _time_shape(shape, unknown, height, dtype, footprint)
+        timings.add({kernel_key(key, height, dtype, footprint): value for key, value in found.items()})
+        progress.advance()
 
 
 def _time_shape(
