@@ -75,6 +75,17 @@ def test_the_axes_of_the_plot_end_at_the_peak(report: bench.Report) -> None:
     bars = dict(zip(drawn.data[0].y, drawn.data[0].x, strict=True))
     (int4,) = (row for row in report["rows"] if row["contender"] == "parco int4:32" and row["rows"] == 1)
     assert bars["parco int4:32"] == pytest.approx(int4["GB_per_s"])
+    assert not drawn.layout.shapes
+
+
+def test_a_bar_beyond_the_peak_is_seen_whole(report: bench.Report) -> None:
+    most = max(row["GB_per_s"] for row in report["rows"] if row["rows"] == 1)
+    slower = {**report["peaks"], "read_bytes_per_second": most * 1e9 / 2}
+    drawn = throughput.figure({**report, "peaks": slower})
+    assert drawn.layout.xaxis.range == pytest.approx((0, most))
+    assert [(line.x0, line.xref) for line in drawn.layout.shapes] == [(pytest.approx(most / 2), "x")]
+    assert "the line is this machine's measured peak" in drawn.layout.xaxis.title.text
+    assert "the axis ends at this machine's measured peak" in drawn.layout.xaxis2.title.text
 
 
 @pytest.mark.parametrize(

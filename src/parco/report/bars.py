@@ -1,4 +1,6 @@
-"""Bars of contenders, one plot below the other, whose axes end at what the machine was measured to reach."""
+"""Bars of contenders, one plot below the other, whose axes end at what the machine was measured to reach, or at the
+longest bar where that is beyond it and the peak is a line: a probe may have been slowed by other work.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ def add(
     top: float,
     texts: Sequence[str] | None = None,
 ) -> None:
-    """Plot number `place` of a figure: a bar of `values` in 10⁹ for each name, ours in another colour, up to `top`."""
+    """Plot number `place` of a figure: a bar of `values` in 10⁹ for each name, ours in another colour, beside the peak
+    `top`.
+    """
     import plotly.graph_objects as graph
 
     drawn.add_trace(
@@ -30,8 +34,12 @@ def add(
         row=place,
         col=1,
     )
-    title = f"{title}; the axis ends at this machine's peak"
-    drawn.update_xaxes(range=[0, top / 1e9], title=title, row=place, col=1)
+    peak = top / 1e9
+    end = max([peak, *values])
+    if end > peak:
+        drawn.add_vline(x=peak, line={"color": "#b03a4c", "dash": "dot"}, row=place, col=1)
+    title = f"{title}; the {'line is' if end > peak else 'axis ends at'} this machine's measured peak"
+    drawn.update_xaxes(range=[0, end], title=title, row=place, col=1)
     drawn.update_yaxes(autorange="reversed", row=place, col=1)
 
 

@@ -19,7 +19,8 @@ TITLES = {"prefill": "prefill of {prompt}", "decode": "decode", "generate": "gen
 def table(report: ModelsReport) -> Table:
     """Contenders down, kinds of work across: tokens per second, times the first, times llama.cpp on the same bits."""
     made = Table(
-        title=f"{report['model']}: tokens/s, times {report['rows'][0]['contender']}, times llama.cpp on the same bits",
+        title=f"{report['model']}: tokens/s, times {report['rows'][0]['contender']}, times llama.cpp on the same bits, "
+        "both in the same rounds",
         title_justify="left",
         box=None,
         pad_edge=False,

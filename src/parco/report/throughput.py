@@ -21,8 +21,9 @@ def tables(report: Report) -> list[Table]:
     for shape in dict.fromkeys(row["shape"] for row in report["rows"]):
         mine = [row for row in report["rows"] if row["shape"] == shape]
         layers = f", {mine[0]['layers']} layers" if mine[0]["layers"] > 1 else ""
+        shown = "time, times PyTorch's bf16 in the same rounds, share of peak"
         table = Table(
-            title=f"{shape[0]} outputs x {shape[1]} inputs{layers}: time, times PyTorch's bf16, share of peak",
+            title=f"{shape[0]} outputs x {shape[1]} inputs{layers}: {shown}",
             title_justify="left",
             box=None,
             pad_edge=False,
