@@ -120,7 +120,7 @@ def test_the_command_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixt
     ]
     assert cli.main([*words, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "64 outputs x 96 inputs, 2 layers" in printed
+    assert "64 outputs x 96 inputs, 2 layers: time, times PyTorch's bf16 in the same rounds" in printed
     assert "parco int4:32" in printed
     saved = json.loads((out / "bench.json").read_text())
     assert {tuple(row["shape"]): row["layers"] for row in saved["rows"]} == {(64, 96): 2, (32, 64): 1}

@@ -137,6 +137,9 @@ def test_the_page_shows_every_run(tmp_path: Path) -> None:
     assert "int8" in page and not re.search(r"<script[^>]+src=", page)
     alone = curves.figure(runs[:1], gaps(runs[:1]))
     assert [trace.name for trace in alone.data] == ["held out", "training"]
+    titles = [(drawn.layout.xaxis.title.text, drawn.layout.yaxis.title.text) for drawn in (figure, alone)]
+    losses = ("held-out loss, nats per token", "loss, nats per token")
+    assert titles == [("tokens trained on", loss) for loss in losses], "alone both losses are on one axis"
     row = {"step": 5, "product": "output", "operand": "x", "median_snr_db": 30.0, "worst_snr_db": 20.0}
     row |= {"worst_layer": "<i>layer", "underflow": 0.25, "saturated": 0.0}
     watched = curves.figure([runs[0] | {"watched": [row]}], gaps(runs[:1])).data[-1]

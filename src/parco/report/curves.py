@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from parco.trainer import Gap, RunResult, SoFar, TuneResult
 
 _COLORS = ("#3d6fb6", "#d1652b", "#3f8f4f", "#b03a4c", "#7a5ca8", "#8a6a4f", "#c46fa8", "#6b6b6b", "#a8a033", "#3aa0a8")
+_TOKENS = "tokens trained on"
 
 
 def run_table(run: RunResult) -> Table:
@@ -143,8 +144,9 @@ def _add_losses(drawn: Any, runs: Sequence[RunResult], colors: Mapping[str, str]
     if len(runs) == 1:
         x, y = _tokens(runs[0], runs[0]["train"])
         drawn.add_trace(graph.Scatter(x=x, y=y, mode="lines", name="training", line={"color": "#9a9a9a"}), 1, 1)
-    drawn.update_yaxes(title="held-out loss, nats per token", row=1, col=1)
-    drawn.update_xaxes(title="tokens", row=1, col=1)
+    judged = "loss" if len(runs) == 1 else "held-out loss"
+    drawn.update_yaxes(title=f"{judged}, nats per token", row=1, col=1)
+    drawn.update_xaxes(title=_TOKENS, row=1, col=1)
 
 
 def _look(run: RunResult, colors: Mapping[str, str]) -> dict[str, Any]:
@@ -173,7 +175,7 @@ def _add_gaps(drawn: Any, runs: Sequence[RunResult], first: str, colors: Mapping
             look = _look(run, colors) | {"showlegend": False}
             drawn.add_trace(graph.Scatter(x=x, y=y, mode="lines+markers", **look), 2, 1)
     drawn.update_yaxes(title=f"loss beside {first}, %", zeroline=True, row=2, col=1)
-    drawn.update_xaxes(title="tokens", row=2, col=1)
+    drawn.update_xaxes(title=_TOKENS, row=2, col=1)
 
 
 def _add_bars(drawn: Any, gaps: Sequence[Gap], colors: Mapping[str, str]) -> None:
@@ -210,4 +212,4 @@ def _add_watched(drawn: Any, run: RunResult) -> None:
         )
         drawn.add_trace(trace, 2, 1)
     drawn.update_yaxes(title="signal to noise of the worst layer, dB", row=2, col=1)
-    drawn.update_xaxes(title="tokens", row=2, col=1)
+    drawn.update_xaxes(title=_TOKENS, row=2, col=1)
