@@ -106,6 +106,18 @@ def test_on_a_terminal_every_stage_has_a_bar_that_ends_full():
     assert [task.fields["time"][-1:] for task in bars.tasks] == ["s", "s", ""]
 
 
+def test_on_a_terminal_steps_of_a_minute_have_a_time_left_too(monkeypatch: pytest.MonkeyPatch):
+    now = 1000.0
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now)
+    bars = Bars(console=Console(file=io.StringIO(), force_terminal=True))
+    drawn = terminal.Drawn(bars)
+    drawn.stage("train", total=10, done=4)
+    for left in ("5 min", "4 min"):
+        now += 60.0
+        drawn.advance()
+        assert bars.tasks[0].fields["time"].startswith(f"about {left}")
+
+
 def test_warnings_go_to_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], restored_logging: None
 ):

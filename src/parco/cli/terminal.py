@@ -108,24 +108,50 @@ def progress() -> Generator[Progress]:
         drawn.close()
 
 
+class _Rate:
+    """How fast a stage goes, by marks that are made now and then."""
+
+    def __init__(self, done: int) -> None:
+        self._marks: deque[tuple[float, int]] = deque([(time.monotonic(), done)], maxlen=LINES_OF_A_RATE)
+
+    def is_due(self) -> bool:
+        """Whether it is time for a mark, and for a line."""
+        return time.monotonic() - self._marks[-1][0] >= SECONDS_BETWEEN_LINES
+
+    def mark(self, done: int) -> None:
+        self._marks.append((time.monotonic(), done))
+
+    def left(self, done: int, total: int | None) -> str:
+        """The time that the rest takes, or nothing where it cannot be told."""
+        then, before = self._marks[0]
+        if not total or done <= before:
+            return ""
+        seconds = (time.monotonic() - then) / (done - before) * (total - done)
+        return f"about {duration(float(math.ceil(seconds)))} left"
+
+
 class Drawn:
     """Progress on a terminal: a bar for every stage, with the time left while it runs and the time taken afterwards."""
 
     def __init__(self, bars: Bars) -> None:
         self._bars = bars
         self._task: TaskID | None = None
+        self._rate = _Rate(0)
 
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         self.close()
+        self._rate = _Rate(done)
         self._task = self._bars.add_task(name, total=total, completed=done, time="", shown="")
 
     def advance(self, n: int = 1) -> None:
         if self._task is None:
             return
         self._bars.advance(self._task, n)
-        left = self._bars.tasks[self._task].time_remaining
-        if left:
-            self._bars.update(self._task, time=f"about {duration(left)} left")
+        task = self._bars.tasks[self._task]
+        total = None if task.total is None else int(task.total)
+        self._bars.update(self._task, time=self._rate.left(int(task.completed), total))
+        if self._rate.is_due():
+            self._rate.mark(int(task.completed))
 
     def note(self, text: str) -> None:
         self._bars.console.print(text, style="dim")
@@ -151,29 +177,24 @@ class Lines:
         self._total: int | None = None
         self._done = 0
         self._start = self._began = time.monotonic()
-        self._marks: deque[tuple[float, int]] = deque(maxlen=LINES_OF_A_RATE)
+        self._rate = _Rate(0)
         self._held: list[str] = []
 
     def stage(self, name: str, total: int | None = None, done: int = 0) -> None:
         self._finish()
         self._name, self._total, self._done, self._shown = name, total, done, ""
         self._began = time.monotonic()
-        self._marks.clear()
-        self._marks.append((self._began, done))
+        self._rate = _Rate(done)
         self._say(f"{name}: {total} steps" if total else name)
 
     def advance(self, n: int = 1) -> None:
         self._done += n
-        now = time.monotonic()
-        if not self._marks or now - self._marks[-1][0] < SECONDS_BETWEEN_LINES:
+        if not self._name or not self._rate.is_due():
             return
-        then, before = self._marks[0]
-        self._marks.append((now, self._done))
-        left = ""
-        if self._total and self._done > before:
-            seconds = (now - then) / (self._done - before) * (self._total - self._done)
-            left = f" of {self._total}, about {duration(float(math.ceil(seconds)))} left"
-        self._say(f"{self._name}: {self._done}{left}" + (f"; {self._shown}" if self._shown else ""))
+        left = self._rate.left(self._done, self._total)
+        self._rate.mark(self._done)
+        told = f"{self._done} of {self._total}, {left}" if left else str(self._done)
+        self._say(f"{self._name}: {told}" + (f"; {self._shown}" if self._shown else ""))
 
     def note(self, text: str) -> None:
         self._say(text)
