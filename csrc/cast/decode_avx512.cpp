@@ -2,6 +2,7 @@
 // scaled. Ends of rows are left to decode_engine.h.
 #include "cast/decode_engine.h"
 #include "linear/avx512.h"
+#include "linear/deposit.h"
 
 namespace parco::cast {
 namespace {
@@ -15,9 +16,7 @@ constexpr std::int64_t step = 64;
 // What cuts 64 codes of `bits` bits from their bytes.
 struct Cut {
   explicit Cut(int bits)
-      : bits(bits),
-        bytes(bits == 8 ? ~0ull : (1ull << 8 * bits) - 1),
-        places(((1u << bits) - 1) * 0x0101010101010101u) {}
+      : bits(bits), bytes(bits == 8 ? ~0ull : (1ull << 8 * bits) - 1), places(linear::bytes_of(bits)) {}
 
   __m512i codes(const std::uint8_t* from) const {
     if (bits == 8) return _mm512_loadu_si512(from);
@@ -27,12 +26,7 @@ struct Cut {
     }
     alignas(64) std::uint8_t held[64];
     _mm512_store_si512(held, _mm512_maskz_loadu_epi8(bytes, from));
-    const auto eight = [&](int i) {
-      std::uint64_t window;
-      std::memcpy(&window, held + i * bits, 8);
-      return static_cast<long long>(_pdep_u64(window, places));
-    };
-    return _mm512_set_epi64(eight(7), eight(6), eight(5), eight(4), eight(3), eight(2), eight(1), eight(0));
+    return linear::deposit_eight(held, bits, places);
   }
 
   int bits;

@@ -1,5 +1,5 @@
-// One row of x as int8 for AVX-512: the same codes, scale and sums as quantize_row_to_bytes, 64
-// values at a time. Unnamed: see floats.h.
+// One row of x as int8 for AVX-512: the same codes, scale and sums as quantize_row_to_bytes, 64 values at a time.
+// Unnamed: see floats.h.
 #pragma once
 #include "linear/int_avx512.h"
 

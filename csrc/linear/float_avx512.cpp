@@ -1,6 +1,8 @@
 // The fp32 product for AVX-512: 16 numbers to a vector.
 #include "linear/float_avx512.h"
 
+#include "linear/deposit.h"
+
 namespace parco::linear {
 namespace {
 
@@ -31,13 +33,7 @@ struct E3m2 : E3m2Bytes {
   __m512i codes(__m512i stream) const {
     alignas(64) std::uint8_t held[64];
     _mm512_store_si512(held, stream);
-    const auto eight = [&](int i) {
-      std::uint64_t window;
-      std::memcpy(&window, held + 6 * i, 8);
-      return static_cast<long long>(_pdep_u64(window, 0x3f3f3f3f3f3f3f3fu));
-    };
-    const __m512i bytes =
-        _mm512_set_epi64(eight(7), eight(6), eight(5), eight(4), eight(3), eight(2), eight(1), eight(0));
+    const __m512i bytes = deposit_eight(held, 6, bytes_of(6));
     return find(_mm512_and_si512(bytes, _mm512_set1_epi8(15)), _mm512_srli_epi32(bytes, 4));
   }
   static __m512i halves(__m512i words) { return E5m2::halves(words); }

@@ -27,17 +27,13 @@ struct Words256 : avx2::Arithmetic, Words<Words256> {
   static I multiply(I a, I b) { return _mm256_mullo_epi32(a, b); }
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   static I load_packed(const void* from) { return _mm256_loadu_si256(static_cast<const I*>(from)); }
+  // Up by `shift` bits, or down.
   template <int shift>
-  static I words_down(I a) {
-    return _mm256_srli_epi16(a, shift);
-  }
-  template <int shift>
-  static I dwords_down(I a) {
-    return _mm256_srli_epi32(a, shift);
-  }
-  template <int shift>
-  static I dwords_up(I a) {
-    return _mm256_slli_epi32(a, shift);
+  static I moved_dwords(I a) {
+    if constexpr (shift > 0)
+      return _mm256_slli_epi32(a, shift);
+    else
+      return _mm256_srli_epi32(a, -shift);
   }
 
   static constexpr int streams(int all) { return all == 1 ? 4 : all == 2 ? 2 : 1; }
@@ -103,7 +99,7 @@ struct Words256 : avx2::Arithmetic, Words<Words256> {
           per_quadword(2 * unit),
           mapped(call.table),
           row_bytes(plan.row_bytes),
-          places(places_of(bits, unit == 8)),
+          places(unit == 8 ? nibbles_of(bits) : bytes_of(bits)),
           lookup(call) {}
 
     I map(I codes) const { return bits <= 4 ? lookup.map<false>(codes) : lookup.map<true>(codes); }
@@ -119,8 +115,8 @@ struct Words256 : avx2::Arithmetic, Words<Words256> {
         const I words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
         return map(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)));
       }
-      const auto eight = [&](int i) { return static_cast<long long>(eight_bytes(from + step * i, places)); };
-      const I codes = _mm256_set_epi64x(eight(3), eight(2), eight(1), eight(0));
+      const auto at = [&](int i) { return deposit(from + step * i, places); };
+      const I codes = _mm256_set_epi64x(at(3), at(2), at(1), at(0));
       return mapped ? map(codes) : codes;
     }
 

@@ -14,17 +14,13 @@ struct Words512 : Int512, Words<Words512> {
   // Codes in `a` of up to 7 bits: two products with bytes of at most 127 fit in 16.
   static I dot_bytes(I sum, I a, I b) { return add(sum, pair_sums(_mm512_maddubs_epi16(a, b))); }
   static I load_packed(const void* from) { return _mm512_loadu_si512(from); }
+  // Up by `shift` bits, or down.
   template <int shift>
-  static I words_down(I a) {
-    return _mm512_srli_epi16(a, shift);
-  }
-  template <int shift>
-  static I dwords_down(I a) {
-    return _mm512_srli_epi32(a, shift);
-  }
-  template <int shift>
-  static I dwords_up(I a) {
-    return _mm512_slli_epi32(a, shift);
+  static I moved_dwords(I a) {
+    if constexpr (shift > 0)
+      return _mm512_slli_epi32(a, shift);
+    else
+      return _mm512_srli_epi32(a, -shift);
   }
 
   static constexpr int streams(int sums) { return sums <= 2 ? 4 : sums <= 4 ? 2 : 1; }
@@ -63,7 +59,7 @@ struct Words512 : Int512, Words<Words512> {
           unit(plan.unit),
           mapped(call.table),
           row_bytes(plan.row_bytes),
-          places(places_of(bits, unit == 8)),
+          places(unit == 8 ? nibbles_of(bits) : bytes_of(bits)),
           lookup(call) {}
 
     I map(I codes) const { return bits <= 4 ? lookup.map<false>(codes) : lookup.map<true>(codes); }
@@ -82,8 +78,7 @@ struct Words512 : Int512, Words<Words512> {
         return map(either(words, _mm512_slli_epi16(words, 4)));
       }
       if (!mapped && (bits == 4 || bits == 8)) return _mm512_loadu_si512(from);
-      const auto eight = [&](int i) { return static_cast<long long>(eight_bytes(from + step * i, places)); };
-      const I codes = _mm512_set_epi64(eight(7), eight(6), eight(5), eight(4), eight(3), eight(2), eight(1), eight(0));
+      const I codes = deposit_eight(from, step, places);
       return mapped ? map(codes) : codes;
     }
 

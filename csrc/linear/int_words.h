@@ -2,6 +2,7 @@
 // the vector type (int_engine.h), which derives from Words<V> and adds what its instructions are called; I are its
 // vectors. Everything is unnamed (see floats.h).
 #pragma once
+#include "linear/deposit.h"
 #include "linear/int_engine.h"
 
 namespace parco::linear {
@@ -14,12 +15,12 @@ struct Words {
   template <bool nibbles, class I>
   static I pairs(I dword, int shift, int) {
     if constexpr (nibbles) {
-      if (shift == 3) return V::template words_down<12>(dword);
+      if (shift == 3) return V::template moved<-12>(dword);
       const I low = V::set(0x000f000f);
       if (shift == 0) return V::both(dword, low);
-      return V::both(shift == 1 ? V::template words_down<4>(dword) : V::template words_down<8>(dword), low);
+      return V::both(shift == 1 ? V::template moved<-4>(dword) : V::template moved<-8>(dword), low);
     }
-    return shift ? V::template words_down<8>(dword) : V::both(dword, V::set(0x00ff00ff));
+    return shift ? V::template moved<-8>(dword) : V::both(dword, V::set(0x00ff00ff));
   }
 
   // One block of `all` rows of words against its dwords of codes.
@@ -71,7 +72,7 @@ struct Words {
                           I* to) {
     for (std::int32_t d = 0; d < dwords; d++) {
       const I stored = V::load_packed(panel + (first + d) / 2 * panel_rows * 4);
-      const I half = (first + d) % 2 ? V::template dwords_down<16>(stored) : stored;
+      const I half = (first + d) % 2 ? V::template moved_dwords<-16>(stored) : stored;
       const I bytes = spread<8>(V::both(half, V::set(0xffff)), 0x00ff00ff);
       const I nibbles = spread<4>(bytes, 0x0f0f0f0f);
       V::store(to + d, reader.mapped ? reader.map(nibbles) : spread<2>(nibbles, 0x33333333));
@@ -81,18 +82,7 @@ struct Words {
   // The upper half of every field that `mask` is to hold goes `shift` up.
   template <int shift, class I>
   static I spread(I fields, int mask) {
-    return V::both(V::either(fields, V::template dwords_up<shift>(fields)), V::set(mask));
-  }
-
-  // Codes of `bits` bits from where they begin, as nibbles or bytes: eight bytes of them, `places` the bits they take.
-  static std::uint64_t eight_bytes(const std::uint8_t* from, std::uint64_t places) {
-    std::uint64_t window;
-    std::memcpy(&window, from, 8);
-    return _pdep_u64(window, places);
-  }
-  static std::uint64_t places_of(int bits, bool nibbles) {
-    const std::uint64_t code = (1u << bits) - 1;
-    return code * (nibbles ? 0x1111111111111111u : 0x0101010101010101u);
+    return V::both(V::either(fields, V::template moved_dwords<shift>(fields)), V::set(mask));
   }
 };
 

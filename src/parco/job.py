@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 DEFAULT_LOSS = 0.02
 GENERATED = 4
 """Windows that a foreign model without data writes for its own calibration."""
-PAGES = ("result.json", "report.html")
-"""What a fit leaves beside its model, besides the plan."""
 
 
 def fit(
@@ -74,7 +72,7 @@ def fit(
     text = None if data is None else texts.read(Path(data))
     folder = Path(out).expanduser() if out is not None else default_folder(model, kind, value)
     folder = folder if folder.name not in ("", "..") else folder.resolve()
-    hub.refuse_foreign(folder, PAGES)
+    hub.refuse_foreign(folder, hub.PAGES)
     source = hub.embedded_path() if model is None else model
     command = _command(model, data, kind, value, methods, heal, out, seed)
     told = progress or Silent()
@@ -142,7 +140,7 @@ def _run(
         pages = Path(temporary)
         write_json(pages / "result.json", result)
         report.write(result, pages / "report.html")
-        extra = {name: pages / name for name in PAGES}
+        extra = {name: pages / name for name in hub.PAGES}
         hub.save(chosen.model, tokenizer, folder, plan=plan, extra=extra)
     progress.advance()
     return result

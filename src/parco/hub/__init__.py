@@ -8,10 +8,11 @@ from parco.hub.gguf import save_gguf
 from parco.hub.gguf_read import read_gguf
 from parco.hub.load import Loaded, load, locate
 from parco.hub.registration import register
-from parco.hub.save import attach, refuse_foreign, save
+from parco.hub.save import PAGES, attach, refuse_foreign, save
 from parco.hub.shipped import Texts, embedded_path, embedded_texts
 
 __all__ = [
+    "PAGES",
     "Exported",
     "Loaded",
     "Texts",

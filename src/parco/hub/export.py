@@ -11,15 +11,13 @@ from parco.hub.compressed import save_compressed
 from parco.hub.dense import save_dense
 from parco.hub.gguf import check_type, save_gguf
 from parco.hub.load import load
-from parco.hub.save import refuse_foreign, save
+from parco.hub.save import PAGES, refuse_foreign, save
 from parco.nn import saved
 from parco.weights import Quantized
 
 TARGETS = ("parco", "compressed-tensors", "gguf")
 
 _PLAN = "plan.json"
-_PAGES = ("report.html", "result.json")
-"""What lies beside a fitted model, besides its plan."""
 
 
 class Exported(TypedDict):
@@ -107,7 +105,7 @@ def _left_by_a_fit(source: Path) -> dict[str, Path]:
     """The plan that a fit left beside the model, and its pages."""
     if not (source / _PLAN).is_file():
         return {}
-    return {name: source / name for name in (_PLAN, *_PAGES) if (source / name).is_file()}
+    return {name: source / name for name in (_PLAN, *PAGES) if (source / name).is_file()}
 
 
 def _refuse_other_file(target: Path) -> None:

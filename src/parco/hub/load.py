@@ -75,7 +75,7 @@ def load(
     for a GGUF file without the library `gguf`."""
     wanted = _dtype(dtype)
     folder = _resolve(name_or_path)
-    if folder.suffix.lower() == ".gguf" and folder.is_file():
+    if _is_gguf(folder):
         loaded = _load_gguf(folder, wanted)
         if not low_memory:
             _own(loaded.model)
@@ -109,9 +109,13 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     is downloaded. Raises what `load` raises where no model is there.
     """
     place = _resolve(name_or_path)
-    if place.suffix.lower() != ".gguf" or not place.is_file():
+    if not _is_gguf(place):
         checks.check_folder(place)
     return place
+
+
+def _is_gguf(place: Path) -> bool:
+    return place.suffix.lower() == ".gguf" and place.is_file()
 
 
 def _load_gguf(file: Path, dtype: torch.dtype | str) -> Loaded:

@@ -30,7 +30,10 @@ SHARD_BYTES = 4_000_000_000
 Content = str | bytes | Path
 
 RESULT = "result.json"
-"""What a fit measured. It is of one model: beside another it would be wrong, and to make it again takes a fit."""
+PAGES = ("report.html", RESULT)
+"""What a fit leaves beside its model and plan. The last is what it measured, of one model: beside another it would be
+wrong, and to make it again takes a fit.
+"""
 
 MARK = {"saved_by": "parco"}
 """Metadata of weights whose configuration does not say it."""
