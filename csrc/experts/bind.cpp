@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <stdexcept>
 
 #include "experts/mixture.h"
@@ -16,9 +17,12 @@ using parco::linear::Chain;
 namespace {
 
 Block make_block(const std::string& isa, const std::vector<Chain>& gate_up, const Chain& down, bool gated,
-                 int activation) {
+                 int activation, float limit, float slope, float raised) {
+  const bool is_plain = std::isinf(limit) && slope == 1.0f && raised == 0.0f;
+  std::optional<parco::rowwise::Cut> cut;
+  if (!is_plain) cut = parco::rowwise::Cut{limit, slope, raised};
   const Block block{gate_up, down, gated, static_cast<parco::rowwise::Activation>(activation),
-                    parco::rowwise::operations_of(isa)};
+                    parco::rowwise::operations_of(isa), cut};
   std::int64_t outputs = 0;
   for (const Chain& chain : gate_up) {
     if (chain.columns() != block.columns() || chain.type != block.type())
@@ -73,7 +77,7 @@ void run_mixture(const Mixture& mixture, std::uintptr_t x, std::uintptr_t y, int
 void bind_experts(nb::module_& module) {
   nb::class_<Block>(module, "Block", "A feed-forward block; csrc/experts/experts.h.")
       .def(nb::new_(&make_block), nb::kw_only(), nb::arg("isa"), nb::arg("gate_up"), nb::arg("down"), nb::arg("gated"),
-           nb::arg("activation"));
+           nb::arg("activation"), nb::arg("limit"), nb::arg("slope"), nb::arg("raised"));
   nb::class_<Mixture>(module, "Mixture", "Blocks and what chooses among them; csrc/experts/mixture.h.")
       .def(nb::new_(&make_mixture), nb::kw_only(), nb::arg("blocks"), nb::arg("router"), nb::arg("choices"),
            nb::arg("normalized"), nb::arg("shared").none(), nb::arg("shared_gate").none());

@@ -110,7 +110,8 @@ void run(const Block& block, const void* x, void* y, std::int64_t rows, char* ro
   const bool together = block.gate_up.size() == 1;
   const char* const up = block.gated ? gate + bytes_of(together ? inner : rows * inner, type) : nullptr;
   const std::int64_t stride = block.gated && together ? 2 * inner : inner;
-  block.rowwise.gate({gate, up, gated, inner, block.activation, type, threads, rows, stride});
+  const rowwise::Cut* const cut = block.cut ? &*block.cut : nullptr;
+  block.rowwise.gate({gate, up, gated, inner, block.activation, type, threads, rows, stride, cut});
   linear::run(block.down, gated, y, rows, threads);
 }
 

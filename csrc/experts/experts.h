@@ -4,6 +4,7 @@
 // Rows of one block are multiplied together. What stands between two products is rounded to the type of x, as it is
 // where each is an operation of its own; the weighted sum is fp32, in the order of a row's choices, and rounded once.
 #pragma once
+#include <optional>
 #include <vector>
 
 #include "linear/chain.h"
@@ -21,6 +22,7 @@ struct Block {
   bool gated;
   rowwise::Activation activation;
   rowwise::Operations rowwise;
+  std::optional<rowwise::Cut> cut;  // of gate and up
 
   std::int64_t columns() const { return down.outputs(); }
   std::int64_t inner() const { return down.columns(); }

@@ -34,6 +34,12 @@ struct NormGrad {
 };
 constexpr std::int64_t rows_of_a_sum = 64;
 
+// With these a gate is cut to `limit` and up to [-limit, limit], which is then `raised`, and the activation is that of
+// slope * gate, over the slope (gpt-oss).
+struct Cut {
+  float limit, slope, raised;
+};
+
 // y = activation(gate) * up, `count` numbers; without `up` the activation alone. Of several rows those of gate and up
 // begin `stride` numbers apart, and those of y follow one another.
 struct Gate {
@@ -44,6 +50,7 @@ struct Gate {
   Type type;
   int threads;
   std::int64_t rows = 1, stride = 0;
+  const Cut* cut = nullptr;
 };
 
 // Of a gate and the gradient of its y: those of gate and up.

@@ -60,11 +60,20 @@ void norm_rows(const Norm& call, std::int64_t first, std::int64_t last) {
 template <class V, Type type, Activation activation>
 void gate_part(const Gate& call, std::int64_t row, std::int64_t first, std::int64_t last) {
   const std::int64_t from = row * call.stride + first, to = row * call.count + first;
-  each_vector<V>(last - first, [&](std::int64_t k, int count) {
-    typename V::F value = activate<V, activation>(V::template load<type>(call.gate, from + k, count));
-    if (call.up) value = V::multiply(value, V::template load<type>(call.up, from + k, count));
-    V::template store<type>(call.y, to + k, count, value);
-  });
+  using F = typename V::F;
+  const auto run = [&](const auto& of_gate, const auto& of_up) {
+    each_vector<V>(last - first, [&](std::int64_t k, int count) {
+      F value = activate<V, activation>(of_gate(V::template load<type>(call.gate, from + k, count)));
+      if (call.up) value = V::multiply(value, of_up(V::template load<type>(call.up, from + k, count)));
+      V::template store<type>(call.y, to + k, count, value);
+    });
+  };
+  const auto same = [](F value) { return value; };
+  if (!call.cut) return run(same, same);
+  const F limit = V::set(call.cut->limit), least = V::set(-call.cut->limit), slope = V::set(call.cut->slope);
+  const F raised = V::set(call.cut->raised), inverse = V::set(1.0f / call.cut->slope);
+  run([&](F gate) { return V::multiply(V::min(gate, limit), slope); },
+      [&](F up) { return V::multiply(V::add(V::max(V::min(up, limit), least), raised), inverse); });
 }
 
 template <class V, Type type>

@@ -114,7 +114,7 @@ def embedding_generic(settled: CodedCall, indices: int, codes: int, scale: int, 
 class Block:
     """A feed-forward block; csrc/experts/experts.h."""
 
-    def __init__(self, *, isa: str, gate_up: Sequence[Chain], down: Chain, gated: bool, activation: int) -> None: ...
+    def __init__(self, *, isa: str, gate_up: Sequence[Chain], down: Chain, gated: bool, activation: int, limit: float, slope: float, raised: float) -> None: ...
 
 class Mixture:
     """Blocks and what chooses among them; csrc/experts/mixture.h."""

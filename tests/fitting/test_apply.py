@@ -98,6 +98,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(calibrated: Cali
 @pytest.mark.parametrize(("architecture", "changes"), [
     ("gpt2", {"n_embd": 48, "n_layer": 2, "n_head": 3, "n_positions": 32, "tie_word_embeddings": True}),
     ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 56}),
+    ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 56, "sliding_window": 8}),
 ])  # fmt: skip
 def test_tied_embeddings_and_experts(
     architecture: str, changes: dict[str, Any], calibrated: Calibrated, tmp_path: Path

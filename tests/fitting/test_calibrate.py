@@ -23,6 +23,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "gemma": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": 8},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 56},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 56, "sliding_window": 8},
     # Its blocks return tuples.
     "gpt_neo": {
         "num_hidden_layers": 5,

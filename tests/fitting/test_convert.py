@@ -62,7 +62,9 @@ def test_the_conversion_prints_what_was_done() -> None:
     assert f"{done.after:,}" in lines[-1]
 
 
-@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "phi3", "gpt-neox", "gemma", "qwen2-moe", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama tied", "gpt2", "phi3", "gpt-neox", "gemma", "qwen2-moe", "mixtral", "gpt-oss"]
+)
 def test_the_default_takes_the_linears_of_the_blocks(name: str) -> None:
     made = model(name)
     before = logits(made)

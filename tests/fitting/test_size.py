@@ -17,6 +17,10 @@ MODELS = {
     "llama": ("llama", {}),
     "tied": ("llama", {"tie_word_embeddings": True}),
     "gpt2": ("gpt2", {"n_embd": 48, "n_layer": 2, "n_head": 3, "n_positions": 32}),
+    "gpt_oss": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 56, "sliding_window": 8},
+    ),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 56}),
 }
 SLACK = 12

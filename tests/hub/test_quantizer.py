@@ -89,7 +89,7 @@ def test_composed_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
     assert not any(value.requires_grad for name, value in again.named_parameters() if "_proj.weight." in name)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt_oss"])
 def test_products_come_back(architecture: str, tmp_path: Path) -> None:
     made = tiny.store(tiny.model(architecture))
     plain = tiny.logits(made)
@@ -112,7 +112,7 @@ def test_another_dtype_changes_what_is_computed_not_what_is_stored(tmp_path: Pat
     torch.testing.assert_close(tiny.logits(again), tiny.logits(made).float(), atol=0.1, rtol=0.1)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mixtral", "gpt_oss"])
 def test_saved_again_through_save_pretrained(architecture: str, tmp_path: Path) -> None:
     made = tiny.store(tiny.model(architecture))
     first = reload(hub.save(made, tiny.tokenizer(), tmp_path / "out"))

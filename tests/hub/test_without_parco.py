@@ -34,6 +34,7 @@ CASES = {
     "only a tied embedding": ("qwen2", None, "int8:row"),
     "gpt2": ("gpt2", "int4:32", "int8:row"),
     "mixtral": ("mixtral", "int4:32", None),
+    "gpt-oss": ("gpt_oss", "int4:32", None),
     "experts": ("qwen3_moe", "int4:32", "int8:row"),
 }
 

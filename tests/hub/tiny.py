@@ -52,6 +52,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {
         **_COMMON, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 30,
     },
+    "gpt_oss": {**_COMMON, **_EXPERTS, "intermediate_size": 56, "num_local_experts": 4, "sliding_window": 16},
     "qwen3_moe": {**_COMMON, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24},
 }  # fmt: skip
 

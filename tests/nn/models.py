@@ -37,6 +37,10 @@ CONFIGS = {
     "mixtral": lambda: t.MixtralConfig(**COMMON, num_local_experts=5),
     "qwen2-moe": lambda: t.Qwen2MoeConfig(**COMMON, **MIXTURE, shared_expert_intermediate_size=40, mlp_only_layers=[1]),
     "qwen3-moe": lambda: t.Qwen3MoeConfig(**COMMON, **MIXTURE, **HEADS),
+    "gpt-oss": lambda: t.GptOssConfig(
+        **COMMON, **HEADS, num_local_experts=5, num_experts_per_tok=2, sliding_window=6,
+        rope_parameters={"rope_type": "default", "rope_theta": 150000.0},
+    ),
     "opt": lambda: t.OPTConfig(
         vocab_size=101, hidden_size=48, ffn_dim=88, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0,

@@ -15,6 +15,7 @@ KINDS = {
     "phi3": ["embed", "out", "qkv", "gate_up", "down", "head"],
     "mixtral": ["embed", "qkv", "out", "experts_gate_up", "experts_down", "head"],
     "qwen3-moe": ["embed", "qkv", "out", "experts_gate_up", "experts_down", "head"],
+    "gpt-oss": ["embed", "qkv", "out", "experts_gate_up", "experts_down", "head"],
     "qwen2-moe": [
         "embed", "qkv", "out", "experts_gate_up", "experts_down", "gate_up", "down", "router", "head",
     ],
@@ -45,7 +46,8 @@ def test_groups_hold_all_large_parameters(name):
         for member in group.members
     }
     rest = {n for n, p in made.named_parameters() if p.dim() > 1 and id(p) not in held}
-    assert all(n.endswith(("mlp.gate.weight", "wpe.weight", "embed_positions.weight")) for n in rest)
+    small = ("mlp.gate.weight", "router.weight", "_proj_bias", "wpe.weight", "embed_positions.weight")
+    assert all(n.endswith(small) for n in rest)
 
 
 def test_blocks_are_the_decoder_layers(name):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.laws.kernel_laws import forget_choices
 from tests.laws.weight_laws import stored_tensors
 from tests.nn import models
 from tests.nn.conftest import Calls
@@ -15,7 +16,7 @@ from tests.nn.test_decode import TOKENS, agree, last, low_rank, steps
 from tests.nn.test_fuse import apart
 
 import parco
-from parco import _C, nn
+from parco import _C, machine, nn
 from parco.nn import fuse_, mixture, parts
 from parco.weights import Dense, Quantized, SemiSparse
 
@@ -490,10 +491,6 @@ def test_copies_compute_alike_and_keep_no_addresses(runs: Calls) -> None:
 
 
 def test_every_instruction_set(monkeypatch: pytest.MonkeyPatch, runs: Calls) -> None:
-    from tests.laws.kernel_laws import forget_choices
-
-    from parco import machine
-
     plain, fused = pair("int4:16")
     x, (index, weights) = torch.randn(9, 48), routes(9)
     try:
@@ -507,3 +504,56 @@ def test_every_instruction_set(monkeypatch: pytest.MonkeyPatch, runs: Calls) -> 
     finally:
         monkeypatch.delenv("PARCO_ISA")
         forget_choices()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("stored", ["fp32", "int4:16", "mxfp4"])
+def test_experts_of_gpt_oss_are_one_call_once_they_are_stored(
+    stored: str, tokens: int, runs: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gate and up cut at their limits, and biases, by every instruction set; and a NaN goes through."""
+    made = models.model("gpt-oss")
+    plain = fuse_(made)
+    assert "convert them first" in plain.left["model.layers.0.mlp.experts"]
+    made = models.model("gpt-oss")
+    parco.convert_(made, stored)
+    whole = copy.deepcopy(made).model.layers[0].mlp.experts
+    assert len(fuse_(made).fused["experts"]) == 2
+    fused = made.model.layers[0].mlp.experts
+    x, (index, weights) = 30 * torch.randn(tokens, 48), routes(tokens)
+    gate_up = whole.gate_up_proj[int(index[0, 0])](x[:1])
+    assert gate_up.abs().max() > 7
+    try:
+        for isa in machine.detect().isas:
+            monkeypatch.setenv("PARCO_ISA", isa)
+            forget_choices()
+            runs.clear()
+            with torch.inference_mode():
+                assert apart(fused(x, index, weights), whole(x, index, weights)) < 2e-6, isa
+                many = stored == "fp32" and tokens == 40  # rows of fp32, which are PyTorch's
+                assert runs == ([] if many else [tokens])
+                y = fused(x.clone().index_fill_(0, torch.tensor([0]), torch.nan), index, weights)
+            assert y[0].isnan().all()
+            assert y[1:].isfinite().all()
+    finally:
+        monkeypatch.delenv("PARCO_ISA")
+        forget_choices()
+
+
+def test_a_bias_that_is_replaced_is_seen(runs: Calls) -> None:
+    made = models.model("gpt-oss")
+    parco.convert_(made, "int4:16")
+    fuse_(made)
+    fused = made.model.layers[0].mlp.experts
+    x, (index, weights) = torch.randn(2, 48), routes(2)
+    with torch.inference_mode():
+        before = fused(x, index, weights)
+        runs.clear()
+        fused.down_proj_bias.add_(1.0)
+        torch.testing.assert_close(fused(x, index, weights), before + weights.sum(1, keepdim=True))
+        fused.down_proj_bias = torch.nn.Parameter(fused.down_proj_bias - 1.0)
+        torch.testing.assert_close(fused(x, index, weights), before)
+        assert runs == [2, 2]
+        fused.down_proj_bias = None
+        assert apart(fused(x, index, weights), before) > 1e-3
+        assert runs == [2, 2, 2]

@@ -31,7 +31,12 @@ def with_dense_copies(made, stored):
     """`made` with the matrices that `stored` stands for written into its own parameters."""
     for group in nn.groups(stored):
         for member in group.members:
-            nn.matrix(made, member).copy_(nn.matrix(stored, member))
+            where, matrix = nn.site(made, member), nn.matrix(stored, member)
+            if "gate_up_proj[" in member and not where.module.is_concatenated:  # rows of gate and up alternate
+                columns = where.module.gate_up_proj[where.expert[1]].detach()
+                columns[:, ::2], columns[:, 1::2] = (half.T for half in matrix.chunk(2))
+            else:
+                nn.matrix(made, member).copy_(matrix)
     return made
 
 
@@ -159,6 +164,39 @@ def test_experts_equal_transformers(implementation):
     experts = made.model.layers[0].mlp.experts
     assert isinstance(experts, Experts)
     torch.testing.assert_close(experts(x, index, weights), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_experts_of_gpt_oss_cut_gate_and_up_and_add_their_biases(implementation):
+    """Inputs so large that both limits are met."""
+    made = model("gpt-oss")
+    reference = made.model.layers[0].mlp.experts
+    reference.config._experts_implementation = implementation
+    x, index = 30 * torch.randn(7, 48), torch.tensor([[0, 3], [3, 1], [0, 1], [4, 3], [1, 0], [3, 0], [4, 0]])
+    weights = torch.rand(7, 2)
+    gate_up = torch.cat([x @ reference.gate_up_proj[3] + reference.gate_up_proj_bias[3]])
+    assert gate_up[:, ::2].max() > 7
+    assert gate_up[:, 1::2].min() < -7
+    expected = reference(x, index, weights)
+    replace_all(made, lambda shape: Dense(shape, "fp32"), kinds={"experts_gate_up", "experts_down"})
+    experts = made.model.layers[0].mlp.experts
+    assert isinstance(experts, Experts)
+    assert torch.equal(experts.gate_up_proj_bias[3][:88], reference.gate_up_proj_bias[3][::2])
+    torch.testing.assert_close(experts(x, index, weights), expected, rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("change", ["gate", "norm", "activation"])
+def test_experts_that_compute_otherwise_are_no_sites(change, monkeypatch):
+    made = model("gpt-oss")
+    experts = made.model.layers[0].mlp.experts
+    assert nn.site(made, "model.layers.0.mlp.experts.down_proj[0]").kind == "expert"
+    if change == "gate":
+        monkeypatch.setattr(type(experts), "_apply_gate", lambda self, both: both[..., ::2] * both[..., 1::2])
+    elif change == "norm":
+        experts.has_post_expert_norm = True
+    else:
+        experts.act_fn = torch.sin
+    assert not [name for name in nn.linears(made) if name.startswith("model.layers.0.mlp.experts")]
 
 
 def test_experts_held_elsewhere_add_nothing_and_no_tokens_are_fine():

@@ -7,6 +7,7 @@ the same.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from parco.nn.blocks import Group
+from parco.nn.experts import Gating, activation, expert_bias, expert_matrix, gating
 
 See = Callable[[str, Tensor, Tensor], None]
 """Called with a member's name, its input [..., K] and its output [..., N]."""
@@ -76,10 +78,12 @@ def _hook(member: str, see: See) -> Callable[[nn.Module, tuple[Any, ...], Any], 
 
 def _experts_forward(name: str, module: Any, see: See) -> Callable[..., Tensor]:
     def multiply(kind: str, index: int, states: Tensor) -> Tensor:
-        held = getattr(module, kind)
-        out = held[index](states) if isinstance(held, nn.ModuleList) else nn.functional.linear(states, held[index])
+        held, bias = expert_matrix(module, kind, index), expert_bias(module, kind, index)
+        out = held(states, bias) if isinstance(held, nn.Module) else nn.functional.linear(states, held, bias)
         see(f"{name}.{kind}[{index}]", states, out)
         return out
+
+    gated = functools.partial(gating(module) or Gating(), activation(module))
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden_states)
@@ -88,7 +92,7 @@ def _experts_forward(name: str, module: Any, see: See) -> Callable[..., Tensor]:
             if token.numel() == 0:
                 continue
             gate, up = multiply("gate_up_proj", index, hidden_states[token]).chunk(2, dim=-1)
-            states = multiply("down_proj", index, module.act_fn(gate) * up)
+            states = multiply("down_proj", index, gated(gate, up))
             out = out.index_add(0, token, (states * top_k_weights[token, position, None]).to(out.dtype))
         return out
 

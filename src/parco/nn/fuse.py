@@ -25,11 +25,11 @@ from parco.kernels.linear import linear_dense
 from parco.kernels.rowwise import ACTIVATIONS, dropout, rms_norm
 from parco.nn import decode, joined, layers, mixture, proofs
 from parco.nn.attention import INTERFACES, Interfaces, known_in
+from parco.nn.experts import is_experts
 from parco.nn.linear import under_its_name
 from parco.nn.parts import PROJECTIONS, gated_names, is_conv1d, is_rms_norm, rows
 from parco.nn.prepared import groups
 from parco.nn.proofs import ROTARY, Rms, Unlike
-from parco.nn.sites import is_experts
 from parco.nn.together import keeps_its_input, standing_in
 
 Kind = Literal["norm", "gate", "rotation", "attention", "activation", "dense", "dropout", "experts", "layer"]

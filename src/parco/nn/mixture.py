@@ -21,11 +21,10 @@ from parco.kernels.linear.prepared import prepared
 from parco.kernels.rowwise import ACTIVATIONS
 from parco.nn import proofs
 from parco.nn.chains import chain, chains, dense
-from parco.nn.experts import Experts
+from parco.nn.experts import EXPERT_PARAMETERS, Experts, Gating, expert_bias, gating
 from parco.nn.linear import kind_of
 from parco.nn.parts import Block, Mixture
 from parco.nn.proofs import Unlike
-from parco.nn.sites import EXPERT_PARAMETERS
 from parco.nn.stored import StoredWeight
 from parco.products.how import NATIVE
 
@@ -86,12 +85,26 @@ def expert(experts: Any, index: int, activation: str, dtype: torch.dtype, rows: 
             plan, tensors = held.spec.plan(held.product), held.tensors()
         if plan is None or not all(type(each) in PLAIN and each.is_cpu for each in tensors):
             return None
-        product = prepared(dtype, tensors, None, plan, rows)
+        bias = expert_bias(experts, name, index)
+        product = prepared(dtype, tensors, None if bias is None else bias.detach(), plan, rows)
         if product is None:
             return None
         products.append(product)
     gate_up, down = products
-    return _C.Block(isa=compiled_isa(), gate_up=[gate_up], down=down, gated=True, activation=NUMBERS[activation])
+    return _block([gate_up], down, activation, True, gating(experts) or Gating())
+
+
+def _block(gate_up: list[_C.Chain], down: _C.Chain, activation: str, gated: bool, how: Gating) -> _C.Block:
+    return _C.Block(
+        isa=compiled_isa(),
+        gate_up=gate_up,
+        down=down,
+        gated=gated,
+        activation=NUMBERS[activation],
+        limit=how.limit,
+        slope=how.slope,
+        raised=how.raised,
+    )
 
 
 def block(found: Block, activation: str, dtype: torch.dtype) -> _C.Block | None:
@@ -99,8 +112,7 @@ def block(found: Block, activation: str, dtype: torch.dtype) -> _C.Block | None:
     gate_up, down = chains(found.gate_up, dtype), chains((found.down,), dtype)
     if gate_up is None or down is None:
         return None
-    number = NUMBERS[activation]
-    return _C.Block(isa=compiled_isa(), gate_up=gate_up, down=down[0], gated=found.is_gated, activation=number)
+    return _block(gate_up, down[0], activation, found.is_gated, Gating())
 
 
 def mixture(found: Mixture, activation: str, normalized: bool, dtype: torch.dtype) -> _C.Mixture | None:
@@ -127,16 +139,18 @@ def mixture(found: Mixture, activation: str, normalized: bool, dtype: torch.dtyp
     )
 
 
-def _stacks(experts: Any, dtype: torch.dtype) -> Hashable | None:
-    """What tells whether matrices in 3-D parameters are those that they were; None where they are no plain parameters
-    of this dtype on a CPU. Nothing of matrices that are stored one by one.
+def _stacks(experts: Any, dtype: torch.dtype) -> tuple[Hashable, ...] | None:
+    """What tells whether matrices in 3-D parameters, and biases of those that are stored one by one, are what they
+    were; None where they are no plain parameters of this dtype on a CPU.
     """
-    if isinstance(experts, Experts):
-        return ()
+    stored = isinstance(experts, Experts)
     found: list[Hashable] = []
     for name in EXPERT_PARAMETERS:
+        name = f"{name}_bias" if stored else name
         stack = experts._parameters.get(name)
-        if type(stack) is not nn.Parameter or not stack.is_cpu or stack.dtype != dtype:
+        if stored and stack is None:
+            continue
+        if type(stack) is not nn.Parameter or not stack.is_cpu or stack.dtype != dtype or not stack.is_contiguous():
             return None
         found.append((stack.data_ptr(), stack.shape, stack.stride()))
     return tuple(found)
@@ -158,7 +172,7 @@ class State:
 
 
 def _function(experts: Any) -> Hashable:
-    return experts.act_fn, getattr(experts.act_fn, "approximate", None)
+    return experts.act_fn, getattr(experts.act_fn, "approximate", None), experts.__dict__.get("gating")
 
 
 def _blocks(experts: Any, numbers: Collection[int], dtype: torch.dtype, rows: int) -> list[_C.Block] | None:
@@ -175,11 +189,11 @@ def _blocks(experts: Any, numbers: Collection[int], dtype: torch.dtype, rows: in
     found: list[_C.Block] = []
     for number in numbers:
         identity = stacks
-        if not stacks:
+        if isinstance(experts, Experts):
             both: list[StoredWeight] = [getattr(experts, name)[number] for name in EXPERT_PARAMETERS]
             if not all(map(_unhooked, both)):
                 return None
-            identity = tuple(map(_identity, both))
+            identity = *stacks, *map(_identity, both)
         key = dtype, isa, rows, number
         kept = state.blocks.get(key)
         if kept is None or kept[0] != identity:
@@ -248,6 +262,8 @@ def _proved(module: Any) -> str:
     inner = getattr(own, "__wrapped__", None)
     if "forward" in module.__dict__ or (kind is not Experts and inner is None):
         raise Unlike(f"the forward of this {kind.__name__} has been replaced")
+    if kind is not Experts and (gating(module) != Gating() or module.is_transposed or module.has_bias):
+        raise Unlike("Transformers' layout of them is read by no compiled kernel: convert them first")
     others = set() if inner is None else {*inner.__code__.co_names, *inner.__code__.co_freevars} - EXPERT_NAMES
     if others:
         raise Unlike(f"{kind.__name__} also uses {', '.join(sorted(others))}")

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from parco.nn.experts import is_experts
 from parco.nn.linear import Linear, kind_of
-from parco.nn.sites import is_experts
 from parco.nn.stored import StoredWeight
 
 ATTENTION = ("self_attn", "attn", "attention")

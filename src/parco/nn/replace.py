@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 
 from parco.formats import DTYPE_NAMES
-from parco.nn.experts import Experts
+from parco.nn.experts import (
+    EXPERT_PARAMETERS,
+    Experts,
+    activation,
+    expert_matrix,
+    expert_shape,
+    gate_before_up,
+    gating,
+)
 from parco.nn.linear import Embedding, Linear, carries_adapters
-from parco.nn.sites import EXPERT_PARAMETERS, Site, embedding_scale, site
+from parco.nn.sites import Site, embedding_scale, site
 from parco.nn.stored import StoredWeight
 from parco.nn.ties import rename, tied
 from parco.weights import Dense
@@ -61,14 +69,29 @@ def _separate(module: torch.nn.Module) -> Experts:
     replaced.
     """
     stacks: list[list[StoredWeight]] = []
+    biases: list[torch.nn.Parameter | None] = []
+    how, act_fn = gating(module), activation(module)
+    assert how is not None
     for parameter in EXPERT_PARAMETERS:
         stack: torch.Tensor = getattr(module, parameter)
-        spec = Dense((stack.shape[1], stack.shape[2]), _dense_name(stack.dtype))
-        stacks.append([StoredWeight(spec, spec.encode(stack[index]), stack.dtype) for index in range(len(stack))])
+        spec = Dense(expert_shape(module, parameter), _dense_name(stack.dtype))
+        matrices = (_dense(module, parameter, index) for index in range(len(stack)))
+        stacks.append([StoredWeight(spec, spec.encode(matrix), stack.dtype) for matrix in matrices])
+        bias: torch.Tensor | None = getattr(module, f"{parameter}_bias", None)
+        if bias is not None:
+            ordered = bias.detach() if parameter == "down_proj" else gate_before_up(module, bias.detach(), 1)
+            bias = torch.nn.Parameter(ordered, requires_grad=bias.requires_grad)
+        biases.append(bias)
+    for parameter in EXPERT_PARAMETERS:
         delattr(module, parameter)
-    act_fn = module.act_fn
-    assert isinstance(act_fn, torch.nn.Module)
-    return Experts(stacks[0], stacks[1], act_fn)
+    gate_up, down = stacks
+    return Experts(gate_up, down, act_fn, how, biases)
+
+
+def _dense(module: torch.nn.Module, parameter: str, index: int) -> torch.Tensor:
+    held = expert_matrix(module, parameter, index)
+    assert isinstance(held, torch.Tensor)
+    return held
 
 
 def _dense_name(dtype: torch.dtype) -> str:

@@ -13,14 +13,13 @@ from typing import Literal
 
 import torch
 
-from parco.nn.experts import Experts
+from parco.nn.experts import EXPERT_PARAMETERS, expert_bias, expert_matrix, expert_shape, is_experts
 from parco.nn.linear import Embedding, Linear, kind_of
 from parco.nn.stored import StoredWeight
 
 Kind = Literal["linear", "conv1d", "embedding", "expert"]
 
 _EXPERT_NAME = re.compile(r"(?P<module>.*)\.(?P<parameter>gate_up_proj|down_proj)\[(?P<index>\d+)\]")
-EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -82,15 +81,12 @@ def site(model: torch.nn.Module, name: str) -> Site:
 
 
 def matrix(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """The matrix of the site `name`, [N, K] as in y = x Wᵀ: a detached view where the model stores it so or transposed,
-    and decoded fp32 where it is a stored Weight already.
+    """The matrix of the site `name`, [N, K] as in y = x Wᵀ: a detached view where the model stores it so or
+    transposed, a copy of an expert's gate and up where their rows alternate, and decoded fp32 where it is a stored
+    Weight already.
     """
     where = site(model, name)
-    if where.kind == "expert":
-        parameter, index = where.expert
-        held = getattr(where.module, parameter)[index]
-    else:
-        held = where.module.weight
+    held = expert_matrix(where.module, *where.expert) if where.kind == "expert" else where.module.weight
     if isinstance(held, StoredWeight):
         return held.dense().detach()
     assert isinstance(held, torch.Tensor)
@@ -98,38 +94,19 @@ def matrix(model: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def bias(model: torch.nn.Module, name: str) -> torch.Tensor | None:
-    """The bias [N] of the site `name`, or None where it has none (experts and embeddings never do)."""
+    """The bias [N] of the site `name`, or None where it has none."""
     where = site(model, name)
-    held = None if where.kind in ("expert", "embedding") else where.module.bias
+    if where.kind == "expert":
+        held = expert_bias(where.module, *where.expert)
+    else:
+        held = None if where.kind == "embedding" else where.module.bias
     return held.detach() if isinstance(held, torch.Tensor) else None
-
-
-def is_experts(module: torch.nn.Module) -> bool:
-    """Whether `module` keeps gated experts in the layout of Mixtral and Qwen-MoE: [gate; up] concatenated, [E, N, K],
-    no biases.
-
-    The flags are those that Transformers' `use_experts_implementation` leaves on the module; a class that gates in its
-    own way (gpt-oss clamps and interleaves) is left alone.
-    """
-    if isinstance(module, Experts):
-        return True
-    held = dict(module.named_parameters(recurse=False))
-    return (
-        set(held) == set(EXPERT_PARAMETERS)
-        and all(stack.dim() == 3 for stack in held.values())
-        and [getattr(module, flag, None) for flag in ("has_gate", "is_concatenated")] == [True, True]
-        and not any(getattr(module, flag, True) for flag in ("has_bias", "is_transposed", "has_post_expert_norm"))
-        and isinstance(getattr(module, "act_fn", None), torch.nn.Module)
-        and getattr(type(module), "_apply_gate", None) is not None
-        and type(module)._apply_gate.__name__ == "_default_apply_gate"  # pyright: ignore
-    )
 
 
 def _expert_site(name: str, module: torch.nn.Module) -> Site:
     found = _EXPERT_NAME.fullmatch(name)
     assert found is not None
-    rows, columns = getattr(module, found["parameter"])[int(found["index"])].shape
-    return Site(name, module, "expert", (rows, columns))
+    return Site(name, module, "expert", expert_shape(module, found["parameter"]))
 
 
 def _kind(module: torch.nn.Module) -> Kind | None:
