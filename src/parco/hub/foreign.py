@@ -6,7 +6,8 @@ again. What a layout computes otherwise than parco will is said in `Foreign.note
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -14,9 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from parco.hub import stacks
 from parco.hub.names import resolve
 from parco.nn import Site, embedding_name, site, tied
-from parco.nn.saved import clashing_names
+from parco.nn.saved import EXPERT, clashing_names
 from parco.products import Native, Product
 from parco.weights import Weight
 
@@ -75,45 +77,97 @@ def read(files: list[Path], layout: Layout, model: PreTrainedModel) -> Foreign:
     """What the safetensors `files` hold, for the architecture `model`. Raises ValueError, in one line that names the
     file and the tensor, for what does not fit the layout or the architecture.
     """
-    matrices: dict[str, dict[str, Tensor]] = {}
+    matrices, tensors, origin = _sorted_out(files, layout.parts)
+    found = Foreign({}, {}, {}, tensors)
+    halves: dict[str, dict[int, Matrix]] = {}
+    for name in sorted(matrices):
+        with _naming(origin[name], name):
+            here = resolve(model, name)
+            half = stacks.half(model, name) if here is None else None
+            if here is None and half is None:
+                raise ValueError(f"{type(model).__name__} has no such layer")
+            where = half.site if half is not None else site(model, here or name)
+            _drop_no_bias(name, where, tensors)
+            made = layout.matrix(name, where, matrices.pop(name))
+            if half is None and isinstance(made, Tensor):
+                tensors[f"{name}.weight"] = made
+                continue
+            if isinstance(made, Tensor):
+                made = Matrix(*stacks.dense(made, where))
+            if half is None:
+                _put(found, name, made)
+                continue
+            halves.setdefault(half.matrix, {})[half.place] = made
+            if len(halves[half.matrix]) == half.of:
+                _put(found, half.matrix, _joined(halves.pop(half.matrix)))
+    if halves:
+        name = min(halves)
+        raise ValueError(f"{str(files[0].parent)!r}: {name}: the files have gate or up of this expert, and not both")
+    stacks.order_biases(model, found.weights, tensors)
+    return found._replace(tied=ties(model, found.weights, tensors), notes=layout.notes())
+
+
+def _sorted_out(
+    files: list[Path], parts: frozenset[str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Path]]:
+    """What is in the files: the tensors of every quantized matrix by the matrix's name, all others, and the file of
+    each (of a matrix's first tensor).
+    """
     tensors: dict[str, Tensor] = {}
     origin: dict[str, Path] = {}
     for file in files:
         with safe_open(file, framework="pt", device="cpu") as content:
             for name in sorted(content.keys()):
                 tensors[name], origin[name] = content.get_tensor(name), file
-    for name in [name for name in tensors if name.rpartition(".")[2] in layout.parts]:
-        module, _, part = name.rpartition(".")
+    matrices: dict[str, dict[str, Tensor]] = {}
+    stacked: dict[str, dict[str, Tensor]] = {}
+    for name in list(tensors):
+        owners, (module, _, part) = matrices, name.rpartition(".")
+        if (stack := stacks.of_stack(name, parts)) is not None:
+            owners, (module, part) = stacked, stack
+        elif part not in parts:
+            continue
         if not module:
             raise ValueError(f"{str(origin[name])!r} has a tensor {name!r}, which is of no layer")
-        matrices.setdefault(module, {})[part] = tensors.pop(name)
-    for module, parts in matrices.items():
+        owners.setdefault(module, {})[part] = tensors.pop(name)
+        origin.setdefault(module, origin[name])
+    for module, held in matrices.items():
         if f"{module}.weight" in tensors:
-            parts["weight"] = tensors.pop(f"{module}.weight")
-    weights: dict[str, Weight] = {}
-    products: dict[str, Product] = {}
-    for module, parts in sorted(matrices.items()):
-        file = origin[f"{module}.{next(iter(parts))}"]
-        here = resolve(model, module)
-        if here is None:
-            raise ValueError(
-                f"{str(file)!r} has a quantized matrix {module!r}, and {type(model).__name__} has no such layer"
-                " (experts of mixtures are not read)"
-            )
-        try:
-            where = site(model, here)
-            _drop_no_bias(module, where, tensors)
-            made = layout.matrix(module, where, parts)
-        except ValueError as error:
-            raise ValueError(f"{str(file)!r}: {module}: {error}") from error
-        if isinstance(made, Tensor):
-            tensors[f"{module}.weight"] = made
-            continue
-        weights[module] = made.spec
-        if not isinstance(made.product, Native):
-            products[module] = made.product
-        tensors |= {f"{module}.weight.{leaf}": t for leaf, t in zip(made.spec.tensors(), made.tensors, strict=True)}
-    return Foreign(weights, products, ties(model, weights, tensors), tensors, layout.notes())
+            held["weight"] = tensors.pop(f"{module}.weight")
+    for parameter, held in stacked.items():
+        with _naming(origin[parameter], parameter):
+            for name, own in stacks.one_by_one(parameter, held):
+                matrices[name], origin[name] = own, origin[parameter]
+    return matrices, tensors, origin
+
+
+@contextmanager
+def _naming(file: Path, name: str) -> Generator[None]:
+    """Puts the file and the matrix in front of a ValueError's text."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r}: {name}: {error}") from error
+
+
+def _put(found: Foreign, name: str, made: Matrix) -> None:
+    """Adds a matrix under the names by which `ParcoQuantizer` finds it."""
+    found.weights[name] = made.spec
+    if not isinstance(made.product, Native):
+        found.products[name] = made.product
+    expert = EXPERT.fullmatch(name)
+    path = f"{name}.weight" if expert is None else f"{expert[1]}.{expert[2]}"
+    found.tensors.update({f"{path}.{leaf}": t for leaf, t in zip(made.spec.tensors(), made.tensors, strict=True)})
+
+
+def _joined(halves: Mapping[int, Matrix]) -> Matrix:
+    """One expert's matrix of its halves, or of what is whole."""
+    first, *others = (halves[place] for place in sorted(halves))
+    for other in others:
+        if other.product != first.product:
+            raise ValueError(f"x is multiplied as {other.product}, and for the other half as {first.product}")
+        return Matrix(*stacks.joined((first.spec, first.tensors), (other.spec, other.tensors)), first.product)
+    return first
 
 
 def _drop_no_bias(name: str, where: Site, tensors: dict[str, Tensor]) -> None:

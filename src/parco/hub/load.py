@@ -22,6 +22,7 @@ from parco.hub import checks, foreign
 from parco.hub.compressed import CompressedTensors
 from parco.hub.gguf_read import read_gguf
 from parco.hub.gptq import Awq, Gptq
+from parco.hub.mxfp4 import Mxfp4
 from parco.nn import linears
 from parco.nn.saved import memory_of
 
@@ -35,6 +36,7 @@ LAYOUTS: dict[str, Callable[[dict[str, Any]], foreign.Layout]] = {
     "compressed-tensors": CompressedTensors,
     "gptq": Gptq,
     "awq": Awq,
+    "mxfp4": Mxfp4,
 }
 """Quantization methods of other libraries, and what reads their matrices."""
 
@@ -60,7 +62,8 @@ def load(
     name_or_path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, low_memory: bool = True
 ) -> Loaded:
     """The model in a folder, or of a name `owner/name` on the Hugging Face hub: dense, fitted by parco, or quantized by
-    compressed-tensors, GPTQ or AWQ, whose codes and scales are kept; or in a GGUF file, by its path (see `read_gguf`).
+    compressed-tensors, GPTQ or AWQ, or in gpt-oss's MXFP4, whose codes and scales are kept; or in a GGUF file, by its
+    path (see `read_gguf`).
 
     dtype: a floating torch dtype or its name; None keeps the checkpoint's (bf16 stays bf16). low_memory: weights stay
     memory-mapped in their file where their dtype is kept; False copies them into memory, so that the file may change
