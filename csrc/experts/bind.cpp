@@ -21,8 +21,9 @@ Block make_block(const std::string& isa, const std::vector<Chain>& gate_up, cons
   const bool is_plain = std::isinf(limit) && slope == 1.0f && raised == 0.0f;
   std::optional<parco::rowwise::Cut> cut;
   if (!is_plain) cut = parco::rowwise::Cut{limit, slope, raised};
-  const Block block{gate_up, down, gated, static_cast<parco::rowwise::Activation>(activation),
-                    parco::rowwise::operations_of(isa), cut};
+  const Block block{
+      gate_up, down, gated, static_cast<parco::rowwise::Activation>(activation), parco::rowwise::operations_of(isa),
+      cut};
   std::int64_t outputs = 0;
   for (const Chain& chain : gate_up) {
     if (chain.columns() != block.columns() || chain.type != block.type())

@@ -48,12 +48,12 @@ void cap(std::int64_t count, float softcap, float* scores) {
   });
 }
 
-// Scores as exp(score - the largest); returns 1 / their sum.
+// Scores as exp(score - the largest); returns 1 / their sum. With a sink both are of that score too.
 template <class V>
-float soften(std::int64_t count, float* scores) {
+float soften(std::int64_t count, float* scores, const float* sink) {
   using F = typename V::F;
-  float largest = scores[0];
-  for (std::int64_t t = 1; t < count; t++) largest = scores[t] > largest ? scores[t] : largest;
+  float largest = sink ? *sink : scores[0];
+  for (std::int64_t t = 0; t < count; t++) largest = scores[t] > largest ? scores[t] : largest;
   F sum = V::set(0.0f);
   float last = 0;
   each_vector<V>(count, [&](std::int64_t t, int some) {
@@ -65,6 +65,11 @@ float soften(std::int64_t count, float* scores) {
     else
       for (int i = 0; i < some; i++) last += scores[t + i];
   });
+  if (sink) {
+    float power;
+    V::template store<Type::fp32>(&power, 0, 1, exponential<V>(V::set(*sink - largest)));
+    last += power;
+  }
   return 1.0f / (V::total(sum) + last);
 }
 
@@ -77,7 +82,11 @@ void attend_heads(const Attention& call, std::int64_t b, std::int64_t head, floa
                           b * call.key_stride[0] + shared * call.key_stride[1], scores);
   if (call.softcap != 0) cap<V>(queries * call.count, call.softcap, scores);
   float scale[queries];
-  for (int i = 0; i < queries; i++) scale[i] = soften<V>(call.count, scores + i * call.count);
+  for (int i = 0; i < queries; i++) {
+    float sink;
+    if (call.sinks) V::template store<Type::fp32>(&sink, 0, 1, V::template load<type>(call.sinks, head + i, 1));
+    scale[i] = soften<V>(call.count, scores + i * call.count, call.sinks ? &sink : nullptr);
+  }
   constexpr int parts = heads_together / queries;  // sums of every so many tokens, for there to be work meanwhile
   each_vector<V>(call.columns, [&](std::int64_t k, int count) {
     F sum[queries][parts];

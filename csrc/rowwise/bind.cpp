@@ -194,7 +194,7 @@ void define_attention(nb::module_& module, const char* name) {
       [](std::uintptr_t q, const Strides& q_stride, std::uintptr_t keys, const Strides& key_stride,
          std::uintptr_t values, const Strides& value_stride, std::uintptr_t y, std::int64_t batch, std::int64_t heads,
          std::int64_t key_heads, std::int64_t count, std::int64_t columns, float scale, float softcap, int type,
-         int threads) {
+         int threads, std::uintptr_t sinks) {
         run(kernel,
             Attention{address<const void>(q),
                       address<const void>(keys),
@@ -211,12 +211,13 @@ void define_attention(nb::module_& module, const char* name) {
                       scale,
                       static_cast<Type>(type),
                       threads,
-                      softcap},
+                      softcap,
+                      address<const void>(sinks)},
             batch * heads * count * columns);
       },
       nb::arg("q"), nb::arg("q_stride"), nb::arg("keys"), nb::arg("key_stride"), nb::arg("values"),
       nb::arg("value_stride"), nb::arg("y"), nb::arg("batch"), nb::arg("heads"), nb::arg("key_heads"), nb::arg("count"),
-      nb::arg("columns"), nb::arg("scale"), nb::arg("softcap"), nb::arg("type"), nb::arg("threads"),
+      nb::arg("columns"), nb::arg("scale"), nb::arg("softcap"), nb::arg("type"), nb::arg("threads"), nb::arg("sinks"),
       "One query for every head against keys [batch, key_heads, count, columns]; csrc/rowwise/rowwise.h.");
 }
 

@@ -105,8 +105,9 @@ struct Rotation {
 };
 
 // One query for every head: y = softmax(scale * q . keys) . values, of scores s as softcap * tanh(s / softcap) where
-// that is not 0. As many heads of queries in a row share a head of keys and values as there are more of them. Strides
-// are in numbers; the numbers of a head are neighbours.
+// that is not 0. With sinks each head's softmax has one score more, of no value. As many heads of queries in a row
+// share a head of keys and values as there are more of them. Strides are in numbers; the numbers of a head are
+// neighbours.
 struct Attention {
   const void *q, *keys, *values;  // [batch, heads, columns], [batch, key_heads, count, columns] twice
   void* y;                        // [batch, heads, columns], contiguous
@@ -116,6 +117,7 @@ struct Attention {
   Type type;
   int threads;
   float softcap = 0;
+  const void* sinks = nullptr;  // [heads] of q's type, or none
 };
 
 // Every row of y is the sum of `count` rows of x, those at its `places`, times its factors, in this order and rounded

@@ -440,17 +440,17 @@ def rotate_avx512(q: int, q_stride: Sequence[int], q_heads: int, turned_q: int, 
     Queries and keys [batch, heads, tokens, columns + rest], of any strides but the last, turned; the results lie as [batch, tokens, heads, ...].
     """
 
-def attend_generic(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, softcap: float, type: int, threads: int) -> None:
+def attend_generic(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, softcap: float, type: int, threads: int, sinks: int) -> None:
     """
     One query for every head against keys [batch, key_heads, count, columns]; csrc/rowwise/rowwise.h.
     """
 
-def attend_avx2(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, softcap: float, type: int, threads: int) -> None:
+def attend_avx2(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, softcap: float, type: int, threads: int, sinks: int) -> None:
     """
     One query for every head against keys [batch, key_heads, count, columns]; csrc/rowwise/rowwise.h.
     """
 
-def attend_avx512(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, softcap: float, type: int, threads: int) -> None:
+def attend_avx512(q: int, q_stride: Sequence[int], keys: int, key_stride: Sequence[int], values: int, value_stride: Sequence[int], y: int, batch: int, heads: int, key_heads: int, count: int, columns: int, scale: float, softcap: float, type: int, threads: int, sinks: int) -> None:
     """
     One query for every head against keys [batch, key_heads, count, columns]; csrc/rowwise/rowwise.h.
     """

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -571,3 +572,69 @@ def test_an_attention_function_of_the_users_own_is_left() -> None:
         assert apart(made(models.tokens(), temperature=3.0).logits, expected) < 2e-6
     finally:
         t.AttentionInterface.register("sdpa", known)
+
+
+@pytest.fixture
+def sunk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of every call of attention with sinks that was not the model's own: how many queries it had."""
+    found: list[int] = []
+    own = attention._sunk
+
+    def counted(q: torch.Tensor, *arguments: Any) -> Any:
+        y = own(q, *arguments)
+        if y is not None:
+            found.append(q.shape[2])
+        return y
+
+    monkeypatch.setattr(attention, "_sunk", counted)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads_with_sinks(dtype: torch.dtype, sunk: list[int]) -> None:
+    """gpt-oss: prompts and tokens, beyond the window of every other layer, and padded sequences."""
+    made = models.model("gpt-oss", dtype)
+    parco.convert_(made, "bf16" if dtype == torch.bfloat16 else "fp32")
+    plain = copy.deepcopy(made)
+    fusion = fuse_(made)
+    assert {kind: len(names) for kind, names in fusion.fused.items() if kind != "dense"} == {
+        "norm": 5, "rotation": 2, "experts": 2,
+    }  # fmt: skip
+    assert not fusion.left
+    close = 3e-6 if dtype == torch.float32 else 0.03
+    tokens = models.tokens(2, 9)
+    models.logits(made)  # which tries out the model's own function
+    sunk.clear()
+    padded = torch.ones_like(tokens)
+    padded[1, :3] = 0
+    with torch.inference_mode():
+        for mask in (None, padded):
+            first, second = (each(tokens, attention_mask=mask, use_cache=True) for each in (made, plain))
+            seen = slice(None) if mask is None else mask.bool()
+            assert apart(first.logits[seen], second.logits[seen]) < close
+            assert sunk == [9, 9]
+            sunk.clear()
+        first, second = (each(tokens, use_cache=True) for each in (made, plain))
+        for _ in range(3):
+            first, second = (
+                each(tokens[:, :1], past_key_values=last.past_key_values, use_cache=True)
+                for each, last in ((made, first), (plain, second))
+            )
+            assert apart(first.logits, second.logits) < close
+        assert sunk == [9, 9, *[1, 1] * 3]
+        sunk.clear()
+        weights = made(tokens, output_attentions=True).attentions
+        assert [each.shape for each in weights] == [(2, 4, 9, 9)] * 2
+    assert not sunk
+
+
+def test_sinks_that_train_are_the_models_own(sunk: list[int]) -> None:
+    made = models.model("gpt-oss")
+    fused = copy.deepcopy(made)
+    fuse_(fused)
+    sunk.clear()
+    for model in (made, fused):
+        model(models.tokens(), labels=models.tokens()).loss.backward()
+    for (name, a), b in zip(made.named_parameters(), fused.named_parameters(), strict=True):
+        assert apart(b[1].grad, a.grad) < 1e-4, name
+    assert not sunk

@@ -1,6 +1,7 @@
 """Puts `attention` under the name by which a fused module's forward finds PyTorch's own in Transformers.
 
-Only under `sdpa`: models that need what Transformers refuses there, as a soft cap, ask for `eager` and keep that.
+Under `sdpa`; models that need what Transformers refuses there, as a soft cap, ask for `eager` and keep that, but for
+heads with sinks (gpt-oss and what took them over): a logit of each head's softmax to which no key belongs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from parco import machine
 from parco.kernels.attention import attention
 from parco.kernels.library import TYPES, transformed, untraced
+from parco.kernels.rowwise import attend
 from parco.nn import proofs
 from parco.nn.proofs import Unlike
 
@@ -64,7 +66,9 @@ class Interfaces:
     def get_interface(self, name: str, default: Any) -> Any:
         """The function of that name."""
         found = self._original.get_interface(name, default)
-        return self._tiled if found is self._known else found
+        if found is self._known:
+            return self._tiled
+        return _with_sinks(found) if found is default and callable(found) else found
 
 
 def _tiled(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,14 +142,67 @@ def _is_faster(dtype: torch.dtype, half: bool, drops: bool) -> bool:
     return dtype in TYPES and machine.has("avx2") and not machine.has("amx")
 
 
+@functools.cache
+def _with_sinks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, a model's own attention function, by `attend` and `attention` where it is one of heads with sinks and
+    nobody asks for gradients or the softmaxes themselves.
+    """
+    if not _sinks_alike(original):
+        return original
+
+    def with_sinks(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float,
+        dropout: float = 0.0,
+        **others: Any,
+    ) -> Any:
+        sinks = getattr(module, "sinks", None)
+        tensors = (query, key, value, sinks)
+        trains = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+        if not isinstance(sinks, Tensor) or trains or dropout or module._forward_hooks or sinks.dtype != query.dtype:
+            y = None
+        else:
+            y = _sunk(query, key, value, attention_mask, scaling, sinks.detach())
+        if y is None:
+            return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others)
+        return y.transpose(1, 2), None
+
+    return with_sinks
+
+
+def _sunk(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, sinks: Tensor) -> Tensor | None:
+    """[batch, heads, queries, width]; None for what is not taken. `mask` is what is added to the scores."""
+    if not all(each.is_cpu and each.dtype == q.dtype in TYPES for each in (q, keys, values)) or transformed():
+        return None
+    if not untraced(q) or q.shape[0] != keys.shape[0] or not q.numel():
+        return None
+    seen = None
+    if mask is not None:
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        whole = seen.ndim == 4 and seen.shape[3] == keys.shape[2]
+        if not whole or (seen is not mask and not bool((seen | (mask <= torch.finfo(mask.dtype).min)).all())):
+            return None
+    if q.shape[2] == 1 and (seen is None or bool(seen.all())):
+        return attend(q[:, :, 0], keys, values, scale, 0.0, sinks).unsqueeze(2)
+    if seen is None:
+        return None
+    y, logs = torch.ops.parco.attention.default(q, keys, values, scale, False, seen)
+    return y * torch.sigmoid(logs - sinks.float().view(-1, 1)).to(y.dtype).unsqueeze(-1)
+
+
 class _Plain(torch.nn.Module):
-    """What Transformers' function asks of a module that attends."""
+    """What Transformers' functions ask of a module that attends."""
 
     num_key_value_groups = 3
 
     def __init__(self, causal: bool) -> None:
         super().__init__()
         self.is_causal = causal
+        self.sinks = torch.nn.Parameter(torch.arange(3, dtype=torch.float32, device="cpu") - 1)
 
 
 @functools.cache
@@ -163,6 +220,25 @@ def _attends_alike(function: Any) -> bool:
                 ours = attention(q, keys, values, None, causal and mask is None, mask)
                 if not proofs.apart(ours.transpose(1, 2), expected) < proofs.ROUNDINGS:
                     return False
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):  # it takes other arguments
+        return False
+    return True
+
+
+@torch.no_grad()
+def _sinks_alike(function: Any) -> bool:
+    """Whether `_sunk` is this function of a module with sinks."""
+    like = torch.empty(0, dtype=torch.float32, device="cpu")
+    q, keys, values = (proofs.random(2, heads, 5, 16, like=like, seed=heads) for heads in (3, 1, 1))
+    module, hidden = _Plain(True).eval(), torch.finfo(torch.float32).min
+    mask = torch.full((5, 5), hidden, device="cpu").triu(1).expand(2, 1, 5, 5)
+    try:
+        for few in (5, 1):
+            asked, seen = q[:, :, 5 - few :], mask[:, :, 5 - few :]
+            expected, _ = function(module, asked, keys, values, seen, scaling=0.4)
+            ours = _sunk(asked, keys, values, seen, 0.4, module.sinks)
+            if ours is None or not proofs.apart(ours.transpose(1, 2), expected) < proofs.ROUNDINGS:
+                return False
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):  # it takes other arguments
         return False
     return True

@@ -273,9 +273,10 @@ def rotary(original: Callable[..., Any]) -> Callable[..., Any]:
     """`original`, by `rotate` where the arguments are those that it takes. Raises Unlike where results differ."""
     if list(inspect.signature(original).parameters)[:4] != ["q", "k", "cos", "sin"]:
         raise Unlike(f"its {ROTARY} takes other arguments")
-    if not turns_alike(original, 16):
+    halved = not turns_alike(original, 16)
+    if halved and not turns_alike(original, 16, halved):
         raise Unlike(f"its {ROTARY} turns otherwise")
-    partly = turns_alike(original, 12)
+    partly = not halved and turns_alike(original, 12)
 
     def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
         plain = not others and not options and q.ndim == k.ndim == 4 and cos.ndim == 3 and cos.shape == sin.shape
@@ -285,7 +286,7 @@ def rotary(original: Callable[..., Any]) -> Callable[..., Any]:
             and q.shape[2:] == k.shape[2:]
             and cos.shape[0] in (1, q.shape[0])
             and cos.shape[1] == q.shape[2]
-            and (cos.shape[2] == q.shape[3] or (partly and cos.shape[2] < q.shape[3]))
+            and ((1 + halved) * cos.shape[2] == q.shape[3] or (partly and cos.shape[2] < q.shape[3]))
             and q.dtype == k.dtype
             and cos.dtype == sin.dtype
             and (cos.dtype == q.dtype or (cos.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type)))
@@ -293,20 +294,23 @@ def rotary(original: Callable[..., Any]) -> Callable[..., Any]:
             and not (cos.requires_grad or sin.requires_grad)
             and not transformed()
         ):
-            return rotate(q, k, cos, sin)
+            return rotate(q, k, *((torch.cat((each, each), -1) for each in (cos, sin)) if halved else (cos, sin)))
         return original(q, k, cos, sin, *others, **options)
 
     return turned
 
 
 @torch.no_grad()
-def turns_alike(original: Callable[..., Any], turning: int) -> bool:
-    """Whether `rotate` is this function on heads of 16 of which the first `turning` turn."""
+def turns_alike(original: Callable[..., Any], turning: int, halved: bool = False) -> bool:
+    """Whether `rotate` is this function on heads of 16 of which the first `turning` turn; `halved`: and which takes
+    every angle once, rather than once for each half of what turns.
+    """
     like = torch.empty(0)
     q, k = random(2, 3, 5, 16, like=like), random(2, 1, 5, 16, like=like, seed=1)
-    cos, sin = (random(2, 5, turning, like=like, seed=seed) for seed in (2, 3))
+    cos, sin = (random(2, 5, turning // (1 + halved), like=like, seed=seed) for seed in (2, 3))
     try:
         expected = original(q, k, cos, sin)
+        cos, sin = (torch.cat((each, each), -1) for each in (cos, sin)) if halved else (cos, sin)
         ours = rotate(q, k, cos, sin)
         return all(apart(mine, theirs) < ROUNDINGS for mine, theirs in zip(ours, expected, strict=True))
     except Exception:  # of other shapes, or no function of tensors

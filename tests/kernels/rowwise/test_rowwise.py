@@ -184,6 +184,21 @@ def test_attend_with_capped_scores(dtype: torch.dtype) -> None:
             assert (off <= error * magnitude + torch.finfo(dtype).eps / 2 * 1.01 * expected.abs() + 1e-7).all(), name
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_attend_with_sinks(dtype: torch.dtype) -> None:
+    """Of heads of queries in fours, twos and ones; sinks far below and far above the scores."""
+    q, keys, values = (inputs(2, *shape, dtype=dtype, seed=5) for shape in ((14, 12), (2, 70, 12), (2, 70, 12)))
+    wide = [x.double().repeat_interleave(7, 1) for x in (keys, values)]
+    scores = torch.einsum("bhc,bhtc->bht", q.double(), wide[0]) * 0.3
+    sinks = torch.linspace(-90, 40, 14).to(dtype)
+    p = torch.softmax(torch.cat([scores, sinks.double().view(1, -1, 1).expand(2, -1, 1)], -1), -1)[..., :-1]
+    expected, magnitude = (torch.einsum("bht,bhtc->bhc", p, x) for x in (wide[1], wide[1].abs()))
+    for name, run in usable("attend"):
+        off = (run(q, keys, values, 0.3, 0.0, sinks).double() - expected).abs()
+        bound = 2.0**-17 * magnitude + torch.finfo(dtype).eps / 2 * 1.01 * expected.abs()
+        assert (off <= bound + torch.finfo(dtype).smallest_normal).all(), name
+
+
 def test_attend_keeps_to_large_scores_and_shows_nans() -> None:
     q, keys, values = torch.full((1, 1, 4), 50.0), torch.randn(1, 1, 40, 4) * 20, torch.randn(1, 1, 40, 4)
     best = int((keys[0, 0] @ q[0, 0]).argmax())
@@ -205,6 +220,12 @@ def test_derivatives_of_attend() -> None:
     scores = 0.5 * torch.tanh(torch.einsum("bhc,bhtc->bht", q, wide[0]) * 0.4 / 0.5)
     plain = torch.einsum("bht,bhtc->bhc", scores.softmax(-1), wide[1])
     torch.testing.assert_close(found, torch.autograd.grad(plain, (q, keys, values), grad))
+    sinks = inputs(6, seed=7).requires_grad_()
+    scores = 0.5 * torch.tanh(torch.einsum("bhc,bhtc->bht", q, keys.repeat_interleave(3, 1)) * 0.4 / 0.5)
+    found = torch.autograd.grad(attend(q, keys, values, 0.4, 0.5, sinks), (q, keys, values, sinks), grad)
+    shares = torch.cat([scores, sinks.view(1, 6, 1).expand(2, 6, 1)], -1).softmax(-1)[..., :-1]
+    plain = torch.einsum("bht,bhtc->bhc", shares, values.repeat_interleave(3, 1))
+    torch.testing.assert_close(found, torch.autograd.grad(plain, (q, keys, values, sinks), grad))
 
 
 def test_results_do_not_depend_on_the_threads() -> None:
@@ -291,6 +312,8 @@ HEADS = (zeros(1, 2, 3, 8), zeros(1, 2, 3, 8))
         (lambda: rotate(HEADS[0], zeros(1, 2, 4, 8), *[zeros(1, 3, 8)] * 2), ValueError, "k has the shape"),
         (lambda: rotate(*HEADS, zeros(1, 3, 8).half(), zeros(1, 3, 8)), TypeError, "cos is torch.float16"),
         (lambda: attend(HEADS[0], *HEADS, 1.0), ValueError, "q has the shape"),
+        (lambda: attend(zeros(1, 2, 8), *HEADS, 1.0, 0.0, zeros(3)), ValueError, "one for each of 2 heads is needed"),
+        (lambda: attend(zeros(1, 2, 8), *HEADS, 1.0, 0.0, zeros(2).half()), TypeError, "sinks is torch.float16"),
         (lambda: attend(zeros(1, 3, 8), *HEADS, 1.0), ValueError, "keys has 2 heads; a divisor of 3"),
         (lambda: attend(zeros(1, 2, 6), *HEADS, 1.0), ValueError, "keys has the shape"),
         (lambda: attend(zeros(1, 2, 8), HEADS[0][:, :, :0], HEADS[0], 1.0), ValueError, "at least 1"),
@@ -355,12 +378,13 @@ class TestRotate(KernelLaws):
 class TestAttend(KernelLaws):
     operation = "attend"
 
-    @pytest.fixture(params=[(torch.float32, 2), (torch.bfloat16, 1)], ids=str)
+    @pytest.fixture(params=[(torch.float32, 2, False), (torch.bfloat16, 1, False), (torch.float32, 1, True)], ids=str)
     def call(self, request: pytest.FixtureRequest) -> tuple[Any, ...]:
-        dtype, key_heads = request.param
+        dtype, key_heads, sinks = request.param
         shapes = ((2, 6, 12), (2, key_heads, 7, 12), (2, key_heads, 7, 12))
         tensors = (inputs(*shape, dtype=dtype, seed=i).requires_grad_() for i, shape in enumerate(shapes))
-        return *tensors, 0.25, 0.0 if dtype == torch.float32 else 0.5
+        more = (inputs(6, dtype=dtype, seed=9).requires_grad_(),) if sinks else ()
+        return *tensors, 0.25, 0.0 if dtype == torch.float32 else 0.5, *more
 
 
 def calls() -> dict[str, Callable[[], Any]]:

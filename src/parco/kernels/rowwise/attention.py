@@ -25,13 +25,15 @@ class AttendCall(NamedTuple):
         return f"{self.queries} queries of {self.columns} numbers of {self.dtype} against {self.tokens} keys"
 
 
-def describe(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0) -> AttendCall:
+def describe(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> AttendCall:
     """The table's key of a call."""
     queries = q.numel() // max(q.shape[-1], 1)
     return AttendCall(q.device.type, machine.isa(), q.dtype, queries, keys.shape[2], q.shape[-1])
 
 
-def check(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0) -> None:
+def check(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
+) -> None:
     """Raise ValueError or TypeError, naming the argument, unless the arguments fit together."""
     check_float("attend", "q", q)
     if q.ndim != 3:
@@ -50,6 +52,10 @@ def check(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float 
             raise TypeError(f"attend: {name} is {tensor.dtype}; {q.dtype}, which q is, is needed")
     if not softcap >= 0:
         raise ValueError(f"attend: softcap={softcap}; a positive number, or 0 for none, is needed")
+    if sinks is not None and sinks.dtype != q.dtype:
+        raise TypeError(f"attend: sinks is {sinks.dtype}; {q.dtype}, which q is, is needed")
+    if sinks is not None and tuple(sinks.shape) != (heads,):
+        raise ValueError(f"attend: sinks has the shape {tuple(sinks.shape)}; one for each of {heads} heads is needed")
 
 
 def _scores(q: Tensor, keys: Tensor, scale: float, softcap: float) -> Tensor:
@@ -60,13 +66,28 @@ def _scores(q: Tensor, keys: Tensor, scale: float, softcap: float) -> Tensor:
     return softcap * torch.tanh(scores / softcap) if softcap else scores
 
 
-def reference(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0) -> Tensor:
+def _shares(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The softmaxes of scores [batch, key heads, queries of each, tokens], and what of them is the sinks'."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1), None
+    more = sinks.float().view(1, *scores.shape[1:3], 1).expand(*scores.shape[:3], 1)
+    shares = torch.softmax(torch.cat([scores, more], dim=-1), dim=-1)
+    return shares[..., :-1], shares[..., -1]
+
+
+def reference(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
+) -> Tensor:
     """In fp32, rounded once."""
-    return (torch.softmax(_scores(q, keys, scale, softcap), dim=-1) @ values.float()).reshape(q.shape).to(q.dtype)
+    shares, _ = _shares(_scores(q, keys, scale, softcap), sinks)
+    return (shares @ values.float()).reshape(q.shape).to(q.dtype)
 
 
 def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
-    def run(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0) -> Tensor:
+    def run(
+        q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
+    ) -> Tensor:
+        sinks = None if sinks is None else sinks.contiguous()
         q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
         batch, heads, columns = q.shape
         y = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -87,6 +108,7 @@ def _compiled(function: Callable[..., None]) -> Callable[..., Tensor]:
             softcap,
             TYPES[q.dtype],
             torch.get_num_threads(),
+            0 if sinks is None else sinks.data_ptr(),
         )
         return y
 
@@ -110,51 +132,62 @@ table.register(
     )
 )
 
-LIBRARY.define("attend(Tensor q, Tensor keys, Tensor values, float scale, float softcap) -> Tensor")
+LIBRARY.define("attend(Tensor q, Tensor keys, Tensor values, float scale, float softcap, Tensor? sinks=None) -> Tensor")
 
 
-def _fake(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0) -> Tensor:
+def _fake(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _needs_grad(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> bool:
-    return q.requires_grad or keys.requires_grad or values.requires_grad
+def _needs_grad(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
+) -> bool:
+    return any(each is not None and each.requires_grad for each in (q, keys, values, sinks))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scale, ctx.softcap = inputs
-    ctx.save_for_backward(*tensors)
+    q, keys, values, ctx.scale, ctx.softcap, *sinks = inputs  # which the dispatcher leaves out where there are none
+    ctx.given = len(inputs)
+    ctx.save_for_backward(q, keys, values, *sinks)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """With p the probabilities: grad_values = pᵀ·grad, grad_scores = p·(grad_p − Σ p·grad_p), times 1 − tanh² of capped
-    ones.
+    ones; a sink's grad_p is 0.
     """
-    q, keys, values = ctx.saved_tensors
+    q, keys, values, *sinks = ctx.saved_tensors
+    held: Tensor | None = sinks[0] if sinks else None
     scores = _scores(q, keys, ctx.scale, ctx.softcap)
-    p = torch.softmax(scores, dim=-1)
+    p, of_sinks = _shares(scores, held)
     grouped, queries = (x.float().view(*p.shape[:3], -1) for x in (grad.contiguous(), q.contiguous()))
     grad_p = grouped @ values.float().transpose(2, 3)
-    grad_scores = p * (grad_p - (p * grad_p).sum(-1, keepdim=True)) * ctx.scale
+    mean = (p * grad_p).sum(-1, keepdim=True)
+    grad_scores = p * (grad_p - mean) * ctx.scale
     if ctx.softcap:
         grad_scores *= 1 - (scores / ctx.softcap).square()
     grad_q = (grad_scores @ keys.float()).reshape(q.shape).to(q.dtype)
     grad_keys = (grad_scores.transpose(2, 3) @ queries).to(keys.dtype)
     grad_values = (p.transpose(2, 3) @ grouped).to(values.dtype)
-    return grad_q, grad_keys, grad_values, None, None
+    grad_sinks = None
+    if held is not None and of_sinks is not None:
+        grad_sinks = -(of_sinks * mean.squeeze(-1)).sum(0).reshape(held.shape).to(held.dtype)
+    return (grad_q, grad_keys, grad_values, None, None, grad_sinks)[: ctx.given]
 
 
 _cpu = table.implement("attend", check, _fake)
 differentiate("attend", _needs_grad, _setup, _backward)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0) -> Tensor:
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
+) -> Tensor:
     """softmax(scale · q·keysᵀ)·values of one query q [batch, heads, D] for every head, against T tokens' keys and
     values [batch, key heads, T, D]; heads / key heads of q in a row share a head of keys. All of one dtype (fp32, bf16
-    or fp16); in fp32, rounded once. With `softcap` c, above 0, scores s are c·tanh(s / c), as in Gemma 2.
+    or fp16); in fp32, rounded once. With `softcap` c, above 0, scores s are c·tanh(s / c), as in Gemma 2. With `sinks`
+    [heads] each head's softmax has that score besides those of keys, of which no value comes, as in gpt-oss.
 
-    Differentiable with respect to q, keys and values. Raises ValueError or TypeError naming the argument.
+    Differentiable with respect to q, keys, values and sinks. Raises ValueError or TypeError naming the argument.
     """
-    if undispatched(q, keys, values):
-        return _cpu(q, keys, values, scale, softcap)
-    return torch.ops.parco.attend.default(q, keys, values, scale, softcap)
+    if undispatched(q, keys, values, sinks):
+        return _cpu(q, keys, values, scale, softcap, sinks)
+    return torch.ops.parco.attend.default(q, keys, values, scale, softcap, sinks)
