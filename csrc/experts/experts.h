@@ -22,7 +22,7 @@ struct Block {
   bool gated;
   rowwise::Activation activation;
   rowwise::Operations rowwise;
-  std::optional<rowwise::Cut> cut;  // of gate and up
+  std::optional<rowwise::Cut> cut = {};  // of gate and up
 
   std::int64_t columns() const { return down.outputs(); }
   std::int64_t inner() const { return down.columns(); }

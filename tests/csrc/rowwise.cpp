@@ -2,6 +2,7 @@
 // exactly their size, against the same in double; built with sanitizers too.
 #include "rowwise/rowwise.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <vector>
@@ -86,6 +87,12 @@ void gates(const char* name, void (*kernel)(const Gate&), Type type) {
       kernel({gate.data(), up.data(), y.data(), count, static_cast<Activation>(activation), type, 3});
       for (std::int64_t i = 0; i < count; i++)
         wanted[i] = activated(static_cast<Activation>(activation), gate.exact[i]) * up.exact[i];
+      expect(name, y, wanted, type, 1e-5);
+      const Cut cut{0.75f, 1.5f, 1.0f};
+      kernel({gate.data(), up.data(), y.data(), count, static_cast<Activation>(activation), type, 3, 1, 0, &cut});
+      for (std::int64_t i = 0; i < count; i++)
+        wanted[i] = activated(static_cast<Activation>(activation), 1.5 * std::min(gate.exact[i], 0.75)) / 1.5 *
+                    (std::clamp(up.exact[i], -0.75, 0.75) + 1);
       expect(name, y, wanted, type, 1e-5);
     }
     // The halves of rows, as one product gives them.
@@ -251,9 +258,11 @@ void rotations(const char* name, void (*kernel)(const Rotation&), Type type) {
 void attentions(const char* name, void (*kernel)(const Attention&), Type type) {
   for (std::int64_t columns : {1, 12, 64, 70}) {
     for (std::int64_t group : {1, 2, 3, 9}) {
+      const bool sunk = group != 2;
       const std::int64_t batch = 2, key_heads = 2, heads = key_heads * group, count = 5 + columns, room = count + 3;
       Values q(batch * heads * columns, type), y(batch * heads * columns, type);
       Values keys(batch * key_heads * room * columns, type), values(batch * key_heads * room * columns, type);
+      Values sinks(heads, type);
       const std::int64_t of_head = room * columns, of_batch = key_heads * of_head;
       const float scale = 0.01f;
       kernel({q.data(),
@@ -270,12 +279,14 @@ void attentions(const char* name, void (*kernel)(const Attention&), Type type) {
               {of_batch, of_head, columns},
               scale,
               type,
-              3});
+              3,
+              0,
+              sunk ? sinks.data() : nullptr});
       std::vector<double> wanted(batch * heads * columns);
       for (std::int64_t head = 0; head < batch * heads; head++) {
         const std::int64_t from = (head / heads * key_heads + head % heads / group) * of_head;
         std::vector<double> power(count);
-        double sum = 0;
+        double sum = sunk ? std::exp(sinks.exact[head % heads]) : 0;
         for (std::int64_t t = 0; t < count; t++) {
           for (std::int64_t k = 0; k < columns; k++)
             power[t] += q.exact[head * columns + k] * keys.exact[from + t * columns + k] * static_cast<double>(scale);
