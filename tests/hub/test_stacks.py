@@ -117,12 +117,17 @@ def refused(folder: Path, change: Change, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_halves_with_a_scale_each_for_the_whole_are_refused() -> None:
+def test_halves_with_a_scale_each_for_the_whole() -> None:
     matrix = torch.randn(32, 64)
     spec = Quantized("nvfp4", (32, 64))
     gate, up = spec.encode(matrix), spec.encode(matrix * 3)
     whole, tensors = stacks.joined((spec, gate), (spec, gate))
     assert torch.equal(whole.dense(*tensors), torch.cat([spec.dense(*gate)] * 2))
+    plain = Quantized("fp8_e4m3:tensor", (32, 64))
+    gates, ups = plain.encode(matrix), plain.encode(matrix * 3)
+    by_row, codes = stacks.joined((plain, gates), (plain, ups))
+    assert str(by_row) == "quantized(fp8_e4m3:row, 64x64)"
+    assert torch.equal(by_row.dense(*codes), torch.cat([plain.dense(*gates), plain.dense(*ups)]))
     with pytest.raises(ValueError, match="its global_scale is another than that of the other half"):
         stacks.joined((spec, gate), (spec, up))
     with pytest.raises(ValueError, match=r"it is quantized\(mxfp4, 32x64\), and the other half quantized\(nvfp4"):

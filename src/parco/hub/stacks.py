@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from parco.formats import DTYPE_NAMES
+from parco.formats import DTYPE_NAMES, ROW, TENSOR
 from parco.hub.names import resolve
 from parco.nn import Site
 from parco.nn.experts import EXPERT_PARAMETERS, expert_shape, gate_before_up, is_experts
@@ -86,7 +87,7 @@ Stored = tuple[Weight, tuple[Tensor, ...]]
 
 def joined(gate: Stored, up: Stored) -> Stored:
     """One matrix of both, one above the other. ValueError, saying what differs."""
-    (spec, upper), (other, lower) = gate, up
+    (spec, upper), (other, lower) = (_by_row(*half) for half in (gate, up))
     shape = (2 * spec.shape[0], spec.shape[1])
     if isinstance(spec, Quantized) and spec == other:
         whole: Weight = Quantized(spec.format, shape)
@@ -103,6 +104,15 @@ def joined(gate: Stored, up: Stored) -> Stored:
         else:
             raise ValueError(f"its {name} is another than that of the other half, and parco has one matrix of both")
     return whole, tuple(tensors)
+
+
+def _by_row(spec: Weight, tensors: tuple[Tensor, ...]) -> Stored:
+    """The same numbers with a scale for each row where they have one for all."""
+    if not isinstance(spec, Quantized) or spec.format.block != TENSOR or len(tensors) != 2:
+        return spec, tensors
+    codes, scale = tensors
+    whole = Quantized(replace(spec.format, block=ROW), spec.shape)
+    return whole, (codes, scale.expand(whole.tensors()["scale"].shape).contiguous())
 
 
 def dense(matrix: Tensor, where: Site) -> Stored:
