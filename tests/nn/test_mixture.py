@@ -17,7 +17,7 @@ from tests.nn.test_fuse import apart
 
 import parco
 from parco import _C, machine, nn
-from parco.nn import fuse_, mixture, parts
+from parco.nn import chains, fuse_, mixture, parts
 from parco.weights import Dense, Quantized, SemiSparse
 
 STORED = [None, "bf16", "int4:16", "int8:row", "fp8_e4m3:row", "nf4:16"]
@@ -557,3 +557,20 @@ def test_a_bias_that_is_replaced_is_seen(runs: Calls) -> None:
         fused.down_proj_bias = None
         assert apart(fused(x, index, weights), before) > 1e-3
         assert runs == [2, 2, 2]
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    """Code of another one would be an illegal instruction, or wrong without a word."""
+    spec, tensors = chains.dense(torch.randn(8, 8))
+    product = chains.chain(spec, tensors, None, torch.float32)
+    with pytest.raises(ValueError, match="'sse9' is no instruction set"):
+        _C.Block(
+            isa="sse9",
+            gate_up=[product],
+            down=product,
+            gated=False,
+            activation=0,
+            limit=math.inf,
+            slope=1.0,
+            raised=0.0,
+        )

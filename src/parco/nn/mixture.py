@@ -50,11 +50,6 @@ ROWS = (1, 5, 9, 16, 48, 1024)
 """Numbers of rows from which products may have other kernels (`kernels.linear.dense`)."""
 
 
-def compiled_isa() -> str:
-    """The instruction set of what stands between products."""
-    return "avx512" if machine.has("avx512") else machine.isa()
-
-
 def plain(experts: Any) -> bool:
     """Whether nothing else is asked of experts than a result: no other implementation, no hooks on their function."""
     function = experts.act_fn
@@ -96,7 +91,7 @@ def expert(experts: Any, index: int, activation: str, dtype: torch.dtype, rows: 
 
 def _block(gate_up: list[_C.Chain], down: _C.Chain, activation: str, gated: bool, how: Gating) -> _C.Block:
     return _C.Block(
-        isa=compiled_isa(),
+        isa=machine.isa(),
         gate_up=gate_up,
         down=down,
         gated=gated,

@@ -17,7 +17,7 @@ from parco.kernels.library import PLAIN, TYPES
 from parco.nn.chains import chains
 from parco.nn.linear import carries_adapters, kind_of
 from parco.nn.mixture import block as compiled_block
-from parco.nn.mixture import compiled_isa, mixture
+from parco.nn.mixture import mixture
 from parco.nn.parts import PROJECTIONS, Block, Mixture, Parts, flagged, parts
 from parco.nn.proofs import Centered, Rms, activation_of
 
@@ -167,7 +167,7 @@ def _call(settings: Settings, dtype: torch.dtype, whole: Parts, tensors: tuple[T
         return None
     before, *others = scalings[: len(norms)]
     call = _C.DecoderLayer(
-        isa=compiled_isa(),
+        isa=machine.isa(),
         columns=columns,
         heads=heads,
         key_heads=key_heads,
