@@ -107,6 +107,26 @@ def test_peaks_are_measured_once_and_kept(cache: Path, monkeypatch: pytest.Monke
     assert machine.peaks() == other, "what was measured anew is kept"
 
 
+def test_peaks_of_another_build_of_the_extension_are_not_taken(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_waited", dict)
+    reads_in_turn(monkeypatch, [3.0, 2.0])
+    assert machine.peaks().read_bytes_per_second == 3.0
+    monkeypatch.setattr(machine, "extension", lambda: "another build")
+    assert machine.peaks().read_bytes_per_second == 2.0
+
+
+def test_an_extension_is_known_by_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it is installed, and in every process."""
+    copy = tmp_path / "_C.so"
+    copy.write_bytes(Path(_C.__file__).read_bytes())
+    here = machine.extension()
+    assert in_fresh_process("from parco import machine; print(machine.extension())").stdout.split() == [here]
+    monkeypatch.setattr(_C, "__file__", str(copy))
+    assert machine.extension.__wrapped__() == here
+    copy.write_bytes(copy.read_bytes() + b"1")
+    assert machine.extension.__wrapped__() != here
+
+
 def reads_in_turn(monkeypatch: pytest.MonkeyPatch, speeds: list[float]) -> None:
     """Every measurement finds the next of these speeds of reading."""
     left = iter(speeds)
