@@ -13,6 +13,8 @@ from tests.laws.kernel_laws import KernelLaws
 import parco.kernels
 from parco import machine, nn
 from parco.kernels import table
+from parco.kernels.linear.coded import CodedCall
+from parco.kernels.linear.dense import DenseCall
 from parco.products import Activations
 from parco.weights import Quantized
 
@@ -87,6 +89,54 @@ def test_explains_a_weight_and_a_module() -> None:
     assert table.explain(nn.Linear(held), rows=1) == (int8,)
     with pytest.raises(TypeError, match="neither"):
         table.explain(3)
+
+
+@pytest.mark.parametrize(
+    ("isa", "format", "rows", "kernel", "element"),
+    [
+        ("generic", "int4:32", 64, "int8-linear-generic", "int16"),
+        ("avx2", "int4:32", 64, "int8-linear-avx2", "int16"),
+        ("avx512", "int4:32", 9, "int8-linear-avx512", "int8"),
+        ("avx512", "int4:32", 8, "int8-linear-avx512", "int16"),
+        ("avx512", "int8:row", 64, "int8-linear-avx512", "int16"),
+        ("avx512_vbmi", "int8:row", 1, "int8-linear-avx512_vbmi", "int8"),
+        ("amx", "int8:row", 64, "int8-linear-amx", "int8"),
+        ("amx", "int8:row", 0, "int8-linear-torch", "fp32"),
+    ],
+)
+def test_what_products_with_int8_multiply(isa: str, format: str, rows: int, kernel: str, element: str) -> None:
+    call = CodedCall("cpu", isa, torch.bfloat16, rows, 64, 256, format, int8=True)
+    explained = table.explain_call("linear_coded_int8", call)
+    assert (explained.kernel, table.element_of(explained)) == (kernel, element)
+
+
+@pytest.mark.parametrize(
+    ("isa", "format", "kernel", "element"),
+    [
+        ("generic", "int4:32", "int-linear-generic", "int16"),
+        ("avx512_vbmi", "int4:32", "int-linear-avx512_vbmi", "int16"),
+        ("amx", "int4:32", "int-linear-amx", "int8"),
+        ("amx", "fp8_e4m3:row", "float-linear-amx", "bf16"),
+        ("avx512", "fp8_e4m3:row", "float-linear-avx512", "fp32"),
+    ],
+)
+def test_what_products_with_codes_multiply(isa: str, format: str, kernel: str, element: str) -> None:
+    explained = table.explain_call("linear_coded", CodedCall("cpu", isa, torch.bfloat16, 64, 64, 256, format))
+    assert (explained.kernel, table.element_of(explained)) == (kernel, element)
+
+
+@pytest.mark.parametrize(
+    ("isa", "rows", "kernel", "element"),
+    [
+        ("avx512", 1, "dense-linear-avx512", "fp32"),
+        ("avx512", 16, "dense-linear-torch-native", "bf16"),
+        ("amx", 16, "dense-linear-amx", "bf16"),
+    ],
+)
+def test_what_dense_products_multiply(isa: str, rows: int, kernel: str, element: str) -> None:
+    call = DenseCall("cpu", isa, torch.bfloat16, torch.bfloat16, rows, 64, 256)
+    explained = table.explain_call("linear_dense", call)
+    assert (explained.kernel, table.element_of(explained)) == (kernel, element)
 
 
 def test_every_operation_is_under_the_laws() -> None:

@@ -51,13 +51,15 @@ class Kernel:
     """One way to run an operation. `refuses(call)` is None where the kernel can run it, else the reason why not.
 
     `run` takes the arguments of the operation and returns what it does, a tensor or several. `isa` is one of
-    `parco.machine.ISAS`, or TRITON, or TORCH.
+    `parco.machine.ISAS`, or TRITON, or TORCH. `element(call)` is what a product's multiply-adds are made of, one of
+    `parco.machine.ELEMENTS`.
     """
 
     name: str
     isa: str
     run: Callable[..., Any]
     refuses: Callable[[Any], str | None] = lambda call: None
+    element: Callable[[Any], str] = lambda call: "fp32"
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,11 @@ def explain_call(name: str, call: Call) -> Explanation:
     kernel = choose(name, call)
     better = _operations[name].kernels[: _operations[name].kernels.index(kernel)]
     return Explanation(name, call, kernel.name, tuple((k.name, _passes_over(k, call) or "") for k in better))
+
+
+def element_of(explained: Explanation) -> str:
+    """What the multiply-adds of an explained product are made of, one of `parco.machine.ELEMENTS`."""
+    return choose(explained.operation, explained.call).element(explained.call)
 
 
 def _passes_over(kernel: Kernel, call: Call) -> str | None:

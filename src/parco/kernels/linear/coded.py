@@ -270,20 +270,27 @@ def _refuses_vectors(call: CodedCall) -> str | None:
     return _refuses(call)
 
 
+def words(call: CodedCall) -> str:
+    """The element of kernels that multiply 16-bit words of x."""
+    return "int16"
+
+
 table.register(
     table.Operation(
         "linear_coded",
         describe,
         (
-            table.Kernel("float-linear-amx", "amx", Compiled(_C.float_amx), _refuses_bf16_tiles),
-            table.Kernel("int-linear-amx", "amx", Compiled(_C.int_amx), refuses_tiles),
-            table.Kernel("int-linear-avx512_vbmi", "avx512_vbmi", Compiled(_C.int_avx512_vbmi), refuses_integers),
+            table.Kernel("float-linear-amx", "amx", Compiled(_C.float_amx), _refuses_bf16_tiles, lambda call: "bf16"),
+            table.Kernel("int-linear-amx", "amx", Compiled(_C.int_amx), refuses_tiles, lambda call: "int8"),
+            table.Kernel(
+                "int-linear-avx512_vbmi", "avx512_vbmi", Compiled(_C.int_avx512_vbmi), refuses_integers, words
+            ),
             table.Kernel("float-linear-avx512_vbmi", "avx512_vbmi", Compiled(_C.float_avx512_vbmi), _refuses_vectors),
-            table.Kernel("int-linear-avx512", "avx512", Compiled(_C.int_avx512), refuses_integers),
+            table.Kernel("int-linear-avx512", "avx512", Compiled(_C.int_avx512), refuses_integers, words),
             table.Kernel("float-linear-avx512", "avx512", Compiled(_C.float_avx512), _refuses_vectors),
-            table.Kernel("int-linear-avx2", "avx2", Compiled(_C.int_avx2), refuses_integers),
+            table.Kernel("int-linear-avx2", "avx2", Compiled(_C.int_avx2), refuses_integers, words),
             table.Kernel("float-linear-avx2", "avx2", Compiled(_C.float_avx2), _refuses_vectors),
-            table.Kernel("int-linear-generic", "generic", Compiled(_C.int_generic), refuses_integers),
+            table.Kernel("int-linear-generic", "generic", Compiled(_C.int_generic), refuses_integers, words),
             table.Kernel("float-linear-generic", "generic", Compiled(_C.float_generic), _refuses),
             table.Kernel("coded-linear-torch", table.TORCH, reference.linear_coded),
         ),

@@ -196,16 +196,20 @@ def _refuses_native(call: DenseCall) -> str | None:
     return None
 
 
+def _element_of_torch(call: DenseCall) -> str:
+    return "bf16" if call.dtype == torch.bfloat16 else "fp32"
+
+
 table.register(
     table.Operation(
         "linear_dense",
         describe,
         (
-            table.Kernel("dense-linear-amx", "amx", compiled(_C.linear_dense_amx), _refuses_tiles),
+            table.Kernel("dense-linear-amx", "amx", compiled(_C.linear_dense_amx), _refuses_tiles, lambda call: "bf16"),
             table.Kernel("dense-linear-avx512", "avx512", compiled(_C.linear_dense_avx512), _refuses),
             table.Kernel("dense-linear-avx2", "avx2", compiled(_C.linear_dense_avx2), _refuses),
             table.Kernel("dense-linear-generic", "generic", compiled(_C.linear_dense_generic), _refuses_streams),
-            table.Kernel("dense-linear-torch-native", table.TORCH, _native, _refuses_native),
+            table.Kernel("dense-linear-torch-native", table.TORCH, _native, _refuses_native, _element_of_torch),
             table.Kernel("dense-linear-torch-widened", table.TORCH, reference.linear_dense),
         ),
     )
