@@ -30,7 +30,7 @@ except ImportError as error:
 
 ISAS = ("generic", "avx2", "avx512", "avx512_vbmi", "amx")
 """Levels of instruction set, each containing those before it. `avx2`: AVX2, FMA, F16C and BMI2. `avx512`: F, BW, VL
-and DQ. `avx512_vbmi`: VBMI, VBMI2 and VNNI too. `amx`: AMX-TILE, AMX-INT8 and AMX-BF16 too."""
+and DQ. `avx512_vbmi`: VBMI, VBMI2 and VNNI too. `amx`: AVX-512's BF16, AMX-TILE, AMX-INT8 and AMX-BF16 too."""
 
 ELEMENTS = ("fp32", "bf16", "int16", "int8")
 
