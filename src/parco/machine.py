@@ -142,7 +142,12 @@ def isa() -> str:
 
 def has(level: str) -> bool:
     """Whether kernels may use this instruction set, one of ISAS: whether `isa()` contains it."""
-    return ISAS.index(isa()) >= ISAS.index(level)
+    return contains(isa(), level)
+
+
+def contains(isa: str, level: str) -> bool:
+    """Whether the first of two instruction sets, both of ISAS, is the second or one above it."""
+    return ISAS.index(isa) >= ISAS.index(level)
 
 
 def release_memory() -> None:

@@ -80,6 +80,12 @@ def test_an_instruction_set_that_cannot_be_had_is_an_error(
         machine.isa.cache_clear()
 
 
+def test_a_level_contains_those_before_it() -> None:
+    for i, isa in enumerate(machine.ISAS):
+        assert [machine.contains(isa, level) for level in machine.ISAS] == [j <= i for j in range(len(machine.ISAS))]
+    assert [level for level in machine.ISAS if machine.has(level)][-1] == machine.isa()
+
+
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PARCO_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))

@@ -206,8 +206,7 @@ def _passes_over(kernel: Kernel, call: Call) -> str | None:
         return kernel.refuses(call) if _has_triton() else "it needs Triton, which is not installed"
     if call.device != "cpu":
         return f"it runs on the CPU, the tensors are on {call.device}"
-    levels = machine.ISAS
-    if levels.index(kernel.isa) > levels.index(call.isa):
+    if not machine.contains(call.isa, kernel.isa):
         if kernel.isa in machine.detect().isas:
             return f"it needs {kernel.isa} and PARCO_ISA={call.isa} asks for less"
         return f"it needs {kernel.isa}, which this machine lacks"
