@@ -15,7 +15,7 @@ from parco.formats import Format
 from parco.kernels import table
 from parco.kernels.cast import decode_tensors
 from parco.kernels.linear import coded, gradient, linear_coded, pack, unpack
-from parco.kernels.linear.coded import Compiled
+from parco.kernels.linear.launches import Compiled
 from parco.kernels.linear.storage import storage
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

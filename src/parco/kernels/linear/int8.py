@@ -22,8 +22,9 @@ from parco.kernels.activations import NONE
 from parco.kernels.cast import decode, encode
 from parco.kernels.library import LIBRARY, undispatched
 from parco.kernels.linear import coded, reference
-from parco.kernels.linear.coded import CodedCall, Compiled
+from parco.kernels.linear.coded import CodedCall
 from parco.kernels.linear.gradient import differentiate_coded
+from parco.kernels.linear.launches import Compiled, remembering
 from parco.kernels.linear.storage import storage
 
 NAME = "linear_coded_int8"
@@ -117,7 +118,7 @@ table.register(
     )
 )
 LIBRARY.define(f"{NAME}{coded.SIGNATURE}")
-_cpu = coded.remembering(NAME, describe, check)
+_cpu = remembering(NAME, describe, check)
 table.implement(NAME, check, coded.fake, _cpu)
 differentiate_coded(NAME)
 
