@@ -1,5 +1,5 @@
-"""Claim: on AVX-512 `linear_both` multiplies two matrices stored as nvfp4 in two thirds, as mxfp4 in half of the time
-of PyTorch's fp32 product, whose operands are there already.
+"""Claim: on avx512_vbmi `linear_both` multiplies two matrices stored as nvfp4 in two thirds, as mxfp4 in half of the
+time of PyTorch's fp32 product, whose operands are there already.
 
     python benchmarks/codes_of_4_bits_multiply_faster_than_fp32.py [--threads N] [--rounds R]
 

@@ -11,7 +11,8 @@ import torch
 from interleaved import interleave, ratio, save, spread, stored_copies
 
 from parco.kernels import table
-from parco.kernels.linear.coded import Compiled, describe
+from parco.kernels.linear.coded import describe
+from parco.kernels.linear.launches import Compiled
 from parco.weights import Quantized
 
 SHAPES = [(32, 64), (320, 320), (832, 320), (320, 832)]

@@ -1,7 +1,7 @@
 """Claim: a 1.1 B Llama stored in few bits decodes and reads prompts faster in parco than in llama.cpp on the same
 numbers.
 
-On two AVX-512 cores without AMX, int4 decodes 1.87 times as fast (33.0 tokens per second, 17.5) and reads prompts 1.18
+On two cores of avx512_vbmi, int4 decodes 1.87 times as fast (33.0 tokens per second, 17.5) and reads prompts 1.18
 times, two rounds of `parco bench --whole --formats int4:32`. The results file is older than the one call for all
 layers of a decoder, and of busy cores, medians and ranges of three rounds: int4 decodes 1.25 times (1.21 to 1.44)
 and reads prompts 1.43 times (1.42 to 1.52) as fast, int8 1.06 (1.04 to 1.20) and 1.60 (1.53 to 1.63), ternary 1.03

@@ -1,7 +1,7 @@
 """Claim: a whole training step by `nvfp4` on a CPU takes less than a fifth, by `mxfp8` or `fp8-current` less than half
 of the time that it takes with torchao's or microxcaling's emulation of the same formats in the same model, under
 PyTorch's bf16 autocast. A fifth of torchao's by `mxfp8` or `fp8-current` cannot be had without AMX: the products alone
-take longer at fp32's peak; those of nvfp4 run on AVX-512's products of bytes.
+take longer at fp32's peak; those of nvfp4 run on avx512_vbmi's products of bytes.
 
     python benchmarks/whole_steps_beside_emulations.py [--threads N] [--rounds R] [--layers L] [--recipes NAME ...]
 

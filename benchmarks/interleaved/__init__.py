@@ -86,7 +86,13 @@ def save(claim: str, rows: list[dict[str, object]], on_gpu: bool = False) -> Non
     name = Path(claim).stem + ("_on_a_gpu" if on_gpu else "")
     document = {
         "claim": name,
-        "machine": {"cpu": found.cpu, "cores": found.cores, "isa": machine.isa(), "features": found.features}
+        "machine": {
+            "cpu": found.cpu,
+            "cores": found.cores,
+            "isa": machine.isa(),
+            "isas": found.isas,
+            "features": found.features,
+        }
         | ({"gpu": torch.cuda.get_device_name()} if on_gpu else {}),
         "threads": torch.get_num_threads(),
         "versions": {"parco": parco.__version__, "torch": torch.__version__, "python": platform.python_version()},

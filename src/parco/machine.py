@@ -30,7 +30,7 @@ except ImportError as error:
 
 ISAS = ("generic", "avx2", "avx512", "avx512_vbmi", "amx")
 """Levels of instruction set, each containing those before it. `avx2`: AVX2, FMA, F16C and BMI2. `avx512`: F, BW, VL
-and DQ. `avx512_vbmi`: VBMI, VBMI2 and VNNI too. `amx`: AMX-TILE, AMX-INT8 and AMX-BF16 too."""
+and DQ. `avx512_vbmi`: VBMI, VBMI2 and VNNI too. `amx`: AVX-512's BF16, AMX-TILE, AMX-INT8 and AMX-BF16 too."""
 
 ELEMENTS = ("fp32", "bf16", "int16", "int8")
 
@@ -142,7 +142,12 @@ def isa() -> str:
 
 def has(level: str) -> bool:
     """Whether kernels may use this instruction set, one of ISAS: whether `isa()` contains it."""
-    return ISAS.index(isa()) >= ISAS.index(level)
+    return contains(isa(), level)
+
+
+def contains(isa: str, level: str) -> bool:
+    """Whether the first of two instruction sets, both of ISAS, is the second or one above it."""
+    return ISAS.index(isa) >= ISAS.index(level)
 
 
 def release_memory() -> None:
@@ -161,20 +166,35 @@ def cache_folder() -> Path:
     return Path.home() / ".cache" / "parco"
 
 
-def peaks(refresh: bool = False) -> Peaks:
-    """The measured peaks with torch.get_num_threads() threads, from the cache unless `refresh` asks for new ones.
-
-    Measuring takes about two seconds. The cache is keyed by the CPU's model, the instruction set, the threads and
-    parco's version; a damaged entry is measured again and replaced. What was measured while other programs had the
-    processors is no peak: it is measured again the next time, up to four times, and the best of each is kept. Where the
-    cache folder cannot be written a warning says so.
+def conditions() -> dict[str, str | int]:
+    """What every measurement on this machine depends on, as the key under which it is kept: the CPU's model, the
+    instruction set, torch.get_num_threads(), and parco's version and compiled extension.
     """
-    key: dict[str, str | int] = {
+    return {
         "cpu": detect().cpu,
         "isa": isa(),
         "threads": torch.get_num_threads(),
         "version": metadata.version("parco"),
+        "extension": extension(),
     }
+
+
+@functools.cache
+def extension() -> str:
+    """A hash of the compiled extension: kernels change more often than the version. Of its bytes, not of its path and
+    time, so that two installations of one wheel share their measurements.
+    """
+    return hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()[:16]
+
+
+def peaks(refresh: bool = False) -> Peaks:
+    """The measured peaks with torch.get_num_threads() threads, from the cache unless `refresh` asks for new ones.
+
+    Measuring takes about two seconds. The cache is keyed by `conditions()`; a damaged entry is measured again and
+    replaced. What was measured while other programs had the processors is no peak: it is measured again the next time,
+    up to four times, and the best of each is kept. Where the cache folder cannot be written a warning says so.
+    """
+    key = conditions()
     path = cache_folder() / f"peaks-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     known, tries = _read(path, key)
     if known is not None and not refresh and not 0 < tries < _TRIES:

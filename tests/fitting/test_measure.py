@@ -36,12 +36,15 @@ def test_every_kind_is_timed_once_and_then_taken_from_the_cache(
     assert [again[key] for key in keys] == [timings[key] for key in keys]
 
 
-def test_measurements_of_another_version_or_machine_are_not_taken(
+def test_measurements_of_another_version_build_or_machine_are_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure.Timings("1", tmp_path).add({"a": 1.0})
     assert "a" in measure.Timings("1", tmp_path)
     assert "a" not in measure.Timings("2", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "extension", lambda: "another build")
+        assert "a" not in measure.Timings("1", tmp_path)
     monkeypatch.setattr(machine, "isa", lambda: "generic")
     assert ("a" in measure.Timings("1", tmp_path)) == (machine.detect().isas == ("generic",))
 

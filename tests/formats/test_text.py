@@ -11,6 +11,7 @@ from parco.formats import (
     TERNARY,
     TERNARY5,
     Block,
+    Float,
     Format,
     ScaleAbsmax,
     ScaleAbsmean,
@@ -128,6 +129,23 @@ def test_values_are_checked():
     for shape in [(3,), (2, 3, 4), (-1, 3), (3, 0)]:
         with pytest.raises(ValueError, match="describes a matrix"):
             formats.INT4.tensors(shape)
+
+
+@pytest.mark.parametrize(
+    ("block", "scale", "text"),
+    [
+        (TENSOR, Unscaled(), "{name}"),
+        (ROW, ScaleAbsmax(), "{name}:row"),
+        (TENSOR, ScaleDelayed(), "{name}:tensor:delayed"),
+        (group(32), ScaleE8M0(), "mx{name}"),
+        (group(32), ScaleE8M0("floor"), "mx{name}:floor"),
+    ],
+)
+@pytest.mark.parametrize("name", ["mine", "fp8_e4m3"])
+def test_an_element_of_ones_own_is_printed_and_known_to_have_no_name(block, scale, text, name):
+    format = Format(Float(name, 5, 1, 15, "none"), block, scale)
+    assert str(format) == text.format(name=name)
+    assert not format.is_named
 
 
 def test_every_name_is_canonical():

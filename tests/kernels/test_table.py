@@ -12,8 +12,11 @@ from tests.laws.kernel_laws import KernelLaws
 
 import parco.kernels
 from parco import machine, nn
-from parco.kernels import table
+from parco.kernels import loss, table
+from parco.kernels.linear.coded import CodedCall
+from parco.kernels.linear.dense import DenseCall
 from parco.products import Activations
+from parco.training import products
 from parco.weights import Quantized
 
 
@@ -71,22 +74,94 @@ def test_an_unknown_operation_names_the_known_ones() -> None:
         table.explain("linear")
 
 
+def best_for_a_row(operation: str, kind: str) -> str:
+    """The best kernel of this kind that is none of tiles, which a row does not fill."""
+    kernels = table.operations()[operation].kernels
+    return next(
+        kernel.name
+        for kernel in kernels
+        if kernel.name.startswith(kind) and kernel.isa != "amx" and machine.has(kernel.isa)
+    )
+
+
 def test_explains_a_weight_and_a_module() -> None:
     from parco import weights
 
     spec = weights.parse("quantized(int4:32, 64x96)")
     (explanation,) = table.explain(spec, rows=1, dtype=torch.bfloat16)
     assert explanation.operation == "linear_coded"
-    assert explanation.kernel == f"int-linear-{'avx512_vbmi' if machine.isa() == 'amx' else machine.isa()}"
+    assert explanation.kernel == best_for_a_row("linear_coded", "int-linear-")
     both = table.explain(weights.parse("lowrank(quantized(int8:row, 64x16), dense(bf16, 16x96))"))
     assert [part.operation for part in both] == ["linear_chain", "linear_dense", "linear_coded"]
     (int8,) = table.explain(spec, rows=1, product=Activations())
-    assert int8.kernel == f"int8-linear-{'avx512_vbmi' if machine.isa() == 'amx' else machine.isa()}"
+    assert int8.kernel == best_for_a_row("linear_coded_int8", "int8-linear-")
     held = nn.StoredWeight.empty(spec, device="meta")
     held.product = Activations()
     assert table.explain(nn.Linear(held), rows=1) == (int8,)
     with pytest.raises(TypeError, match="neither"):
         table.explain(3)
+
+
+@pytest.mark.parametrize(
+    ("isa", "format", "rows", "kernel", "element"),
+    [
+        ("generic", "int4:32", 64, "int8-linear-generic", "int16"),
+        ("avx2", "int4:32", 64, "int8-linear-avx2", "int16"),
+        ("avx512", "int4:32", 9, "int8-linear-avx512", "int8"),
+        ("avx512", "int4:32", 8, "int8-linear-avx512", "int16"),
+        ("avx512", "int8:row", 64, "int8-linear-avx512", "int16"),
+        ("avx512_vbmi", "int8:row", 1, "int8-linear-avx512_vbmi", "int8"),
+        ("amx", "int8:row", 64, "int8-linear-amx", "int8"),
+        ("amx", "int8:row", 0, "int8-linear-torch", "fp32"),
+    ],
+)
+def test_what_products_with_int8_multiply(isa: str, format: str, rows: int, kernel: str, element: str) -> None:
+    call = CodedCall("cpu", isa, torch.bfloat16, rows, 64, 256, format, int8=True)
+    explained = table.explain_call("linear_coded_int8", call)
+    assert (explained.kernel, table.element_of(explained)) == (kernel, element)
+
+
+@pytest.mark.parametrize(
+    ("isa", "format", "kernel", "element"),
+    [
+        ("generic", "int4:32", "int-linear-generic", "int16"),
+        ("avx512_vbmi", "int4:32", "int-linear-avx512_vbmi", "int16"),
+        ("amx", "int4:32", "int-linear-amx", "int8"),
+        ("amx", "fp8_e4m3:row", "float-linear-amx", "bf16"),
+        ("avx512", "fp8_e4m3:row", "float-linear-avx512", "fp32"),
+    ],
+)
+def test_what_products_with_codes_multiply(isa: str, format: str, kernel: str, element: str) -> None:
+    explained = table.explain_call("linear_coded", CodedCall("cpu", isa, torch.bfloat16, 64, 64, 256, format))
+    assert (explained.kernel, table.element_of(explained)) == (kernel, element)
+
+
+@pytest.mark.parametrize(
+    ("isa", "rows", "kernel", "element"),
+    [
+        ("avx512", 1, "dense-linear-avx512", "fp32"),
+        ("avx512", 16, "dense-linear-torch-native", "bf16"),
+        ("amx", 16, "dense-linear-amx", "bf16"),
+    ],
+)
+def test_what_dense_products_multiply(isa: str, rows: int, kernel: str, element: str) -> None:
+    call = DenseCall("cpu", isa, torch.bfloat16, torch.bfloat16, rows, 64, 256)
+    explained = table.explain_call("linear_dense", call)
+    assert (explained.kernel, table.element_of(explained)) == (kernel, element)
+
+
+def test_a_level_above_amx_has_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "ISAS", (*machine.ISAS, "beyond"))
+    monkeypatch.setattr(machine, "isa", lambda: "beyond")
+    for rows, kernel in ((16, "dense-linear-amx"), (8, "dense-linear-torch-native")):
+        call = DenseCall("cpu", "beyond", torch.bfloat16, torch.bfloat16, rows, 64, 256)
+        explained = table.explain_call("linear_dense", call)
+        assert explained.kernel == kernel
+    assert dict(explained.passed_over)["dense-linear-avx512"] == "torch multiplies bfloat16 in AMX tiles"
+    assert products.has_tiles(torch.device("cpu"))
+    assert loss._operand(torch.ones(2, 2), torch.bfloat16).dtype == torch.bfloat16
+    fp16 = DenseCall("cpu", "beyond", torch.float16, torch.float16, 2048, 64, 256)
+    assert table.choose("linear_dense", fp16).name == "dense-linear-torch-native"
 
 
 def test_every_operation_is_under_the_laws() -> None:

@@ -20,7 +20,7 @@ import torch
 
 from parco import machine
 from parco.kernels import table
-from parco.kernels.linear import coded
+from parco.kernels.linear.launches import launches
 
 
 def several(result: Any) -> tuple[torch.Tensor, ...]:
@@ -46,7 +46,7 @@ def forget_choices() -> None:
     machine.isa.cache_clear()
     table.choose.cache_clear()
     table._settled.clear()
-    coded.launches.clear()
+    launches.clear()
 
 
 def telling(kernel: table.Kernel, names: list[str]) -> Callable[..., Any]:

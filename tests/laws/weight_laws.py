@@ -1,15 +1,13 @@
-"""The laws of a Weight. A test class inherits them and supplies the fixture `make`, which turns a shape (N, K) into a
-Weight:
+"""The laws of a Weight. A test class in `tests/weights/test_laws.py` inherits them and says what to try by name: each a
+function that turns a shape (N, K) into a Weight.
 
 class TestMine(WeightLaws):
-    @pytest.fixture
-    def make(self):
-        return lambda shape: Mine(shape)
+    makers = {"mine": Mine}
 
-A Weight that takes only some shapes overrides `shapes`, `small` and `odd`.
+A Weight that takes only some shapes has a class of its own, which overrides `shapes`, `small` and `odd`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -57,9 +55,13 @@ def assert_within(spec: Weight, tensors: tuple[torch.Tensor, ...], x: torch.Tens
 
 
 class WeightLaws:
+    makers: Mapping[str, Make]
     shapes: tuple[Shape, ...] = ((33, 50), (1, 17), (130, 129))
     small: Shape = (24, 80)
     odd: Shape = (33, 50)
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        metafunc.parametrize("make", list(self.makers.values()), ids=list(self.makers))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_apply_multiplies_by_the_dense_matrix(self, make: Make, dtype: torch.dtype) -> None:

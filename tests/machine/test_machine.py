@@ -24,17 +24,20 @@ def in_fresh_process(code: str, **environment: str) -> subprocess.CompletedProce
 
 def test_instruction_sets_are_those_the_kernel_reports() -> None:
     flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
-    needed = {
-        "avx2": {"avx2", "fma", "f16c"},
+    added = {
+        "generic": set[str](),
+        "avx2": {"avx2", "fma", "f16c", "bmi2"},
         "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
         "avx512_vbmi": {"avx512vbmi", "avx512_vbmi2", "avx512_vnni"},
-        "amx": {"amx_tile", "amx_int8", "amx_bf16"},
+        "amx": {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
     }
     found = machine.detect().isas
     assert found[0] == "generic"
     assert list(found) == [name for name in machine.ISAS if name in found], "in order of level"
-    for name, instructions in needed.items():
-        assert (name in found) == (instructions <= flags)
+    needed = set[str]()
+    for name in machine.ISAS:
+        needed |= added[name]
+        assert (name in found) == (needed <= flags), name
     for feature in ("avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16"):
         assert (feature in machine.detect().features) == (feature in flags)
 
@@ -77,6 +80,12 @@ def test_an_instruction_set_that_cannot_be_had_is_an_error(
         machine.isa.cache_clear()
 
 
+def test_a_level_contains_those_before_it() -> None:
+    for i, isa in enumerate(machine.ISAS):
+        assert [machine.contains(isa, level) for level in machine.ISAS] == [j <= i for j in range(len(machine.ISAS))]
+    assert [level for level in machine.ISAS if machine.has(level)][-1] == machine.isa()
+
+
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PARCO_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shared"))
@@ -105,6 +114,26 @@ def test_peaks_are_measured_once_and_kept(cache: Path, monkeypatch: pytest.Monke
     assert machine.peaks() == first, "the second time comes from the cache"
     assert machine.peaks(refresh=True) == other
     assert machine.peaks() == other, "what was measured anew is kept"
+
+
+def test_peaks_of_another_build_of_the_extension_are_not_taken(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_waited", dict)
+    reads_in_turn(monkeypatch, [3.0, 2.0])
+    assert machine.peaks().read_bytes_per_second == 3.0
+    monkeypatch.setattr(machine, "extension", lambda: "another build")
+    assert machine.peaks().read_bytes_per_second == 2.0
+
+
+def test_an_extension_is_known_by_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it is installed, and in every process."""
+    copy = tmp_path / "_C.so"
+    copy.write_bytes(Path(_C.__file__).read_bytes())
+    here = machine.extension()
+    assert in_fresh_process("from parco import machine; print(machine.extension())").stdout.split() == [here]
+    monkeypatch.setattr(_C, "__file__", str(copy))
+    assert machine.extension.__wrapped__() == here
+    copy.write_bytes(copy.read_bytes() + b"1")
+    assert machine.extension.__wrapped__() != here
 
 
 def reads_in_turn(monkeypatch: pytest.MonkeyPatch, speeds: list[float]) -> None:

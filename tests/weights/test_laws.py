@@ -1,6 +1,5 @@
 import inspect
 
-import pytest
 from tests.laws.weight_laws import WeightLaws
 
 from parco import formats
@@ -86,9 +85,7 @@ MAKERS = {
 
 
 class TestWeights(WeightLaws):
-    @pytest.fixture(params=MAKERS)
-    def make(self, request):
-        return MAKERS[request.param]
+    makers = MAKERS
 
 
 def kinds(spec):
@@ -101,7 +98,9 @@ def concrete(weight):
 
 
 def test_every_weight_is_under_the_laws():
-    made = set().union(*(kinds(make((16, 32))) for make in MAKERS.values()))
+    made = set().union(
+        *(kinds(make(laws.small)) for laws in WeightLaws.__subclasses__() for make in laws.makers.values())
+    )
     assert {weight for weight in concrete(Weight) if weight.__module__.startswith("parco.")} <= made
 
 

@@ -20,7 +20,7 @@ from parco import machine
 from parco.bench.peers import BASELINE, Contender, check, installed, of
 from parco.bench.record import Record, quartiles, record
 from parco.formats import Format, ScaleDelayed, parse
-from parco.kernels.table import explain
+from parco.kernels.table import element_of, explain
 from parco.products import Activations, Native
 from parco.weights import Dense, Quantized, Weight
 
@@ -86,21 +86,13 @@ def contenders(
             found.append(
                 Contender(
                     f"parco {form}{'' if product == Native() else f' {product}'}",
-                    _element(explained.kernel),
+                    element_of(explained),
                     lambda matrix, spec=spec: spec.pack(*spec.encode(matrix)),
                     functools.partial(spec.apply, product=product),
                     explained.kernel,
                 )
             )
     return found
-
-
-def _element(kernel: str) -> str:
-    if kernel.startswith("int8-linear"):
-        return "int16" if kernel.endswith("avx2") else "int8"
-    if kernel.startswith("int-linear"):
-        return "int8" if kernel.endswith("amx") else "int16"
-    return "bf16" if kernel.endswith(("native", "amx")) else "fp32"
 
 
 def run(

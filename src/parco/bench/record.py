@@ -29,7 +29,13 @@ def record(peaks: machine.Peaks, libraries: Sequence[str]) -> Record:
     """As of now; `libraries` are packages whose versions matter besides parco, torch and Python."""
     here = machine.detect()
     return {
-        "machine": {"cpu": here.cpu, "cores": here.cores, "isa": machine.isa(), "features": list(here.features)},
+        "machine": {
+            "cpu": here.cpu,
+            "cores": here.cores,
+            "isa": machine.isa(),
+            "isas": list(here.isas),
+            "features": list(here.features),
+        },
         "peaks": {"read_bytes_per_second": peaks.read_bytes_per_second, **peaks.multiply_adds_per_second},
         "threads": torch.get_num_threads(),
         "versions": {

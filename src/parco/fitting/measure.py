@@ -6,8 +6,8 @@ the caches, or the whole model where that is smaller). All kinds of one shape ar
 lower quartile counts, so that a neighbour's burst of work does not decide between them. What remains of a measured step
 of the original when its matrices' kernels are taken away is the remainder, which no choice changes.
 
-Results live in the user's cache folder, keyed by CPU, instruction set, threads and parco version: a command that is
-repeated decides by the same numbers.
+Results live in the user's cache folder, keyed by `machine.conditions()` (CPU, instruction set, threads, parco's version
+and compiled extension): a command that is repeated decides by the same numbers.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ class Timings:
     """Measured seconds by key, on disk after every addition."""
 
     def __init__(self, version: str, folder: Path | None = None) -> None:
-        here = machine.detect()
-        self.key = {"cpu": here.cpu, "isa": machine.isa(), "threads": torch.get_num_threads(), "parco": version}
+        self.key = machine.conditions() | {"version": version}
         self.path = (folder or machine.cache_folder()) / f"timings-{digest(self.key)}.json"
         self._seconds = self._on_disk()
 

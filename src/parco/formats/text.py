@@ -96,7 +96,8 @@ def print_parts(element: Element, block: Block, scale: Scale) -> str:
         case Unscaled():
             return element.name
         case ScaleE8M0(rule):
-            name = next(name for name, member in MX_ELEMENTS.items() if member == element)
+            # An element of one's own has no name in MX; its text is for people.
+            name = next((name for name, member in MX_ELEMENTS.items() if member == element), f"mx{element.name}")
             return name if rule == "rceil" else f"{name}:{rule}"
         case ScaleE4M3():
             return "nvfp4" if block == group(16) else f"nvfp4:{block}"

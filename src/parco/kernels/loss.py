@@ -249,4 +249,4 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, share: float, anew:
 def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers of `dtype` nearest to x, held as they are multiplied: in fp32 where there are no units for others."""
     x = x.to(dtype)
-    return x if x.is_cuda or (dtype == torch.bfloat16 and machine.isa() == "amx") else x.to(torch.float32)
+    return x if x.is_cuda or (dtype == torch.bfloat16 and machine.has("amx")) else x.to(torch.float32)

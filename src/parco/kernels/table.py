@@ -51,13 +51,15 @@ class Kernel:
     """One way to run an operation. `refuses(call)` is None where the kernel can run it, else the reason why not.
 
     `run` takes the arguments of the operation and returns what it does, a tensor or several. `isa` is one of
-    `parco.machine.ISAS`, or TRITON, or TORCH.
+    `parco.machine.ISAS`, or TRITON, or TORCH. `element(call)` is what a product's multiply-adds are made of, one of
+    `parco.machine.ELEMENTS`.
     """
 
     name: str
     isa: str
     run: Callable[..., Any]
     refuses: Callable[[Any], str | None] = lambda call: None
+    element: Callable[[Any], str] = lambda call: "fp32"
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,11 @@ def explain_call(name: str, call: Call) -> Explanation:
     return Explanation(name, call, kernel.name, tuple((k.name, _passes_over(k, call) or "") for k in better))
 
 
+def element_of(explained: Explanation) -> str:
+    """What the multiply-adds of an explained product are made of, one of `parco.machine.ELEMENTS`."""
+    return choose(explained.operation, explained.call).element(explained.call)
+
+
 def _passes_over(kernel: Kernel, call: Call) -> str | None:
     if kernel.isa == TORCH:
         return kernel.refuses(call)
@@ -199,8 +206,7 @@ def _passes_over(kernel: Kernel, call: Call) -> str | None:
         return kernel.refuses(call) if _has_triton() else "it needs Triton, which is not installed"
     if call.device != "cpu":
         return f"it runs on the CPU, the tensors are on {call.device}"
-    levels = machine.ISAS
-    if levels.index(kernel.isa) > levels.index(call.isa):
+    if not machine.contains(call.isa, kernel.isa):
         if kernel.isa in machine.detect().isas:
             return f"it needs {kernel.isa} and PARCO_ISA={call.isa} asks for less"
         return f"it needs {kernel.isa}, which this machine lacks"

@@ -94,8 +94,8 @@ class Written:
 @functools.cache
 def has_bf16(format: Format) -> bool:
     """Whether every number of `format`, but for one scale of a row or of all, is one that bf16 has: floats of 4 to 8
-    bits and integers, under no scale, e8m0 (whose exponent may leave the range, which only the data tell), NVFP4's
-    e4m3, or a float scale of whole rows. bf16 itself is one.
+    bits under no scale, e8m0 (whose exponent may leave the range, which only the data tell) or NVFP4's e4m3, and such
+    floats and integers under a float scale of whole rows. bf16 itself is one.
     """
     if format.is_dense:
         return format.dtype == torch.bfloat16
@@ -119,7 +119,7 @@ def _has_subnormals(element: Any, scale: Tensor, numbers: Tensor) -> bool:
     """Whether some of the bf16 `numbers` are subnormal. Only scales (e8m0 codes) below 2^-126 over the element's least
     number can make them so; blocks of zeros have such scales too, so these numbers are looked at.
     """
-    assert isinstance(element, Float)
+    assert isinstance(element, Float)  # no other element has e8m0 scales
     least = 127 - 126 - (element.least_exponent - element.mantissa_bits)
     if not bool((scale < least).any()):
         return False

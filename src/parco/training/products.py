@@ -32,7 +32,7 @@ _BYTES = Operand.parse("int8:row")
 
 def has_tiles(device: torch.device) -> bool:
     """Whether AMX tiles multiply there, bf16 by bf16 into fp32."""
-    return device.type == "cpu" and machine.isa() == "amx"
+    return device.type == "cpu" and machine.has("amx")
 
 
 def has_bytes(device: torch.device) -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor
 from parco import _C, machine
 from parco.kernels import table
 from parco.kernels.activations import ACTIVATIONS
-from parco.kernels.linear.coded import CodedCall, Compiled
+from parco.kernels.linear.coded import CodedCall
 from parco.kernels.linear.dense import DenseCall, compiled
+from parco.kernels.linear.launches import Compiled
 from parco.kernels.linear.storage import storage
 from parco.weights import Dense, Quantized
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from parco import _C, decode, encode, machine
 from parco.kernels import table
 from parco.kernels.linear import coded, linear_coded, linear_coded_int8
-from parco.kernels.linear.coded import Compiled
+from parco.kernels.linear.launches import Compiled
 from parco.kernels.linear.storage import storage
 
 FORMATS = [

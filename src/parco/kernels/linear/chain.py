@@ -27,6 +27,7 @@ from parco.kernels.cast import to_bits
 from parco.kernels.library import LIBRARY, TYPES, check_float, differentiate, undispatched
 from parco.kernels.linear import coded, dense, int8, reference
 from parco.kernels.linear.gradient import times_matrix
+from parco.kernels.linear.launches import launches, remember
 from parco.kernels.linear.panels import is_packed
 from parco.kernels.linear.storage import check_tensors, settle, storage
 
@@ -340,12 +341,12 @@ def _cpu(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, plan: str) -
         None if bias is None else (bias.dtype, bias.shape),
         *[(tensor.dtype, tensor.shape) for tensor in tensors],
     )
-    launch: Launch | None = coded.launches.get(key)
+    launch: Launch | None = launches.get(key)
     if launch is None:
         check(x, tensors, bias, plan)
         run = table.choose(NAME, describe(x, tensors, bias, plan)).run
         launch = _settle(x, tensors, bias, plan) if run is _compiled else lambda *others: run(*others, plan)
-        coded.remember(key, launch)
+        remember(key, launch)
     return launch(x, tensors, bias)
 
 

@@ -158,7 +158,7 @@ def _refuses(call: DenseCall) -> str | None:
     if call.rows >= WIDENED_ROWS:
         return f"from {WIDENED_ROWS} rows a widened copy of the weights pays"
     if call.dtype == call.weight_dtype == torch.bfloat16:
-        if call.isa == "amx":
+        if machine.contains(call.isa, "amx"):
             return "torch multiplies bfloat16 in AMX tiles"
         if call.rows < TILED_ROWS:
             return f"{call.rows} rows do not repay widening in the cache; they do from {TILED_ROWS}"
@@ -187,7 +187,7 @@ def _refuses_native(call: DenseCall) -> str | None:
         return f"torch multiplies operands of one dtype; these are {call.dtype} and {call.weight_dtype}"
     if call.y_dtype not in (None, call.dtype):
         return f"torch rounds to {call.dtype}; {call.y_dtype} is asked for"
-    if call.device != "cpu" or call.dtype == torch.float32 or call.isa == "amx":
+    if call.device != "cpu" or call.dtype == torch.float32 or machine.contains(call.isa, "amx"):
         return None
     if call.dtype == torch.float16:
         return "torch's float16 product on a CPU sums in float16 on some builds"
@@ -196,16 +196,20 @@ def _refuses_native(call: DenseCall) -> str | None:
     return None
 
 
+def _element_of_torch(call: DenseCall) -> str:
+    return "bf16" if call.dtype == torch.bfloat16 else "fp32"
+
+
 table.register(
     table.Operation(
         "linear_dense",
         describe,
         (
-            table.Kernel("dense-linear-amx", "amx", compiled(_C.linear_dense_amx), _refuses_tiles),
+            table.Kernel("dense-linear-amx", "amx", compiled(_C.linear_dense_amx), _refuses_tiles, lambda call: "bf16"),
             table.Kernel("dense-linear-avx512", "avx512", compiled(_C.linear_dense_avx512), _refuses),
             table.Kernel("dense-linear-avx2", "avx2", compiled(_C.linear_dense_avx2), _refuses),
             table.Kernel("dense-linear-generic", "generic", compiled(_C.linear_dense_generic), _refuses_streams),
-            table.Kernel("dense-linear-torch-native", table.TORCH, _native, _refuses_native),
+            table.Kernel("dense-linear-torch-native", table.TORCH, _native, _refuses_native, _element_of_torch),
             table.Kernel("dense-linear-torch-widened", table.TORCH, reference.linear_dense),
         ),
     )

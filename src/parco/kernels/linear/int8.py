@@ -22,11 +22,15 @@ from parco.kernels.activations import NONE
 from parco.kernels.cast import decode, encode
 from parco.kernels.library import LIBRARY, undispatched
 from parco.kernels.linear import coded, reference
-from parco.kernels.linear.coded import CodedCall, Compiled
+from parco.kernels.linear.coded import CodedCall
 from parco.kernels.linear.gradient import differentiate_coded
+from parco.kernels.linear.launches import Compiled, remembering
 from parco.kernels.linear.storage import storage
 
 NAME = "linear_coded_int8"
+
+WORDS_ROWS = 8
+"""Rows of x up to which AVX-512 without VNNI multiplies words (`decode_words` of `csrc/linear/int_avx512.h`)."""
 
 
 def describe(*arguments: Any) -> CodedCall:
@@ -72,27 +76,49 @@ def _reference(
     return reference.linear_coded(rounded_to_int8(x), *stored, bias, *last).to(x.dtype)
 
 
+def _bytes_or_words(call: CodedCall) -> str:
+    """The element of int_avx512.cpp: bytes where two products of them fit in 16 bits, and rows repay their layout."""
+    return "int8" if call.rows > WORDS_ROWS and storage(call.format).format.bits < 8 else coded.words(call)
+
+
 table.register(
     table.Operation(
         NAME,
         describe,
         (
-            table.Kernel("int8-linear-amx", "amx", Compiled(_C.int_amx, int8=True), coded.refuses_tiles),
+            table.Kernel(
+                "int8-linear-amx", "amx", Compiled(_C.int_amx, int8=True), coded.refuses_tiles, lambda call: "int8"
+            ),
             table.Kernel(
                 "int8-linear-avx512_vbmi",
                 "avx512_vbmi",
                 Compiled(_C.int_avx512_vbmi, int8=True),
                 coded.refuses_integers,
+                lambda call: "int8",
             ),
-            table.Kernel("int8-linear-avx512", "avx512", Compiled(_C.int_avx512, int8=True), coded.refuses_integers),
-            table.Kernel("int8-linear-avx2", "avx2", Compiled(_C.int_avx2, int8=True), coded.refuses_integers),
-            table.Kernel("int8-linear-generic", "generic", Compiled(_C.int_generic, int8=True), coded.refuses_integers),
+            table.Kernel(
+                "int8-linear-avx512",
+                "avx512",
+                Compiled(_C.int_avx512, int8=True),
+                coded.refuses_integers,
+                _bytes_or_words,
+            ),
+            table.Kernel(
+                "int8-linear-avx2", "avx2", Compiled(_C.int_avx2, int8=True), coded.refuses_integers, coded.words
+            ),
+            table.Kernel(
+                "int8-linear-generic",
+                "generic",
+                Compiled(_C.int_generic, int8=True),
+                coded.refuses_integers,
+                coded.words,
+            ),
             table.Kernel("int8-linear-torch", table.TORCH, _reference),
         ),
     )
 )
 LIBRARY.define(f"{NAME}{coded.SIGNATURE}")
-_cpu = coded.remembering(NAME, describe, check)
+_cpu = remembering(NAME, describe, check)
 table.implement(NAME, check, coded.fake, _cpu)
 differentiate_coded(NAME)
 
