@@ -570,7 +570,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
             down=product,
             gated=False,
             activation=0,
-            limit=math.inf,
+            limit=1.0,
             slope=1.0,
             raised=0.0,
         )
