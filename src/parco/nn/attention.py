@@ -23,6 +23,8 @@ from parco.nn.proofs import Unlike
 
 INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 """Transformers' table of attention functions, as modules' forwards name it."""
+OWN = "eager_attention_forward"
+"""A model's own function, as its forwards name it."""
 SDPA = "sdpa"
 """The name in it of PyTorch's scaled_dot_product_attention."""
 
@@ -49,13 +51,15 @@ def known_in(table: Any) -> Callable[..., Any]:
 
 
 class Interfaces:
-    """A table of attention functions in which PyTorch's computes in tiles what `attention` takes. Everything else is
-    the original's. Raises Unlike as `known_in`.
+    """A table of attention functions in which PyTorch's computes in tiles what `attention` takes, and the model's own,
+    which it hands over where the table has none, what `attend` and `attention` do of heads with sinks. Everything else
+    is the original's. Raises Unlike as `known_in`.
     """
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Any, own: Any) -> None:
         self._original, self._known = original, known_in(original)
         self._tiled = _tiled(self._known)
+        self._own, self._sunk = own, _with_sinks(own) if callable(own) else own
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
@@ -68,7 +72,7 @@ class Interfaces:
         found = self._original.get_interface(name, default)
         if found is self._known:
             return self._tiled
-        return _with_sinks(found) if found is default and callable(found) else found
+        return self._sunk if found is self._own else found
 
 
 def _tiled(original: Callable[..., Any]) -> Callable[..., Any]:

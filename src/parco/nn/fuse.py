@@ -24,7 +24,7 @@ from parco.kernels.library import TYPES, transformed, untraced
 from parco.kernels.linear import linear_dense
 from parco.kernels.rowwise import ACTIVATIONS, dropout, rms_norm
 from parco.nn import decode, joined, layers, mixture, proofs
-from parco.nn.attention import INTERFACES, Interfaces, known_in
+from parco.nn.attention import INTERFACES, OWN, Interfaces, known_in
 from parco.nn.experts import is_experts
 from parco.nn.linear import under_its_name
 from parco.nn.parts import PROJECTIONS, gated_names, is_conv1d, is_rms_norm, rows
@@ -212,7 +212,7 @@ def _attending(original: type[nn.Module]) -> Callable[..., Any]:
     traced = _with_globals(own, known)
     if INTERFACES in named:
         with contextlib.suppress(Unlike):  # of a module that is fused for its rotary embedding
-            known[INTERFACES] = Interfaces(own.__globals__.get(INTERFACES))
+            known[INTERFACES] = Interfaces(own.__globals__.get(INTERFACES), own.__globals__.get(OWN))
     made = _with_globals(own, known)
     together = set(PROJECTIONS) <= named <= layers.ATTENTION_NAMES and keeps_its_input(own)
 

@@ -279,25 +279,36 @@ def rotary(original: Callable[..., Any]) -> Callable[..., Any]:
     partly = not halved and turns_alike(original, 12)
 
     def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
-        plain = not others and not options and q.ndim == k.ndim == 4 and cos.ndim == 3 and cos.shape == sin.shape
-        if (
-            plain
-            and q.shape[0] == k.shape[0]
-            and q.shape[2:] == k.shape[2:]
-            and cos.shape[0] in (1, q.shape[0])
-            and cos.shape[1] == q.shape[2]
-            and ((1 + halved) * cos.shape[2] == q.shape[3] or (partly and cos.shape[2] < q.shape[3]))
-            and q.dtype == k.dtype
-            and cos.dtype == sin.dtype
-            and (cos.dtype == q.dtype or (cos.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type)))
-            and q.dtype in TYPES
-            and not (cos.requires_grad or sin.requires_grad)
-            and not transformed()
-        ):
-            return rotate(q, k, *((torch.cat((each, each), -1) for each in (cos, sin)) if halved else (cos, sin)))
+        plain = not (others or options) and _turn(q, k, cos, sin)
+        if plain and (cos.shape[2] == q.shape[3] or (partly and cos.shape[2] < q.shape[3])):
+            return rotate(q, k, cos, sin)
         return original(q, k, cos, sin, *others, **options)
 
-    return turned
+    def turned_by_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
+        if not (others or options) and _turn(q, k, cos, sin) and 2 * cos.shape[2] == q.shape[3]:
+            return rotate(q, k, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
+        return original(q, k, cos, sin, *others, **options)
+
+    return turned_by_halves if halved else turned
+
+
+def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether `rotate` takes these, whatever part of the heads turns."""
+    return (
+        q.ndim == k.ndim == 4
+        and cos.ndim == 3
+        and cos.shape == sin.shape
+        and q.shape[0] == k.shape[0]
+        and q.shape[2:] == k.shape[2:]
+        and cos.shape[0] in (1, q.shape[0])
+        and cos.shape[1] == q.shape[2]
+        and q.dtype == k.dtype
+        and cos.dtype == sin.dtype
+        and (cos.dtype == q.dtype or (cos.dtype == torch.float32 and torch.is_autocast_enabled(q.device.type)))
+        and q.dtype in TYPES
+        and not (cos.requires_grad or sin.requires_grad)
+        and not transformed()
+    )
 
 
 @torch.no_grad()
