@@ -1,5 +1,5 @@
-"""Claim: gpt-oss on a CPU, read as OpenAI published it, decodes several times as fast as Transformers runs it, in less
-than a third of the memory.
+"""Claim: gpt-oss on a CPU, read as OpenAI published it, decodes twice as fast as Transformers runs it in bf16, takes
+prompts in a third of the time, and takes a third of the memory.
 
 Layers of gpt-oss-20b's widths (two of 24, one with a window and one without; a vocabulary of 32,000, so that the layers
 tell) of random codes, in a folder laid out as the published one, twice: by Transformers, which expands the experts to
