@@ -110,11 +110,7 @@ def refused(folder: Path, change: Change, message: str) -> None:
     state = load_file(folder / "model.safetensors")
     change(state)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        hub.load(folder)
-    assert message in str(caught.value)
-    assert str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    tiny.refused(folder, message)
 
 
 def test_halves_with_a_scale_each_for_the_whole() -> None:

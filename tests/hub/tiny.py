@@ -6,11 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from parco import nn
+from parco import hub, nn
 from parco.weights import Quantized
 
 VOCABULARY = 301
@@ -108,3 +109,12 @@ def inputs() -> torch.Tensor:
 @torch.no_grad()
 def logits(made: Any) -> torch.Tensor:
     return made(inputs()).logits
+
+
+def refused(folder: Path, message: str) -> None:
+    """`hub.load` says why in one line that names the folder."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        hub.load(folder)
+    assert message in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -42,8 +42,8 @@ class Mxfp4:
             raise ValueError(f"blocks: {columns} columns are no whole number of blocks of {_BLOCK}")
         blocks = shaped(parts, "blocks", (rows, columns // _BLOCK, _BLOCK // 2), torch.uint8).flatten(1)
         scales = shaped(parts, "scales", (rows, columns // _BLOCK), torch.uint8)
-        if where.kind == "expert" and where.expert[0] == "gate_up_proj":
-            blocks, scales = (gate_before_up(where.module, each, 0) for each in (blocks, scales))
+        if where.kind == "expert":
+            blocks, scales = (gate_before_up(where.module, where.expert[0], each, 0) for each in (blocks, scales))
         return Matrix(Quantized("mxfp4", where.shape), (blocks.contiguous(), scales.contiguous()))
 
     def notes(self) -> tuple[str, ...]:

@@ -125,6 +125,8 @@ def dense(matrix: Tensor, where: Site) -> Stored:
 def order_biases(model: PreTrainedModel, matrices: Mapping[str, Weight], tensors: dict[str, Tensor]) -> None:
     """Puts the biases of stacks that become single matrices into those matrices' order of rows."""
     for path in {name.rpartition(".")[0] for name in matrices if name.endswith("]")}:
-        here, name = resolve(model, path), f"{path}.{EXPERT_PARAMETERS[0]}_bias"
-        if here is not None and name in tensors:
-            tensors[name] = gate_before_up(model.get_submodule(here), tensors[name], 1)
+        here = resolve(model, path)
+        for parameter in EXPERT_PARAMETERS:
+            name = f"{path}.{parameter}_bias"
+            if here is not None and name in tensors:
+                tensors[name] = gate_before_up(model.get_submodule(here), parameter, tensors[name], 1)

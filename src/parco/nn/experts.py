@@ -174,21 +174,20 @@ def expert_matrix(module: Any, parameter: str, index: int) -> Tensor | StoredWei
     held = getattr(module, parameter)[index]
     if isinstance(held, StoredWeight):
         return held
-    matrix = held.detach().t() if _is_transposed(module) else held.detach()
-    return matrix if parameter == "down_proj" else gate_before_up(module, matrix, 0)
+    return gate_before_up(module, parameter, held.detach().t() if _is_transposed(module) else held.detach(), 0)
 
 
 def expert_bias(module: Any, parameter: str, index: int) -> Tensor | None:
     """The bias [N] of one expert's product, in the order of `expert_matrix`; None where there is none."""
     held: Tensor | None = getattr(module, f"{parameter}_bias", None)
-    if held is None or parameter == "down_proj":
-        return None if held is None else held[index]
-    return gate_before_up(module, held[index], 0)
+    return None if held is None else gate_before_up(module, parameter, held[index], 0)
 
 
-def gate_before_up(module: Any, x: Tensor, dim: int) -> Tensor:
-    """`x`, whose dimension `dim` is that of gate and up as this module has them, with all of the gate first."""
-    if getattr(module, "is_concatenated", True):
+def gate_before_up(module: Any, parameter: str, x: Tensor, dim: int) -> Tensor:
+    """`x`, whose dimension `dim` is that of the outputs of `parameter` as this module has them: of gate and up with all
+    of the gate first.
+    """
+    if parameter != "gate_up_proj" or getattr(module, "is_concatenated", True):
         return x
     return torch.cat([x.unflatten(dim, (-1, 2)).select(dim + 1, each) for each in (0, 1)], dim)
 

@@ -79,7 +79,7 @@ def _separate(module: torch.nn.Module) -> Experts:
         stacks.append([StoredWeight(spec, spec.encode(matrix), stack.dtype) for matrix in matrices])
         bias: torch.Tensor | None = getattr(module, f"{parameter}_bias", None)
         if bias is not None:
-            ordered = bias.detach() if parameter == "down_proj" else gate_before_up(module, bias.detach(), 1)
+            ordered = gate_before_up(module, parameter, bias.detach(), 1)
             bias = torch.nn.Parameter(ordered, requires_grad=bias.requires_grad)
         biases.append(bias)
     for parameter in EXPERT_PARAMETERS:
