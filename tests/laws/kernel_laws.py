@@ -11,7 +11,7 @@ class TestMine(KernelLaws):
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +47,18 @@ def forget_choices() -> None:
     table.choose.cache_clear()
     table._settled.clear()
     launches.clear()
+
+
+def each_isa(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every instruction set of this machine, in force until the next one is asked for."""
+    try:
+        for isa in machine.detect().isas:
+            monkeypatch.setenv("PARCO_ISA", isa)
+            forget_choices()
+            yield isa
+    finally:
+        monkeypatch.delenv("PARCO_ISA")
+        forget_choices()
 
 
 def telling(kernel: table.Kernel, names: list[str]) -> Callable[..., Any]:

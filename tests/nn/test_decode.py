@@ -406,25 +406,17 @@ def test_the_compiler_traces_the_modules(calls: Calls) -> None:
 
 
 def test_every_instruction_set(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> None:
-    from tests.laws.kernel_laws import forget_choices
-
-    from parco import machine
+    from tests.laws.kernel_laws import each_isa
 
     made = models.model("llama")
     parco.convert_(made, "int4:16")
     expected = steps(made)
     fuse_(made)
-    try:
-        for isa in machine.detect().isas:
-            monkeypatch.setenv("PARCO_ISA", isa)
-            forget_choices()
-            calls.clear()
-            agree(steps(made), expected)
-            assert calls
-            assert {layer.__dict__[proofs.STATE].prepared.isa for layer in made.model.layers} == {isa}
-    finally:
-        monkeypatch.delenv("PARCO_ISA")
-        forget_choices()
+    for isa in each_isa(monkeypatch):
+        calls.clear()
+        agree(steps(made), expected)
+        assert calls
+        assert {layer.__dict__[proofs.STATE].prepared.isa for layer in made.model.layers} == {isa}
 
 
 def test_layers_that_compute_something_else_are_left() -> None:

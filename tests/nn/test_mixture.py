@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.laws.kernel_laws import forget_choices
+from tests.laws.kernel_laws import each_isa
 from tests.laws.weight_laws import stored_tensors
 from tests.nn import models
 from tests.nn.conftest import Calls
@@ -16,7 +16,7 @@ from tests.nn.test_decode import TOKENS, agree, last, low_rank, steps
 from tests.nn.test_fuse import apart
 
 import parco
-from parco import _C, machine, nn
+from parco import _C, nn
 from parco.nn import chains, fuse_, mixture, parts
 from parco.weights import Dense, Quantized, SemiSparse
 
@@ -493,17 +493,11 @@ def test_copies_compute_alike_and_keep_no_addresses(runs: Calls) -> None:
 def test_every_instruction_set(monkeypatch: pytest.MonkeyPatch, runs: Calls) -> None:
     plain, fused = pair("int4:16")
     x, (index, weights) = torch.randn(9, 48), routes(9)
-    try:
-        for isa in machine.detect().isas:
-            monkeypatch.setenv("PARCO_ISA", isa)
-            forget_choices()
-            runs.clear()
-            with torch.inference_mode():
-                assert apart(fused(x, index, weights), plain(x, index, weights)) < 2e-6
-            assert runs == [9]
-    finally:
-        monkeypatch.delenv("PARCO_ISA")
-        forget_choices()
+    for _ in each_isa(monkeypatch):
+        runs.clear()
+        with torch.inference_mode():
+            assert apart(fused(x, index, weights), plain(x, index, weights)) < 2e-6
+        assert runs == [9]
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
@@ -523,21 +517,15 @@ def test_experts_of_gpt_oss_are_one_call_once_they_are_stored(
     x, (index, weights) = 30 * torch.randn(tokens, 48), routes(tokens)
     gate_up = whole.gate_up_proj[int(index[0, 0])](x[:1])
     assert gate_up.abs().max() > 7
-    try:
-        for isa in machine.detect().isas:
-            monkeypatch.setenv("PARCO_ISA", isa)
-            forget_choices()
-            runs.clear()
-            with torch.inference_mode():
-                assert apart(fused(x, index, weights), whole(x, index, weights)) < 2e-6, isa
-                many = stored == "fp32" and tokens == 40  # rows of fp32, which are PyTorch's
-                assert runs == ([] if many else [tokens])
-                y = fused(x.clone().index_fill_(0, torch.tensor([0]), torch.nan), index, weights)
-            assert y[0].isnan().all()
-            assert y[1:].isfinite().all()
-    finally:
-        monkeypatch.delenv("PARCO_ISA")
-        forget_choices()
+    for isa in each_isa(monkeypatch):
+        runs.clear()
+        with torch.inference_mode():
+            assert apart(fused(x, index, weights), whole(x, index, weights)) < 2e-6, isa
+            many = stored == "fp32" and tokens == 40  # rows of fp32, which are PyTorch's
+            assert runs == ([] if many else [tokens])
+            y = fused(x.clone().index_fill_(0, torch.tensor([0]), torch.nan), index, weights)
+        assert y[0].isnan().all()
+        assert y[1:].isfinite().all()
 
 
 def test_a_bias_that_is_replaced_is_seen(runs: Calls) -> None:
